@@ -1,0 +1,61 @@
+"""Make adversarially robust vision models small without losing the robustness."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from robust_prune._version import __version__
+from robust_prune.errors import RobustPruneError
+
+if TYPE_CHECKING:
+    from robust_prune.evaluation import evaluate
+    from robust_prune.graph import prune_
+    from robust_prune.importance import MRSImportance
+    from robust_prune.models import load, save
+    from robust_prune.pipeline import CompressResult, compress, sensitivity
+    from robust_prune.types import Budget, PruningPlan, ThreatModel
+
+# imported on first use, so that `robust-prune --help` does not wait for torch
+_HOMES = {
+    "Budget": "types",
+    "CompressResult": "pipeline",
+    "MRSImportance": "importance",
+    "PruningPlan": "types",
+    "ThreatModel": "types",
+    "compress": "pipeline",
+    "evaluate": "evaluation",
+    "load": "models",
+    "prune_": "graph",
+    "save": "models",
+    "sensitivity": "pipeline",
+}
+
+__all__ = [
+    "Budget",
+    "CompressResult",
+    "MRSImportance",
+    "PruningPlan",
+    "RobustPruneError",
+    "ThreatModel",
+    "__version__",
+    "compress",
+    "evaluate",
+    "load",
+    "prune_",
+    "save",
+    "sensitivity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'robust_prune' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"robust_prune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

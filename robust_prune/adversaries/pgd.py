@@ -1,0 +1,58 @@
+"""Projected gradient descent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune.adversaries.losses import Loss, cross_entropy
+from robust_prune.adversaries.projections import project, random_start, steepest
+from robust_prune.types import ThreatModel
+
+
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float | None = None,
+    start: bool = True,
+    generator: torch.Generator | None = None,
+    loss: Loss | None = None,
+) -> Tensor:
+    """Move images uphill on the loss, staying within the threat model and in [0, 1].
+
+    Args:
+        model: gives logits [N, K]; its mode (train or eval) is the caller's business.
+        images: [N, C, H, W] in [0, 1].
+        labels: [N].
+        threat: norm and eps.
+        steps: gradient steps; 1 is the fast gradient sign method.
+        step_size: length of a step in the threat's norm; default 2.5 * eps / steps, but at least
+            eps / 4 as in the usual 2/255 for 8/255.
+        start: begin at a random point of the ball.
+        generator: source of that point (CPU); torch's global generator if None.
+        loss: logits [N, K] -> loss [N]; cross-entropy against `labels` if None.
+
+    Returns:
+        Images [N, C, H, W], detached. No gradient reaches the parameters.
+
+    Source: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR
+    2018, arXiv 1706.06083. The last iterate is returned, as there.
+    """
+    step_size = step_size or max(2.5 * threat.eps / steps, threat.eps / 4)
+    loss = loss or cross_entropy(labels)
+    images = images.detach()
+    delta = torch.zeros_like(images)
+    if start:
+        delta = project(random_start(images, threat, generator), images, threat)
+    for _ in range(steps):
+        delta.requires_grad_(True)
+        with torch.enable_grad():
+            total = loss(model(images + delta)).sum()
+        (gradient,) = torch.autograd.grad(total, delta)
+        moved = delta.detach() + step_size * steepest(gradient, threat)
+        delta = project(moved, images, threat)
+    return (images + delta).clamp(0, 1).detach()

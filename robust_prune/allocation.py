@@ -1,0 +1,188 @@
+"""From sensitivities, costs and a budget to a plan: how many units each group keeps, and which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from robust_prune.errors import BudgetError, UsageError
+from robust_prune.types import (
+    Budget,
+    ChannelGroup,
+    Cost,
+    GroupPlan,
+    PruningPlan,
+    Unprunable,
+)
+
+Allocation = Literal["mrs", "inverted", "uniform"]
+ALLOCATIONS: tuple[Allocation, ...] = ("mrs", "inverted", "uniform")
+MAX_PRUNE_RATIO = 0.95
+SPREAD = 0.9
+TOLERANCE = 0.01
+
+Widths = dict[str, int]
+CostOf = Callable[[Mapping[str, int]], Cost]
+
+
+def weights(rule: str, mrs: Mapping[str, float]) -> dict[str, float]:
+    """Return by group 1 - s_g: how willingly it gives channels, in [1 - SPREAD, 1].
+
+    s_g is log(MRS), scaled over the groups to [0, SPREAD]; MRS spans orders of magnitude, and a
+    SPREAD below 1 keeps even the most sensitive group prunable. `inverted` turns s_g upside down
+    and `uniform` sets it to 0; both are controls. The scaling is ours.
+    """
+    if rule not in ALLOCATIONS:
+        raise UsageError(f"allocation {rule!r} is not known; use one of {', '.join(ALLOCATIONS)}")
+    if rule == "uniform" or not mrs:
+        return dict.fromkeys(mrs, 1.0)
+    logs = {name: math.log(max(value, 1e-12)) for name, value in mrs.items()}
+    low, high = min(logs.values()), max(logs.values())
+    spread = high - low
+    scaled = {name: (v - low) / spread if spread > 0 else 0.0 for name, v in logs.items()}
+    if rule == "inverted":
+        scaled = {name: 1 - value for name, value in scaled.items()}
+    return {name: 1 - SPREAD * value for name, value in scaled.items()}
+
+
+def allocate(
+    groups: Sequence[ChannelGroup],
+    cost_of: CostOf,
+    budget: Budget,
+    willingness: Mapping[str, float],
+    *,
+    max_prune_ratio: float = MAX_PRUNE_RATIO,
+) -> Widths:
+    """Return the width of each group that meets the budget.
+
+    The share r_g = min(lambda * willingness_g, max_prune_ratio) goes from every group, rounded to
+    whole units; lambda is bisected on the exact cost. Between the last two values of lambda the
+    groups that still differ change one by one, so that ties don't cost accuracy of the budget.
+
+    Args:
+        groups: the prunable groups.
+        cost_of: exact cost of the model at given widths.
+        budget: what to remove.
+        willingness: `weights`, by group.
+        max_prune_ratio: share of a group that may go at most.
+
+    Raises:
+        BudgetError: the budget is out of reach; the message says what is possible.
+    """
+    if not groups:
+        raise BudgetError("the model has no prunable group; see the reasons in its report")
+    target = budget.target
+    dense = cost_of({}).of(target)
+    goal = dense * (1 - budget.prune_ratio)
+
+    def widths_at(scale: float) -> Widths:
+        return {
+            g.name: _width(g, min(scale * willingness[g.name], max_prune_ratio)) for g in groups
+        }
+
+    low, high = 0.0, max_prune_ratio / min(willingness[g.name] for g in groups)
+    floor = cost_of(widths_at(high)).of(target)
+    if floor > goal:
+        most = 1 - floor / dense
+        raise BudgetError(
+            f"removing {100 * budget.prune_ratio:.1f} % of the {target} is out of reach: at most "
+            f"{100 * most:.1f} % can go while every group keeps its minimum and protected layers "
+            f"stay; use --ratio {math.floor(1000 * most) / 1000:g} or less, or protect fewer layers"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        if cost_of(widths_at(middle)).of(target) > goal:
+            low = middle
+        else:
+            high = middle
+    return _closest_between(groups, cost_of, target, goal, widths_at(low), widths_at(high))
+
+
+def _closest_between(
+    groups: Sequence[ChannelGroup],
+    cost_of: CostOf,
+    target: str,
+    goal: float,
+    above: Widths,
+    below: Widths,
+) -> Widths:
+    """Walk from just above the goal to just below it, group by group, and keep the closest."""
+    current, best = dict(above), dict(above)
+    best_miss = math.inf
+    steps = [None, *(g.name for g in groups if above[g.name] != below[g.name])]
+    for name in steps:
+        if name is not None:
+            current[name] = below[name]
+        miss = abs(int(getattr(cost_of(current), target)) - goal)
+        if miss < best_miss:
+            best, best_miss = dict(current), miss
+    return best
+
+
+def _width(group: ChannelGroup, prune_ratio: float) -> int:
+    units = max(group.min_units, round(group.units * (1 - prune_ratio)))
+    return min(units, group.units) * group.blocks
+
+
+def make_plan(
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    scores: Mapping[str, Sequence[float]],
+    cost_of: CostOf,
+    budget: Budget,
+    *,
+    allocation: str,
+    score: str,
+    seed: int,
+    input_size: tuple[int, int, int],
+    mrs: Mapping[str, float] | None = None,
+    unprunable: Sequence[Unprunable] = (),
+    notes: Sequence[str] = (),
+) -> PruningPlan:
+    """Return the plan that keeps the best-scored units of every group.
+
+    Equal scores keep the earlier channel. A budget missed by more than a point is noted.
+    """
+    plan = PruningPlan(
+        budget=budget,
+        allocation=allocation,
+        score=score,
+        seed=seed,
+        input_size=input_size,
+        dense=cost_of({}),
+        pruned=cost_of(widths),
+        groups=tuple(
+            GroupPlan(
+                name=group.name,
+                width=group.width,
+                keep=_keep(group, widths[group.name] // group.blocks, scores[group.name]),
+                mrs=(mrs or {}).get(group.name),
+                note=_note(group, widths[group.name]),
+            )
+            for group in groups
+        ),
+        unprunable=tuple(unprunable),
+        notes=tuple(notes),
+    )
+    miss = plan.reached - budget.prune_ratio
+    if abs(miss) > TOLERANCE:
+        line = (
+            f"asked to remove {100 * budget.prune_ratio:.1f} % of the {budget.target}, "
+            f"{100 * plan.reached:.1f} % are removed: the groups are too narrow for a closer fit"
+        )
+        plan = replace(plan, notes=(*plan.notes, line))
+    return plan
+
+
+def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int, ...]:
+    order = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))
+    kept = set(order[:units])
+    return tuple(i for i in range(group.width) if i % group.units in kept)
+
+
+def _note(group: ChannelGroup, width: int) -> str:
+    if width == group.min_width < group.width:
+        return "at its minimum width"
+    return ""

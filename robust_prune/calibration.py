@@ -1,0 +1,45 @@
+"""Batch-norm statistics after pruning: the stored ones describe activations that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robust_prune.modules import device_of, evaluating
+
+
+@torch.no_grad()
+def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Replace running statistics by the average over `batches`, in place.
+
+    Only batch-norm layers run in train mode, so dropout and the like stay off. Images are given
+    as they are (clean training images by default of the pipeline, not augmented).
+
+    Args:
+        model: left in the mode it was in.
+        batches: (images [N, C, H, W] in [0, 1], labels).
+
+    Returns:
+        The number of layers recalibrated; 0 for a model without batch norm, which is left alone.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    momenta = [layer.momentum for layer in layers]
+    device = device_of(model)
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative average over all batches
+                layer.train()
+            for images, _ in batches:
+                if len(images) > 1:
+                    model(images.to(device))
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+    return len(layers)

@@ -1,0 +1,83 @@
+"""The command line: `robust-prune COMMAND`.
+
+Exit codes: 0 done; 1 a fault of this program; 2 a wrong argument; 3 a model file that can't be
+used; 4 data that can't be used; 5 a plan or budget that does not fit; 6 training or an attack
+that failed; 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from robust_prune.cli import compress, evaluate, info, sensitivity, train
+from robust_prune.errors import Interrupted, RobustPruneError
+
+app = typer.Typer(
+    name="robust-prune",
+    help="Make adversarially robust vision models small without losing the robustness.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 2 wrong argument, 3 model file, 4 data, 5 plan or budget, "
+    "6 training or attack, 130 stopped, 1 a fault of this program.",
+)
+app.command("compress")(compress.compress)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("info")(info.info)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from robust_prune._version import __version__
+
+        print(f"robust-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Make adversarially robust vision models small without losing the robustness."""
+
+
+def main() -> NoReturn:
+    """Run the command line; every foreseen error is one line on stderr."""
+    try:
+        app(standalone_mode=True)
+    except RobustPruneError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; no file was written", Interrupted.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("ROBUST_PRUNE_DEBUG"):
+            raise
+        _fail(
+            f"a fault of robust-prune: {type(error).__name__}: {_last_line(str(error))}; "
+            "ROBUST_PRUNE_DEBUG=1 shows where",
+            1,
+        )
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    prefix = "" if code == Interrupted.exit_code else "error: "
+    print(prefix + _last_line(message), file=sys.stderr)
+    sys.exit(code)
+
+
+def _last_line(text: str) -> str:
+    """Errors from worker processes bring their traceback; the message is its last line."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else text

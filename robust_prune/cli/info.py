@@ -1,0 +1,64 @@
+"""`robust-prune info`."""
+
+from __future__ import annotations
+
+from robust_prune.cli import options as o
+from robust_prune.cli.compress import show
+from robust_prune.cli.output import Output
+
+
+def info(
+    model: o.ModelPath,
+    arch: o.Arch = None,
+    model_kwargs: o.ModelKwargs = None,
+    cifar_stem: o.CifarStem = False,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    input_size: o.InputSize = None,
+    trust_pickle: o.TrustPickle = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Say what a model file is: architecture, cost, prunable groups, plan and results."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from robust_prune import graph, models
+    from robust_prune.modules import ImageModel
+    from robust_prune.types import to_plain
+
+    module, record = o.open_model(
+        model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, o.Device.cpu
+    )
+    size = o.image_size(input_size)
+    if isinstance(module, ImageModel):
+        spec = module.spec
+        size = spec.input_size or models.default_input_size(spec)
+        output.result(f"{spec.source} {spec.arch} {dict(spec.kwargs)}, {spec.num_classes} classes")
+        output.result(f"images {size} in [0, 1], mean {spec.mean}, std {spec.std}")
+        if spec.input_size is None:
+            output.note("the file does not say the size of its images; this is timm's default")
+    size = size or (3, 224, 224)
+    found = graph.ModelGraph(module, size)
+    cost = found.cost()
+    output.result(f"{cost.macs:,} multiply-adds, {cost.params:,} parameters")
+    output.table(
+        f"{len(found.groups)} prunable groups, {cost.channels:,} channels",
+        ("group", "channels", "layers that lose them", "layers that read them"),
+        [(g.name, str(g.width), str(len(g.members)), str(len(g.readers))) for g in found.groups],
+    )
+    for item in found.unprunable:
+        output.line(f"{item.name} stays whole: {item.reason}")
+    if "plan" in record:
+        output.result(f"status: {record['status']}; plan {record['plan_digest']}")
+        show(output, record)
+    elif record:
+        output.result(f"status: {record.get('status')}; data {record.get('data')}")
+    output.document(
+        {
+            "model": to_plain(module.spec) if isinstance(module, ImageModel) else None,
+            "input_size": size,
+            "cost": to_plain(cost),
+            "groups": to_plain(found.groups),
+            "unprunable": to_plain(found.unprunable),
+            "record": {k: v for k, v in record.items() if k not in ("schema", "model")},
+        }
+    )

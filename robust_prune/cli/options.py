@@ -1,0 +1,237 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robust_prune.errors import UsageError
+from robust_prune.types import Norm, ThreatModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from robust_prune.data import DataSplits
+
+MODEL, DATA = "Model", "Data"
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Eval(str, Enum):
+    """How far an evaluation goes."""
+
+    none = "none"
+    pgd = "pgd"
+    autoattack = "autoattack"
+
+
+class MRSMethod(str, Enum):
+    """Estimators of MRS."""
+
+    first_order = "first-order"
+    ascent = "ascent"
+
+
+ModelPath = Annotated[
+    str,
+    typer.Argument(help="A model file, a Hugging Face folder, or a timm name.", metavar="MODEL"),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="timm name, or torchvision/NAME, for files that don't say it.", rich_help_panel=MODEL
+    ),
+]
+ModelKwargs = Annotated[
+    str | None,
+    typer.Option(
+        help="""Builder arguments as JSON, e.g. '{"channels": [16, 32]}'.""", rich_help_panel=MODEL
+    ),
+]
+CifarStem = Annotated[
+    bool,
+    typer.Option(
+        "--cifar-stem",
+        help="Stride-1 stem without max-pool, for small images.",
+        rich_help_panel=MODEL,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Normalisation of images in [0, 1], one number per channel: 0.49,0.48,0.45.",
+        rich_help_panel=MODEL,
+    ),
+]
+Std = Annotated[str | None, typer.Option(help="See --mean.", rich_help_panel=MODEL)]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Image size as C,H,W; default: the model's or the data's own.", rich_help_panel=MODEL
+    ),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Unpickle whole modules: runs code from the file.",
+        rich_help_panel=MODEL,
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Image folder (train/ and test/ or val/), tiny-imagenet folder, cifar10, cifar100, "
+        "svhn, digits, or none. Default: what the model file records.",
+        rich_help_panel=DATA,
+    ),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=DATA),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch a missing data set.", rich_help_panel=DATA)
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that decode large data sets.", min=0, rich_help_panel=DATA),
+]
+NormOption = Annotated[str, typer.Option("--norm", help="linf or l2.")]
+Eps = Annotated[str, typer.Option(help="Size of the perturbation: 8/255, 0.5.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and the result.")]
+
+
+def threat_model(norm: Norm | str, eps: str) -> ThreatModel:
+    """Read --norm and --eps."""
+    return ThreatModel(norm, eps)  # type: ignore[arg-type]
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Read `0.49,0.48,0.45`."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option} {text!r}: give numbers separated by commas, as 0.49,0.48,0.45"
+        ) from None
+
+
+def image_size(text: str | None) -> tuple[int, int, int] | None:
+    """Read `3,32,32`."""
+    if text is None:
+        return None
+    parts = [part for part in text.replace("x", ",").split(",") if part.strip().isdigit()]
+    if len(parts) != 3 or any(int(part) < 1 for part in parts):
+        raise UsageError(f"--input-size {text!r}: give channels,height,width, as 3,32,32")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def builder_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Read --model-kwargs."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--model-kwargs is not JSON ({error}); quote it as '{{\"channels\": [16, 32]}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--model-kwargs must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def pick_device(device: Device) -> str:
+    """Return the device; `auto` takes a GPU where there is one."""
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
+    if device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(device.value)
+
+
+def open_model(
+    path: str,
+    arch: str | None,
+    model_kwargs: str | None,
+    cifar_stem: bool,
+    mean: str | None,
+    std: str | None,
+    input_size: str | None,
+    trust_pickle: bool,
+    device: Device,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Read the shared model options and open the model with its record."""
+    from robust_prune import models
+
+    return models.open_model(
+        path,
+        arch=arch,
+        model_kwargs=builder_kwargs(model_kwargs),
+        cifar_stem=cifar_stem,
+        mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"),
+        input_size=image_size(input_size),
+        trust_pickle=trust_pickle,
+        device=pick_device(device),
+    )
+
+
+def open_splits(
+    model: nn.Module,
+    record: dict[str, Any],
+    spec: str | None,
+    data_root: Path | None,
+    download: bool,
+    workers: int | None,
+) -> DataSplits | None:
+    """Open --data, else what the model's record names; None where neither is there."""
+    from robust_prune import data
+    from robust_prune.errors import DataError
+    from robust_prune.modules import ImageModel, image_channels
+
+    recorded = record.get("data") or {}
+    if spec == "none" or (spec is None and not recorded):
+        return None
+    if spec is None and data_root is None and "data_root" in recorded:
+        data_root = Path(recorded["data_root"])
+    size = model.spec.input_size if isinstance(model, ImageModel) else None
+    try:
+        return data.open_data(
+            spec or recorded["data"],
+            input_size=size,
+            channels=image_channels(model),
+            data_root=data_root,
+            download=download,
+            workers=workers,
+            split_seed=int(recorded.get("split_seed", 0)),
+        )
+    except DataError as error:
+        if spec is not None:
+            raise
+        raise DataError(
+            f"the model records its data as {recorded.get('data')!r}, but {error}; name it with "
+            "--data, or calibrate without data by --data none"
+        ) from None

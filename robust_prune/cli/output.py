@@ -1,0 +1,107 @@
+"""The one place that prints: human text, JSON, or only what matters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from robust_prune.finetune.loop import EpochRecord, Progress
+
+
+class Output:
+    """Human output on stdout; with `as_json` the document alone is there, the rest on stderr."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print a line of progress or context."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def result(self, text: str) -> None:
+        """Print a line that --quiet keeps."""
+        if not self.as_json:
+            self.console.print(text, markup=False)
+        else:
+            self.line(text)
+
+    def note(self, text: str) -> None:
+        """Print something the user should not miss."""
+        if not self.quiet:
+            self.console.print(f"note: {text}", style="yellow", markup=False)
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; numbers to the right."""
+        if self.quiet and self.as_json:
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table, soft_wrap=False)
+
+    def document(self, value: Any) -> None:
+        """Print the one JSON document, where JSON was asked for."""
+        if self.as_json:
+            print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+
+    @contextmanager
+    def training(
+        self,
+    ) -> Iterator[tuple[Callable[[Progress], None], Callable[[EpochRecord], None]]]:
+        """Give listeners that show a bar with rate and time left, and a line per epoch."""
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            transient=True,
+            disable=self.quiet or not self.console.is_terminal,
+        )
+        task = bar.add_task("training", total=None, status="")
+
+        def on_progress(p: Progress) -> None:
+            bar.update(
+                task,
+                total=p.total,
+                completed=p.images,
+                description=f"epoch {p.epoch}/{p.epochs}",
+                status=f"loss {p.loss:.3f}, {p.images_per_second:.0f} images/s, "
+                f"{duration(p.seconds_left)} left",
+            )
+            if not self.console.is_terminal and not self._told and p.images >= min(512, p.total):
+                self._told = True
+                self.line(f"  {p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left")
+
+        def on_epoch(e: EpochRecord) -> None:
+            what = "before" if e.epoch == 0 else f"epoch {e.epoch}: loss {e.loss:.4f},"
+            self.line(
+                f"  {what} clean {100 * e.clean:.1f} %, robust {100 * e.robust:.1f} % on "
+                f"validation ({e.seconds:.0f} s)"
+            )
+
+        self._told = False
+        with bar:
+            yield on_progress, on_epoch
+
+    _told = False
+
+
+def duration(seconds: float) -> str:
+    """Return `45 s`, `3 min` or `2 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,505 @@
+"""Data sets by name or folder, and a user's own, as train, validation and test splits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torchvision.transforms import v2
+
+from robust_prune.errors import DataError
+
+log = logging.getLogger(__name__)
+Size = tuple[int, int, int]
+NAMES = ("digits", "cifar10", "cifar100", "svhn")
+IN_MEMORY_BYTES = 2 << 30
+ITERABLE_BYTES = 4 << 30
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
+
+
+class Split:
+    """Images in [0, 1] with labels, read in batches, in order or shuffled by a seed.
+
+    Small data sets are decoded once and kept as bytes; large ones are read by worker processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        in_memory: bool = False,
+        flip: bool = True,
+        workers: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+        training_view: Dataset[Any] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.flip = flip
+        self.workers = workers
+        self._collate = collate or default_collate
+        self._training_view = training_view
+        self._in_memory = in_memory
+        self._cache: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        augment: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images [N, C, H, W] in [0, 1] and labels [N].
+
+        Args:
+            batch_size: images at a time; the last batch holds the rest.
+            seed: shuffle by this seed; None keeps the order.
+            augment: random crops, and flips where they keep the label.
+            limit: stop after this many images.
+        """
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        order = torch.arange(len(self))
+        if seed is not None:
+            order = torch.randperm(len(self), generator=generator)
+        order = order[:limit]
+        if self._in_memory:
+            yield from self._from_memory(order, batch_size, augment, generator)
+            return
+        view = self._training_view if augment and self._training_view else self.dataset
+        loader: DataLoader[Any] = DataLoader(
+            Subset(view, order.tolist()),
+            batch_size=batch_size,
+            num_workers=self.workers,
+            collate_fn=self._collate,
+            generator=generator,
+        )
+        for batch in loader:
+            yield check_batch(batch)
+
+    def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
+        batches = list(self.batches(256, seed=seed, limit=n))
+        if not batches:
+            raise DataError("the split holds no images")
+        return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+    def _from_memory(
+        self, order: Tensor, batch_size: int, augment: bool, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._cache is None:
+            loader: DataLoader[Any] = DataLoader(
+                self.dataset, batch_size=512, collate_fn=self._collate, num_workers=0
+            )
+            parts = list(loader)
+            self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        all_images, all_labels = self._cache
+        for chunk in torch.split(order, batch_size):
+            images, labels = check_batch((all_images[chunk], all_labels[chunk]))
+            if augment:
+                images = crop_and_flip(images, generator, flip=self.flip)
+            yield images, labels
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set: what may be trained on, what selects, and what is only ever measured on.
+
+    `source` is all that is needed to open the same splits again; it is stored with a model.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split | None
+    classes: int
+    input_size: Size
+    source: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def statistics(self, n: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation per channel of up to `n` training images."""
+        images, _ = self.train.take(min(n, len(self.train)), seed=0)
+        mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3)).clamp_min(1e-3)
+        return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+def open_data(
+    spec: str | os.PathLike[str],
+    *,
+    input_size: Size | None = None,
+    channels: int | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    workers: int | None = None,
+    split_seed: int = 0,
+) -> DataSplits:
+    """Open a data set by name (`digits`, `cifar10`, `cifar100`, `svhn`) or by folder.
+
+    Args:
+        spec: the name, an ImageFolder directory with train/ and test/ or val/, or a
+            tiny-imagenet-200 directory in its original layout.
+        input_size: (channels, height, width) to give; None keeps the data set's own.
+        channels: 1 for grey or 3 for colour, where `input_size` is None.
+        data_root: where torchvision's data sets lie.
+        download: let torchvision fetch a missing data set.
+        workers: processes that decode large data sets; None: half the cores.
+        split_seed: which training images become the validation split. It belongs to the data, not
+            to a run, so that a model is never selected on what it was trained on before.
+
+    Raises:
+        DataError: nothing there, or a layout that is none of the above.
+    """
+    name = str(spec)
+    workers = max(1, (os.cpu_count() or 2) // 2) if workers is None else workers
+    if name in NAMES:
+        root = Path(data_root) if data_root else Path.home() / ".cache" / "robust-prune"
+        parts = _digits() if name == "digits" else _torchvision(name, root, download)
+        source: dict[str, Any] = {"data": name}
+        if name != "digits":
+            source["data_root"] = str(root.resolve())
+    else:
+        path = Path(name)
+        if not path.is_dir():
+            raise DataError(
+                f"data {name!r} is neither a folder nor one of {', '.join(NAMES)}; an image folder "
+                "needs train/<class>/ and test/<class>/ or val/<class>/"
+            )
+        parts = _tiny_imagenet(path) if (path / "wnids.txt").exists() else _image_folder(path)
+        source = {"data": str(path.resolve())}
+    native = _native_size(parts)
+    size = input_size or (channels or native[0], *native[1:])
+    kept = _carve(len(parts.train), split_seed)
+    source["input_size"], source["split_seed"] = list(size), split_seed
+
+    def split(dataset: Any, indices: Sequence[int] | None) -> Split:
+        def view(training: bool) -> Dataset[Any]:
+            images = _Images(dataset, size, training, parts.flip)
+            return images if indices is None else Subset(images, indices)
+
+        count = len(dataset) if indices is None else len(indices)
+        return Split(
+            view(False),
+            in_memory=count * size[0] * size[1] * size[2] <= IN_MEMORY_BYTES,
+            flip=parts.flip,
+            workers=workers,
+            training_view=view(True),
+        )
+
+    return DataSplits(
+        name=name if name in NAMES else Path(name).resolve().name,
+        train=split(parts.train, kept[0]),
+        validation=split(parts.train, kept[1]),
+        test=split(parts.test, None),
+        classes=parts.classes,
+        input_size=size,
+        source=source,
+        notes=parts.notes,
+    )
+
+
+def from_iterable(
+    data: Any, *, test: Any = None, split_seed: int = 0, validation: bool = True
+) -> DataSplits:
+    """Make splits of a user's own data: a loader, a data set, tensors, or (images, labels) batches.
+
+    A DataLoader is read lazily with its own workers and collate function; any other iterable is
+    read once into memory. One tenth is kept back for validation; `test` is only measured on.
+
+    Raises:
+        DataError: images outside [0, 1], or an iterable too large to hold.
+    """
+    whole = as_split(data)
+    images, labels = next(whole.batches(2))
+    if validation and len(whole) >= 20:
+        first, second = _carve(len(whole), split_seed)
+        train, held_out = _subset(whole, first), _subset(whole, second)
+    else:
+        train, held_out = whole, None
+    classes = int(labels.max()) + 1
+    channels, height, width = images.shape[1:]
+    return DataSplits(
+        name=f"{len(whole)} images of the caller's",
+        train=train,
+        validation=held_out,
+        test=None if test is None else as_split(test),
+        classes=classes,
+        input_size=(channels, height, width),
+    )
+
+
+def as_split(data: Any) -> Split:
+    """Wrap a Split, a DataLoader, a data set, two tensors, or an iterable of batches."""
+    if isinstance(data, Split):
+        return data
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return Split(data.dataset, workers=data.num_workers, collate=data.collate_fn)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return Split(data)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        images, labels = data
+        if images.ndim == 4 and labels.ndim == 1 and len(images) == len(labels):
+            return _tensor_split(images, labels)
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"data of type {type(data).__name__} can't be read; give a name or folder, a loader, "
+            "or an iterable of (images, labels)"
+        )
+    parts, size = [], 0
+    for batch in data:
+        images, labels = check_batch(batch)
+        parts.append((images, labels))
+        size += images.numel() * images.element_size()
+        if size > ITERABLE_BYTES:
+            raise DataError(
+                f"the iterable holds more than {ITERABLE_BYTES >> 30} GiB of images; give a "
+                "DataLoader over a map-style data set, which is read batch by batch"
+            )
+    if not parts:
+        raise DataError("the iterable gave no batches; a generator can be read only once")
+    return _tensor_split(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return float images [N, C, H, W] in [0, 1] and integer labels [N], or say what is wrong."""
+    try:
+        images, labels = batch[0], batch[1]
+        shape = tuple(images.shape)
+    except (TypeError, IndexError, KeyError, AttributeError):
+        raise DataError(f"a batch must be (images, labels), not a {type(batch).__name__}") from None
+    if len(shape) != 4:
+        raise DataError(f"images must be [N, C, H, W], not {list(shape)}")
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    if not images.is_floating_point():
+        raise DataError(f"images must be float in [0, 1] or uint8, not {images.dtype}")
+    low, high = (float(v) for v in torch.aminmax(images))
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise DataError(
+            f"images must lie in [0, 1], but a batch spans [{low:.3g}, {high:.3g}]; leave the "
+            "normalisation to the model (mean and std), attacks need the true range"
+        )
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
+        raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
+    return images.clamp(0, 1).contiguous(), labels.long()
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Shift each image by up to an eighth of its size (zeros come in), and mirror half of them."""
+    n, _, height, width = images.shape
+    pad = max(1, height // 8)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    top = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
+    left = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
+    rows = (top + torch.arange(height)).to(images.device)
+    columns = (left + torch.arange(width)).to(images.device)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator).to(images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    which = torch.arange(n, device=images.device).view(n, 1, 1)
+    picked = padded.permute(0, 2, 3, 1)[which, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def synthetic_images(n: int, size: Size, seed: int) -> Tensor:
+    """Return smooth random images [n, C, H, W] in [0, 1] for a model whose data is unknown."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = size
+    coarse = torch.rand(n, channels, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(
+        coarse, size=(height, width), mode="bilinear", align_corners=False
+    )
+    noise = 0.1 * torch.randn(n, channels, height, width, generator=generator)
+    return (images + noise).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Items of (PIL image, label) for training and testing."""
+
+    train: Any
+    test: Any
+    classes: int
+    flip: bool = True
+    notes: tuple[str, ...] = ()
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Items of (PIL image, label) as uint8 tensors [C, H, W] of one size."""
+
+    def __init__(self, items: Any, size: Size, training: bool, flip: bool) -> None:
+        self.items = items
+        self.mode = "L" if size[0] == 1 else "RGB"
+        if size[0] not in (1, 3):
+            raise DataError(f"images have 1 or 3 channels, the model wants {size[0]}")
+        square = list(size[1:])
+        if training:
+            steps: list[Any] = [v2.RandomResizedCrop(square, scale=(0.35, 1.0), antialias=True)]
+            steps += [v2.RandomHorizontalFlip()] if flip else []
+        else:
+            steps = [v2.Resize(min(square), antialias=True), v2.CenterCrop(square)]
+        self.transform = v2.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.items[index]
+        pixels = np.array(self.transform(image.convert(self.mode)), dtype=np.uint8)
+        tensor = torch.from_numpy(pixels)
+        tensor = tensor.unsqueeze(0) if self.mode == "L" else tensor.permute(2, 0, 1)
+        return tensor.contiguous(), int(label)
+
+
+class _Files(Dataset[tuple[Image.Image, int]]):
+    """Image files with labels."""
+
+    def __init__(self, samples: list[tuple[Path, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB" if image.mode != "L" else "L"), label
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"{path}: can't be decoded: {error}") from None
+
+
+def _native_size(parts: _Parts) -> Size:
+    """The size all of the first images share; 224x224 where they differ, as ImageNet's do."""
+    images = [parts.train[i][0] for i in range(min(16, len(parts.train)))]
+    sizes = {image.size for image in images}
+    channels = 1 if all(image.mode == "L" for image in images) else 3
+    width, height = sizes.pop() if len(sizes) == 1 else (224, 224)
+    if parts.flip is False and (height, width) == (8, 8):
+        height = width = 32  # digits: no network of the zoo takes 8x8
+    return channels, height, width
+
+
+def _carve(n: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split the indices of the training images into training and validation."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, min(round(n * VALIDATION_SHARE), VALIDATION_MOST))
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _subset(split: Split, indices: list[int]) -> Split:
+    return Split(
+        Subset(split.dataset, indices),
+        in_memory=split._in_memory,
+        flip=split.flip,
+        workers=split.workers,
+        collate=split._collate,
+    )
+
+
+def _tensor_split(images: Tensor, labels: Tensor) -> Split:
+    images, labels = check_batch((images, labels))
+    return Split(torch.utils.data.TensorDataset(images, labels), in_memory=True, flip=False)
+
+
+def _digits() -> _Parts:
+    """scikit-learn's 1,797 handwritten digits; the last 500 are by other writers and test."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    items = [(Image.fromarray(p), int(y)) for p, y in zip(pixels, bunch.target, strict=True)]
+    return _Parts(items[:-500], items[-500:], classes=10, flip=False)
+
+
+def _torchvision(name: str, root: Path, download: bool) -> _Parts:
+    def build(train: bool) -> Any:
+        if name == "svhn":
+            split = "train" if train else "test"
+            return torchvision.datasets.SVHN(str(root), split=split, download=download)
+        cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+        return cls(str(root), train=train, download=download)
+
+    try:
+        train, test = build(True), build(False)
+    except (RuntimeError, OSError) as error:
+        hint = "the download failed" if download else "add --download, or name it by --data-root"
+        line = str(error).splitlines()[0]
+        raise DataError(f"{name} is not complete under {root} ({line}); {hint}") from None
+    return _Parts(train, test, classes=100 if name == "cifar100" else 10, flip=name != "svhn")
+
+
+def _image_folder(path: Path) -> _Parts:
+    folders = {d.name for d in path.iterdir() if d.is_dir()}
+    testing = next((name for name in ("test", "val", "validation") if name in folders), None)
+    if "train" not in folders or testing is None:
+        there = ", ".join(sorted(folders)[:5]) or "no folders"
+        raise DataError(
+            f"{path}: an image folder needs train/<class>/ and test/<class>/ or val/<class>/; "
+            f"there is {there}"
+        )
+    classes = sorted(d.name for d in (path / "train").iterdir() if d.is_dir())
+    other = sorted(d.name for d in (path / testing).iterdir() if d.is_dir())
+    if not classes:
+        raise DataError(f"{path / 'train'}: no class folders in it")
+    if unknown := sorted(set(other) - set(classes)):
+        raise DataError(f"{path / testing}: class {unknown[0]!r} is not in train/")
+    notes: tuple[str, ...] = (f"test images come from {testing}/",)
+    if missing := sorted(set(classes) - set(other)):
+        warnings.warn(f"{path / testing}: no images of class {missing[0]!r}", stacklevel=2)
+        notes += (f"{len(missing)} classes have no test images",)
+    return _Parts(
+        _Files(_list_files(path / "train", classes)),
+        _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
+        classes=len(classes),
+        notes=notes,
+    )
+
+
+def _list_files(
+    folder: Path, names: Sequence[str], classes: Sequence[str] | None = None
+) -> list[tuple[Path, int]]:
+    labels = {name: i for i, name in enumerate(classes or names)}
+    samples = [
+        (file, labels[name])
+        for name in names
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not samples:
+        raise DataError(f"{folder}: no images in its class folders")
+    return samples
+
+
+def _tiny_imagenet(path: Path) -> _Parts:
+    """The original layout: train/<wnid>/images, and val/images with val_annotations.txt."""
+    wnids = (path / "wnids.txt").read_text(encoding="utf-8").split()
+    annotations = path / "val" / "val_annotations.txt"
+    if not annotations.exists():
+        raise DataError(f"{annotations}: missing; is it the original tiny-imagenet-200 layout?")
+    labels = {wnid: i for i, wnid in enumerate(sorted(wnids))}
+    test = []
+    for line in annotations.read_text(encoding="utf-8").splitlines():
+        fields = line.split("\t")
+        if len(fields) >= 2 and fields[1] in labels:
+            test.append((path / "val" / "images" / fields[0], labels[fields[1]]))
+    if not test:
+        raise DataError(f"{annotations}: no line names a class of wnids.txt")
+    train = _list_files(path / "train", sorted(wnids))
+    notes = ("test images are the annotated val/ images; the original test/ has no labels",)
+    return _Parts(_Files(train), _Files(test), classes=len(wnids), notes=notes)

@@ -1,0 +1,257 @@
+"""Clean and robust accuracy with intervals, on the same images for every model compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune import data
+from robust_prune.adversaries.autoattack import autoattack
+from robust_prune.adversaries.pgd import pgd
+from robust_prune.errors import DataError, UsageError
+from robust_prune.graph import count_cost
+from robust_prune.modules import device_of, evaluating, requires_grad
+from robust_prune.types import Evaluation, Measurement, Proportion, ThreatModel
+
+Attack = Literal["none", "pgd", "autoattack"]
+ATTACKS: tuple[Attack, ...] = ("none", "pgd", "autoattack")
+PGD_STEPS = 20
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Images [n, C, H, W] drawn once, so that every model is judged on the same ones."""
+
+    __test__ = False  # not a test class of pytest's
+
+    images: Tensor
+    labels: Tensor
+    split: str
+    seed: int
+
+
+def draw(split: data.Split, n: int, seed: int, *, name: str = "test") -> TestImages:
+    """Draw `n` images without replacement; fewer where the split is smaller."""
+    if n < 1:
+        raise UsageError(f"the number of images to evaluate on must be at least 1, not {n}")
+    if len(split) == 0:
+        raise DataError(f"the {name} split holds no images")
+    images, labels = split.take(min(n, len(split)), seed)
+    return TestImages(images, labels, name, seed)
+
+
+def evaluate(
+    model: nn.Module,
+    data_: Any,
+    *,
+    threat: ThreatModel | None = None,
+    attack: Attack = "autoattack",
+    n: int = 1000,
+    seed: int = 0,
+    batch_size: int = 100,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Measure clean accuracy, PGD-20 and AutoAttack accuracy.
+
+    Args:
+        model: takes images in [0, 1] and gives logits; left as it was.
+        data_: TestImages, or a data set name or folder (its test split is used), a loader, or an
+            iterable of (images, labels), used as they are.
+        threat: default Linf 8/255.
+        attack: `none` measures clean accuracy only, `pgd` adds PGD-20, `autoattack` adds both.
+        n: images to draw.
+        seed: of the draw and of every attack; global random state is restored.
+        batch_size: images at a time; AutoAttack's result depends on it.
+        on_progress: called with a line now and then.
+
+    Returns:
+        One Measurement per attack, each with the verdict for every image.
+    """
+    if attack not in ATTACKS:
+        raise UsageError(f"attack {attack!r} is not known; use one of {', '.join(ATTACKS)}")
+    threat = threat or ThreatModel.linf("8/255")
+    test = _test_images(data_, n, seed)
+    report = on_progress or (lambda line: None)
+    with evaluating(model), requires_grad(model, False):
+        measured = [_clean(model, test, batch_size)]
+        if attack != "none":
+            report(f"PGD-{PGD_STEPS} on {len(test.labels)} images")
+            measured.append(_pgd(model, test, threat, seed, batch_size))
+        if attack == "autoattack":
+            report(f"AutoAttack on {len(test.labels)} images")
+            measured.append(_autoattack(model, test, threat, seed, batch_size, on_progress))
+        channels, height, width = test.images.shape[1:]
+        cost = count_cost(model, (channels, height, width))
+        latency = latency_ms(model, test.images[:32])
+    return Evaluation(
+        split=test.split,
+        n=len(test.labels),
+        seed=seed,
+        threat=threat,
+        measurements=tuple(measured),
+        cost=cost,
+        latency_ms=latency,
+    )
+
+
+@torch.no_grad()
+def latency_ms(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
+    """Return the median milliseconds of one forward pass over these images."""
+    images = images.to(device_of(model))
+    times = []
+    with evaluating(model):
+        for i in range(repeats + 2):
+            _synchronize(images.device)
+            start = time.perf_counter()
+            model(images)
+            _synchronize(images.device)
+            if i >= 2:
+                times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Return the predicted classes [N] on the CPU."""
+    device = device_of(model)
+    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in torch.split(images, batch_size)])
+
+
+def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: float) -> float:
+    """Estimate the seconds AutoAttack takes, from one forward and backward pass.
+
+    APGD-CE makes 100 passes on all images that are right; targeted APGD and FAB 100 passes for
+    each of up to 9 classes, and Square 5,000 forward passes, on those that survive.
+    """
+    sample = images[:64].to(device_of(model)).requires_grad_(True)
+    with evaluating(model), requires_grad(model, False):
+        model(sample).sum().backward()
+        start = time.perf_counter()
+        model(sample).sum().backward()
+        both = (time.perf_counter() - start) / len(sample)
+    targets = min(9, max(1, classes - 1))
+    passes = 100 + robust * (100 * targets + 2 * 100 * targets + 5000 / 3)
+    return passes * both * len(images)
+
+
+def _test_images(data_: Any, n: int, seed: int) -> TestImages:
+    if isinstance(data_, TestImages):
+        return data_
+    if isinstance(data_, str):
+        splits = data.open_data(data_)
+        if splits.test is None:
+            raise DataError(f"{data_}: no test split")
+        return draw(splits.test, n, seed)
+    return draw(data.as_split(data_), n, seed, name="the caller's")
+
+
+def _clean(model: nn.Module, test: TestImages, batch_size: int) -> Measurement:
+    start = time.perf_counter()
+    correct = predict(model, test.images, batch_size) == test.labels
+    return _measurement("clean", correct, start)
+
+
+def _pgd(
+    model: nn.Module, test: TestImages, threat: ThreatModel, seed: int, batch_size: int
+) -> Measurement:
+    start = time.perf_counter()
+    correct = pgd_correct(
+        model,
+        test.images,
+        test.labels,
+        threat=threat,
+        steps=PGD_STEPS,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    details = {"steps": PGD_STEPS, "step_size": threat.eps / 4, "restarts": 1}
+    return _measurement("pgd", correct, start, details)
+
+
+def pgd_correct(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    seed: int,
+    batch_size: int = 256,
+) -> Tensor:
+    """Return [N] booleans: right on the clean image and on its PGD image."""
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    parts = []
+    with evaluating(model), requires_grad(model, False):
+        for clean, target in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+            clean, target = clean.to(device), target.to(device)
+            moved = pgd(
+                model,
+                clean,
+                target,
+                threat=threat,
+                steps=steps,
+                step_size=threat.eps / 4,
+                generator=generator,
+            )
+            with torch.no_grad():
+                right = (model(clean).argmax(1) == target) & (model(moved).argmax(1) == target)
+            parts.append(right.cpu())
+    return torch.cat(parts)
+
+
+def _autoattack(
+    model: nn.Module,
+    test: TestImages,
+    threat: ThreatModel,
+    seed: int,
+    batch_size: int,
+    on_progress: Progress | None,
+) -> Measurement:
+    start = time.perf_counter()
+    result = autoattack(
+        model,
+        test.images,
+        test.labels,
+        threat=threat,
+        seed=seed,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    details = {
+        "version": "standard",
+        "attacks": list(result.attacks),
+        "robust_after": result.robust_after,
+        "batch_size": batch_size,
+    }
+    return _measurement("autoattack", result.robust, start, details, result.flags)
+
+
+def _measurement(
+    attack: str,
+    correct: Tensor,
+    start: float,
+    details: dict[str, Any] | None = None,
+    flags: Sequence[str] = (),
+) -> Measurement:
+    verdicts = tuple(bool(v) for v in correct.tolist())
+    return Measurement(
+        attack=attack,
+        accuracy=Proportion(sum(verdicts), len(verdicts)),
+        correct=verdicts,
+        details=details or {},
+        flags=tuple(flags),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,476 @@
+"""torch-pruning's dependency graph as plain channel groups with exact costs, and `prune_`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from robust_prune.errors import ModelError, PlanError, UsageError
+from robust_prune.modules import (
+    device_of,
+    evaluating,
+    make_contiguous_,
+    network_of,
+    requires_grad,
+)
+from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
+
+Side = Literal["out", "in"]
+MIN_WIDTH = 2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer's share in a group: its channels [n] and the unit [n] each one belongs to."""
+
+    module: nn.Module
+    name: str
+    side: Side
+    channels: Tensor
+    units: Tensor
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether it is a convolution or linear layer, whose weights mix channels."""
+        return isinstance(self.module, (_ConvNd, nn.Linear))
+
+    def weight_by_unit(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (slices [n, ...] of a weight-shaped tensor, their units [n]).
+
+        The slices are rows of the output side or columns of the input side.
+        """
+        dim = 0 if (self.side == "out") != isinstance(self.module, _ConvTransposeNd) else 1
+        channels, units = self.channels, self.units
+        if channels.numel() and weight.shape[dim] <= int(channels.max()):
+            # a grouped convolution stores the input columns of one block, for all blocks alike
+            first_block = channels < weight.shape[dim]
+            channels, units = channels[first_block], units[first_block]
+        yield weight.index_select(dim, channels.to(weight.device)).transpose(0, dim), units
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer costs at given widths."""
+
+    out_channels: int
+    in_channels: int
+    groups: int
+    depthwise: bool
+    kernel: int
+    positions: int
+    bias: int
+    mixes: bool
+
+    def cost(self, out_channels: int, in_channels: int) -> tuple[int, int]:
+        """Return (multiply-adds, parameters)."""
+        if not self.mixes:
+            return 0, self.kernel * out_channels
+        per_output = 1 if self.depthwise else in_channels // self.groups
+        weights = out_channels * per_output * self.kernel
+        return weights * self.positions, weights + self.bias * out_channels
+
+
+class ModelGraph:
+    """The groups of a model, what they cost, and how to remove their channels in place.
+
+    Built once; every question about costs is then answered without touching the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        *,
+        protect: Sequence[str] = (),
+        min_width: int = MIN_WIDTH,
+    ) -> None:
+        """Trace the model.
+
+        Args:
+            model: any module on images; left as it was, in mode and requires_grad.
+            input_size: (channels, height, width) that costs are counted at.
+            protect: dotted layer names or patterns such as `layer1.*` that must stay whole.
+            min_width: channels that every group keeps at least (fewer if it has fewer).
+
+        Raises:
+            ModelError: the model does not take such images or can't be traced.
+            UsageError: a name in `protect` matches no layer.
+        """
+        self.model = model
+        self.input_size = input_size
+        net = network_of(model)
+        self._names = {module: name for name, module in net.named_modules()}
+        self._protected = _match(protect, [n for n in self._names.values() if n])
+        self._positions = _output_positions(net, input_size)
+        self._dg = _trace(net, input_size)
+        self._members: dict[str, tuple[Member, ...]] = {}
+        groups, unprunable = self._enumerate(min_width)
+        self.groups: tuple[ChannelGroup, ...] = tuple(groups)
+        self.unprunable: tuple[Unprunable, ...] = tuple(unprunable)
+        self._layers = {
+            name: _describe(module, self._positions.get(module, 0))
+            for module, name in self._names.items()
+            if _own_params(module)
+        }
+        self._shares = self._collect_shares()
+
+    def members(self, group: str) -> tuple[Member, ...]:
+        """Return the layers of a group with the channels each one shares in it."""
+        return self._members[group]
+
+    def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
+        """Return the exact cost when groups have these widths; missing ones stay whole."""
+        widths = widths or {}
+        macs = params = 0
+        for name, layer in self._layers.items():
+            out_channels, in_channels = layer.out_channels, layer.in_channels
+            for group, side, count in self._shares.get(name, ()):
+                width, full = widths.get(group.name, group.width), group.width
+                removed = count * (full - width) // full
+                if side == "out":
+                    out_channels -= removed
+                else:
+                    in_channels -= removed
+            layer_macs, layer_params = layer.cost(out_channels, in_channels)
+            macs, params = macs + layer_macs, params + layer_params
+        channels = sum(widths.get(group.name, group.width) for group in self.groups)
+        return Cost(macs, params, channels)
+
+    def check(self, plan: PruningPlan) -> None:
+        """Raise PlanError unless every group of `plan` is one of this model's."""
+        known = {group.name: group for group in self.groups}
+        for item in plan.groups:
+            group = known.get(item.name)
+            if group is None:
+                raise PlanError(
+                    f"the plan prunes {item.name!r}, which is no prunable group of this model "
+                    f"({len(known)} groups); was it made for another network?"
+                )
+            if group.width != item.width:
+                raise PlanError(
+                    f"the plan expects {item.width} channels in {item.name!r}, this model has "
+                    f"{group.width}; was it already pruned?"
+                )
+            units = {i % group.units for i in item.keep}
+            if len(units) * group.blocks != len(item.keep):
+                raise PlanError(
+                    f"the plan keeps channels of {item.name!r} that a grouped convolution of "
+                    f"{group.blocks} blocks can't keep apart"
+                )
+
+    def apply_(self, plan: PruningPlan) -> None:
+        """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
+
+        Raises:
+            PlanError: the plan does not fit (the model is untouched), or the pruned model does
+                not have the cost the plan promises.
+        """
+        self.check(plan)
+        net = network_of(self.model)
+        roots = {name: module for module, name in self._names.items()}
+        for item in plan.groups:
+            kept = set(item.keep)
+            drop = [i for i in range(item.width) if i not in kept]
+            if drop:
+                root = roots[item.name]
+                function = self._dg.get_pruner_of_module(root).prune_out_channels
+                self._dg.get_pruning_group(root, function, drop).prune()
+        for parameter in net.parameters():
+            parameter.grad = None
+        make_contiguous_(net)
+        counted = count_cost(self.model, plan.input_size)
+        if (counted.macs, counted.params) != (plan.pruned.macs, plan.pruned.params):
+            raise PlanError(
+                f"the pruned model has {counted.macs:,} multiply-adds and {counted.params:,} "
+                f"parameters, the plan promised {plan.pruned.macs:,} and {plan.pruned.params:,}"
+            )
+
+    def _enumerate(self, min_width: int) -> tuple[list[ChannelGroup], list[Unprunable]]:
+        order = {name: i for i, name in enumerate(self._names.values())}
+        groups: list[ChannelGroup] = []
+        unprunable: list[Unprunable] = []
+        for tp_group in self._dg.get_all_groups(ignored_layers=[]):
+            tp_group = self._with_first_root(tp_group, order)
+            name = self._names[tp_group[0].dep.target.module]
+            reason = self._why_not(tp_group)
+            if reason is None:
+                group, members = self._translate(name, tp_group, min_width)
+                reason = _why_uneven(group, members)
+            if reason is None:
+                groups.append(group)
+                self._members[name] = members
+            else:
+                unprunable.append(Unprunable(name, reason))
+        seen = {m.name for members in self._members.values() for m in members}
+        seen |= {item.name for item in unprunable}
+        for module, name in self._names.items():
+            if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
+                unprunable.append(Unprunable(name, "not reached by the dependency graph"))
+        groups.sort(key=lambda group: order[group.name])
+        unprunable.sort(key=lambda item: order[item.name])
+        return groups, unprunable
+
+    def _with_first_root(self, tp_group: Any, order: Mapping[str, int]) -> Any:
+        """Return the group seen from its first layer in the model's own order, if that is exact."""
+        roots = [
+            dep.target.module
+            for dep, idxs in tp_group
+            if isinstance(dep.target.module, (_ConvNd, nn.Linear))
+            and self._dg.is_out_channel_pruning_fn(dep.handler)
+            and list(idxs) == list(range(len(tp_group[0].idxs)))
+        ]
+        if not roots:
+            return tp_group
+        first = min(roots, key=lambda module: order[self._names[module]])
+        if first is tp_group[0].dep.target.module:
+            return tp_group
+        function = self._dg.get_pruner_of_module(first).prune_out_channels
+        return self._dg.get_pruning_group(first, function, range(len(tp_group[0].idxs)))
+
+    def _why_not(self, tp_group: Any) -> str | None:
+        for dep, idxs in tp_group:
+            module = dep.target.module
+            if isinstance(module, nn.Parameter):
+                return "touches a parameter that belongs to no layer"
+            if self._dg.is_out_channel_pruning_fn(dep.handler) and not dep.target.outputs:
+                return "its channels are the model's outputs"
+            name = self._names.get(module)
+            if name is None:
+                continue
+            if name in self._protected and self._dg.is_out_channel_pruning_fn(dep.handler):
+                return f"protected: {name}"
+            limit = self._channels(module, self._side(dep))
+            if idxs and (max(idxs) >= limit or min(idxs) < 0):
+                return f"couples more channels than {name} has"
+        return None
+
+    def _translate(
+        self, name: str, tp_group: Any, min_width: int
+    ) -> tuple[ChannelGroup, tuple[Member, ...]]:
+        width = len(tp_group[0].idxs)
+        blocks = max(
+            (
+                module.groups
+                for dep, _ in tp_group
+                if isinstance(module := dep.target.module, _ConvNd)
+                and not module.groups == module.out_channels == module.in_channels
+            ),
+            default=1,
+        )
+        units = max(1, width // blocks)
+        members = tuple(
+            Member(
+                module=module,
+                name=self._names[module],
+                side=self._side(item.dep),
+                channels=torch.tensor(list(item.idxs)),
+                units=torch.tensor(list(item.root_idxs)) % units,
+            )
+            for item in tp_group.items
+            if (module := item.dep.target.module) in self._names and _own_params(module)
+        )
+        group = ChannelGroup(
+            name=name,
+            width=width,
+            blocks=blocks,
+            min_width=min(width, max(min_width, blocks)),
+            members=tuple(m.name for m in members if m.side == "out"),
+            readers=tuple(m.name for m in members if m.side == "in"),
+        )
+        return group, members
+
+    def _side(self, dep: Any) -> Side:
+        return "out" if self._dg.is_out_channel_pruning_fn(dep.handler) else "in"
+
+    def _channels(self, module: nn.Module, side: Side) -> int:
+        ask = self._dg.get_out_channels if side == "out" else self._dg.get_in_channels
+        return int(ask(module) or 0)
+
+    def _collect_shares(self) -> dict[str, list[tuple[ChannelGroup, Side, int]]]:
+        shares: dict[str, list[tuple[ChannelGroup, Side, int]]] = {}
+        for group in self.groups:
+            for member in self._members[group.name]:
+                shares.setdefault(member.name, []).append(
+                    (group, member.side, len(member.channels))
+                )
+        return shares
+
+
+def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Remove the channels that `plan` drops from `model`, in place, and return it.
+
+    Build optimizers afterwards: the parameters are new objects.
+
+    Raises:
+        PlanError: the plan was made for another network; the model is then untouched.
+    """
+    ModelGraph(model, plan.input_size).apply_(plan)
+    return model
+
+
+@torch.no_grad()
+def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Zero in place what reads the channels that `plan` drops: same outputs as pruning, full size.
+
+    Exact where no normalisation spans pruned channels (batch norm does not).
+    """
+    graph = ModelGraph(model, plan.input_size)
+    graph.check(plan)
+    for item in plan.groups:
+        dropped = torch.tensor(sorted(set(range(item.width)) - set(item.keep)), dtype=torch.long)
+        units = next(g.units for g in graph.groups if g.name == item.name)
+        for member in graph.members(item.name):
+            if member.side == "in" and member.is_weighted:
+                weight = member.module.weight
+                gone = torch.isin(member.units, dropped % units)
+                columns = member.channels[gone] % weight.shape[1]
+                weight.index_fill_(1, columns.unique().to(weight.device), 0.0)
+    return model
+
+
+def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Count multiply-adds and parameters of the model as it is; `channels` is 0.
+
+    Counted are the multiply-adds of convolutions and linear layers for one image, without biases
+    and normalisation, the convention of the pruning literature.
+    """
+    net = network_of(model)
+    positions = _output_positions(net, input_size)
+    macs = 0
+    for module, count in positions.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        macs += weight.numel() * count
+    return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
+
+
+def members_of(tp_group: Any, names: Mapping[nn.Module, str], is_out: Any) -> tuple[Member, ...]:
+    """Translate a group of plain torch-pruning code; every channel is a unit of its own."""
+    return tuple(
+        Member(
+            module=module,
+            name=names.get(module, ""),
+            side="out" if is_out(item.dep.handler) else "in",
+            channels=torch.tensor(list(item.idxs)),
+            units=torch.tensor(list(item.root_idxs)),
+        )
+        for item in tp_group.items
+        if isinstance(module := item.dep.target.module, nn.Module) and _own_params(module)
+    )
+
+
+def _own_params(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [
+            name
+            for name in names
+            if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        ]
+        if not hits:
+            close = difflib.get_close_matches(pattern, names, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise UsageError(f"protect: no layer is called {pattern!r}{hint}")
+        found.update(hits)
+    return found
+
+
+def _example(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    parameter = next(net.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    generator = torch.Generator().manual_seed(0)
+    example = torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
+    return example
+
+
+@torch.no_grad()
+def _output_positions(net: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, int]:
+    """How often each convolution's or linear layer's weights are applied to one image.
+
+    For a transposed convolution these are the positions of its input.
+    """
+    positions: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        where = inputs[0] if isinstance(module, _ConvTransposeNd) else output
+        shape = where.shape
+        spatial = shape[2:] if isinstance(module, _ConvNd) else shape[1:-1]
+        positions[module] = positions.get(module, 0) + int(torch.Size(spatial).numel())
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in net.modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    ]
+    try:
+        with evaluating(net):
+            net(_example(net, input_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        line = (str(error).splitlines() or [""])[0][:160]
+        size = "x".join(map(str, input_size))
+        raise ModelError(f"the model does not take a {size} image: {line}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return positions
+
+
+def _trace(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    example = _example(net, input_size).requires_grad_(True)
+    try:
+        with evaluating(net), requires_grad(net, True), torch.enable_grad():
+            return tp.DependencyGraph().build_dependency(net, example, verbose=False)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0][:160]
+        raise ModelError(
+            f"the dependency graph of {type(net).__name__} can't be built: "
+            f"{type(error).__name__}: {line}"
+        ) from error
+
+
+def _describe(module: nn.Module, positions: int) -> _Layer:
+    own = sum(p.numel() for p in module.parameters(recurse=False))
+    if isinstance(module, _ConvNd):
+        return _Layer(
+            module.out_channels,
+            module.in_channels,
+            module.groups,
+            depthwise=module.groups == module.in_channels == module.out_channels,
+            kernel=int(torch.Size(module.kernel_size).numel()),
+            positions=positions,
+            bias=int(module.bias is not None),
+            mixes=True,
+        )
+    if isinstance(module, nn.Linear):
+        bias = int(module.bias is not None)
+        return _Layer(
+            module.out_features, module.in_features, 1, False, 1, positions, bias, mixes=True
+        )
+    first = next(module.parameters(recurse=False))
+    channels = first.shape[0] if first.ndim else 1
+    return _Layer(channels, channels, 1, False, own // channels, 0, 0, mixes=False)
+
+
+def _why_uneven(group: ChannelGroup, members: Iterable[Member]) -> str | None:
+    """Say why a group's cost would depend on which channels go, if it does."""
+    if group.width % group.blocks:
+        return f"{group.width} channels don't divide into {group.blocks} blocks"
+    for member in members:
+        counts = torch.bincount(member.units, minlength=group.units)
+        if len(counts) != group.units or int(counts.min()) != int(counts.max()):
+            return f"its channels meet those of {member.name} unevenly"
+    if not any(m.side == "in" and m.is_weighted for m in members):
+        return "no layer reads its channels"
+    return None

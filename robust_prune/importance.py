@@ -1,0 +1,138 @@
+"""MRS as an importance class for plain torch-pruning code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from robust_prune import allocation, data
+from robust_prune.errors import UsageError
+from robust_prune.graph import MIN_WIDTH, ModelGraph, members_of
+from robust_prune.modules import network_of
+from robust_prune.mrs import AdversarialSet, Method, adversarial_set, sensitivities
+from robust_prune.scores import Score, channel_scores
+from robust_prune.types import Sensitivity, ThreatModel
+
+ALWAYS_KEPT = 1e3
+
+
+class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Adaptive ratios and adversarial channel scores, behind torch-pruning's interface.
+
+    With `global_pruning=True` a pruner removes what lies under one threshold t. The score of a
+    channel is (its rank inside its group / group size) / willingness of the group, so that every
+    group loses the share t * willingness: the same ratios as `compress(allocation="mrs")` takes.
+    Without global pruning only the ranks inside a group count.
+
+        importance = MRSImportance(model, (images, labels), threat=ThreatModel.linf("8/255"))
+        tp.pruner.BasePruner(model, images[:1], importance=importance, global_pruning=True,
+                             pruning_ratio=0.5, ignored_layers=[model.fc]).step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_: Any,
+        *,
+        threat: ThreatModel | None = None,
+        rule: str = "mrs",
+        score: Score = "taylor",
+        method: Method = "first-order",
+        n: int = 512,
+        steps: int = 10,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        """Measure MRS once, on the model as it is.
+
+        Args:
+            model: the module to be pruned, on images in [0, 1].
+            data_: (images, labels) tensors, a loader, or any iterable of such batches, from
+                training or held-out images.
+            threat: default Linf 8/255.
+            rule: `mrs`, `inverted` or `uniform`.
+            score: `taylor` on the adversarial images, or `l2`.
+            method: `first-order` or `ascent`.
+            n: images to measure on.
+            steps: PGD steps for the adversarial set.
+            seed: for drawing images and starting PGD.
+            batch_size: images at a time.
+        """
+        images, labels = data.as_split(data_).take(n, seed)
+        self.rule, self.score = rule, score
+        self._model = model
+        self._adversarial: AdversarialSet = adversarial_set(
+            model,
+            images,
+            labels,
+            threat=threat or ThreatModel.linf("8/255"),
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        channels, height, width = images.shape[1:]
+        graph = ModelGraph(model, (channels, height, width))
+        self.sensitivity: Sensitivity = sensitivities(
+            model, self._adversarial, method=method, groups=graph.groups
+        )
+        self.willingness: Mapping[str, float] = allocation.weights(
+            rule, self.sensitivity.of_groups()
+        )
+        self._group_of = {member: group.name for group in graph.groups for member in group.members}
+        self._order = {group.name: i for i, group in enumerate(graph.groups)}
+
+    def __repr__(self) -> str:
+        s = self.sensitivity
+        return (
+            f"MRSImportance(rule={self.rule}, score={self.score}, MRS={s.method} on {s.n} images, "
+            f"{s.attack} {s.threat}, seed={s.seed})"
+        )
+
+    def __call__(self, group: Any) -> Tensor:
+        """Return scores [channels of the group's root]; the lowest are pruned.
+
+        Raises:
+            UsageError: the group is none that was measured, because the pruner's graph was built
+                on another model.
+        """
+        names = {module: name for name, module in network_of(self._model).named_modules()}
+        names_out = [
+            names[m]
+            for dep, _ in group
+            if (m := dep.target.module) in names and names[m] in self._group_of
+        ]
+        if not names_out:
+            root = names.get(group[0].dep.target.module, str(group[0].dep.target.module))
+            raise UsageError(
+                f"MRSImportance has not measured the group of {root}; give the pruner the same "
+                "model, and the classifier in ignored_layers"
+            )
+        name = self._group_of[names_out[0]]
+        n = len(group[0].idxs)
+        members = members_of(group, names, group._DG.is_out_channel_pruning_fn)
+        ranks = self._ranks(members, n)
+        # half a rank off, and a hair per group: torch-pruning removes ties, all of them
+        offset = 0.5 + 1e-3 * self._order[name] / (1 + len(self._order))
+        values = (ranks + offset) / n / self.willingness[name]
+        # a group that lies wholly under the threshold would be skipped, so its best stay above
+        least = min(n, max(MIN_WIDTH, math.ceil((1 - allocation.MAX_PRUNE_RATIO) * n)))
+        values[ranks >= n - least] += ALWAYS_KEPT
+        return values.to(next(self._model.parameters()).device, torch.float32)
+
+    def _ranks(self, members: Any, n: int) -> Tensor:
+        with torch.enable_grad():
+            scores = channel_scores(
+                self._model,
+                {"": members},
+                {"": n},
+                score=self.score,
+                adversarial=self._adversarial,
+            )[""]
+        ranks = torch.empty(n, dtype=torch.float64)
+        ranks[scores.argsort(stable=True)] = torch.arange(n, dtype=torch.float64)
+        return ranks

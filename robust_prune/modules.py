@@ -1,0 +1,115 @@
+"""The module on [0, 1] images, and context managers that leave a module as they found it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robust_prune.types import ModelSpec
+
+
+class ImageModel(nn.Module):
+    """A network behind its normalisation: images in [0, 1], [N, C, H, W], give logits [N, K].
+
+    `net` holds all weights, so names of layers and of the state_dict are the network's own.
+    `spec` says how to build the network again.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        if images.device.type == "cpu":
+            # channels_last gradients of narrow strided convolutions overrun their buffers on CPU
+            images = images.contiguous()
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """Return the module whose layer names people know: the network inside an ImageModel."""
+    return model.net if isinstance(model, ImageModel) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer, CPU where there is none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images have: what the first convolution reads, else 3."""
+    if isinstance(model, ImageModel):
+        return model.mean.shape[1]
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return 3 if first is None else first.in_channels
+
+
+@torch.no_grad()
+def make_contiguous_(model: nn.Module) -> None:
+    """Put every parameter and gradient of a CPU model into the contiguous layout."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = _plain_layout(parameter.data)
+            if parameter.grad is not None:
+                parameter.grad = _plain_layout(parameter.grad)
+
+
+def _plain_layout(tensor: Tensor) -> Tensor:
+    """Contiguous with the canonical strides, which 1x1 kernels in channels_last lack."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, and every submodule back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def requires_grad(model: nn.Module, flag: bool) -> Iterator[None]:
+    """Set `requires_grad` of every parameter, and put each back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(flag)
+    try:
+        yield
+    finally:
+        for parameter, old in flags:
+            parameter.requires_grad_(old)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators, and restore their states afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=cuda):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
