@@ -77,7 +77,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Tensor], manifest: A
         manifest: anything JSON can hold.
     """
     path = Path(path)
-    text = json.dumps({"schema": SCHEMA, **manifest}, sort_keys=True, allow_nan=False)
+    text = json.dumps({**manifest, "schema": SCHEMA}, sort_keys=True, allow_nan=False)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     with atomic(path) as temporary:
         if path.suffix in (".pt", ".pth"):

@@ -121,7 +121,8 @@ def latency_ms(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
 def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Return the predicted classes [N] on the CPU."""
     device = device_of(model)
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in torch.split(images, batch_size)])
+    parts = torch.split(images, batch_size)
+    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in parts])
 
 
 def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: float) -> float:
@@ -137,7 +138,7 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
         model(sample).sum().backward()
         both = (time.perf_counter() - start) / len(sample)
     targets = min(9, max(1, classes - 1))
-    passes = 100 + robust * (100 * targets + 2 * 100 * targets + 5000 / 3)
+    passes = 100 + robust * (100 * targets + 2 * 100 * targets + 0.42 * 5000)
     return passes * both * len(images)
 
 
@@ -190,7 +191,9 @@ def pgd_correct(
     device = device_of(model)
     parts = []
     with evaluating(model), requires_grad(model, False):
-        for clean, target in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+        for clean, target in zip(
+            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+        ):
             clean, target = clean.to(device), target.to(device)
             moved = pgd(
                 model,

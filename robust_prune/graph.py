@@ -329,10 +329,10 @@ def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         units = next(g.units for g in graph.groups if g.name == item.name)
         for member in graph.members(item.name):
             if member.side == "in" and member.is_weighted:
-                weight = member.module.weight
+                weight = weight_of(member.module)
                 gone = torch.isin(member.units, dropped % units)
                 columns = member.channels[gone] % weight.shape[1]
-                weight.index_fill_(1, columns.unique().to(weight.device), 0.0)
+                weight.index_fill_(1, torch.unique(columns).to(weight.device), 0.0)
     return model
 
 
@@ -346,9 +346,7 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     positions = _output_positions(net, input_size)
     macs = 0
     for module, count in positions.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        macs += weight.numel() * count
+        macs += weight_of(module).numel() * count
     return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
 
 
@@ -365,6 +363,13 @@ def members_of(tp_group: Any, names: Mapping[nn.Module, str], is_out: Any) -> tu
         for item in tp_group.items
         if isinstance(module := item.dep.target.module, nn.Module) and _own_params(module)
     )
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a convolution or linear layer."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def _own_params(module: nn.Module) -> bool:
@@ -391,8 +396,7 @@ def _example(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     parameter = next(net.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
     generator = torch.Generator().manual_seed(0)
-    example = torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
-    return example
+    return torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
 
 
 @torch.no_grad()

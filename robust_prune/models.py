@@ -106,6 +106,11 @@ def open_model(
         loaded = _identify(found.module, mean, std)
     else:
         loaded = _from_state(found, arch, model_kwargs, cifar_stem, mean, std)
+        if mean is None and not found.pretrained_cfg.get("mean"):
+            record["assumed"] = [
+                f"normalisation assumed: timm's for {loaded.spec.arch}, mean {loaded.spec.mean}, "
+                f"std {loaded.spec.std}; the file does not say, --mean and --std do"
+            ]
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
     return loaded.to(device).eval(), record
@@ -311,7 +316,7 @@ def _from_state(
     cifar_stem: bool,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-) -> nn.Module:
+) -> ImageModel:
     arch = arch or found.arch
     if arch is None:
         name, tensor = next(iter(found.state.items()))

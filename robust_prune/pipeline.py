@@ -64,6 +64,7 @@ class Settings:
     evaluation: Attack = "none"
     n_eval: int = 200
     plan: PruningPlan | None = None
+    notes: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -215,7 +216,14 @@ class _Job:
         self.model.eval()
         self.device = device_of(model)
         self.extra: dict[str, Any] = {}
+        for line in settings.notes:
+            self._note(line)
         if splits is None:
+            if isinstance(model, ImageModel) and model.spec.input_size is None:
+                self._note(
+                    f"image size assumed: {'x'.join(map(str, self.input_size))}; neither the file "
+                    "nor data tell, --input-size does"
+                )
             self._note(
                 "no data is known: calibrated on synthetic images labelled by the model itself; "
                 "nothing is fine-tuned or measured, batch-norm statistics are the dense model's"

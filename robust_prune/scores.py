@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
-from robust_prune.graph import Member
+from robust_prune.graph import Member, weight_of
 from robust_prune.modules import evaluating, requires_grad
 from robust_prune.mrs import AdversarialSet
 
@@ -56,7 +56,7 @@ def l2(members: Iterable[Member], units: int) -> Tensor:
     total = torch.zeros(units, dtype=torch.float64)
     for member in members:
         if member.is_weighted:
-            _add(total, member, _weight(member.module).detach(), lambda s: s.square().sum(1))
+            _add(total, member, weight_of(member.module).detach(), lambda s: s.square().sum(1))
     return total.sqrt()
 
 
@@ -78,7 +78,7 @@ def taylor(
         name: [m for m in group if m.is_weighted and m.side == "in"]
         for name, group in members.items()
     }
-    weights = list(dict.fromkeys(_weight(m.module) for group in readers.values() for m in group))
+    weights = list(dict.fromkeys(weight_of(m.module) for group in readers.values() for m in group))
     with evaluating(model), requires_grad(model, False):
         for weight in weights:
             weight.requires_grad_(True)
@@ -91,7 +91,7 @@ def taylor(
             for name, group in readers.items():
                 change = torch.zeros(units[name], dtype=torch.float64)
                 for member in group:
-                    weight = _weight(member.module)
+                    weight = weight_of(member.module)
                     gradient = gradients[weight]
                     if gradient is not None:
                         _add(change, member, weight.detach() * gradient, lambda s: s.sum(1))
@@ -102,9 +102,3 @@ def taylor(
 def _add(total: Tensor, member: Member, values: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
     for slices, unit in member.weight_by_unit(values):
         total.index_add_(0, unit, reduce(slices.flatten(1).double().cpu()))
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight

@@ -42,4 +42,5 @@ def project(perturbation: Tensor, images: Tensor, threat: ThreatModel) -> Tensor
 
 def norms(perturbation: Tensor) -> Tensor:
     """Return the Euclidean norm per image, [N, 1, 1, 1]."""
-    return torch.linalg.vector_norm(perturbation.flatten(1), dim=1).view(-1, 1, 1, 1)
+    lengths: Tensor = torch.linalg.vector_norm(perturbation.flatten(1), dim=1)
+    return lengths.view(-1, 1, 1, 1)

@@ -90,8 +90,8 @@ def compress(
         bool,
         typer.Option("--quick", help="No fine-tuning, PGD only.", rich_help_panel=TRAINING),
     ] = False,
-    norm: o.NormOption = "linf",
-    eps: o.Eps = "",
+    norm: o.NormOption = None,
+    eps: o.Eps = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write; default NAME-pruned/ here.", rich_help_panel=OUTPUT),
@@ -122,7 +122,7 @@ def compress(
     model is written as soon as it is pruned, and completed later: Ctrl-C leaves it usable.
     """
     output = Output(as_json=as_json, quiet=quiet)
-    name = f"{Path(model).name.removesuffix('.safetensors').removesuffix('.pt').removesuffix('.pth')}-pruned"
+    name = f"{_stem(model)}-pruned"
     folder = out or Path(name)
     _refuse_overwrite(folder / f"{name}.safetensors", folder, force)
     replayed = None if plan is None else _read_plan(plan)
@@ -140,7 +140,7 @@ def compress(
     chosen = _evaluation(eval_, quick, splits)
     settings = pipeline.Settings(
         budget=replayed.budget if replayed else Budget(target, ratio),  # type: ignore[arg-type]
-        threat=_threat(norm, eps, record),
+        threat=o.threat_model(norm, eps, record),
         allocation=replayed.allocation if replayed else allocation,
         score=replayed.score if replayed else score,  # type: ignore[arg-type]
         method=mrs.value,
@@ -153,6 +153,7 @@ def compress(
         evaluation=chosen.value,
         n_eval=n_eval or (1000 if o.pick_device(device) == "cuda" else 200),
         plan=replayed,
+        notes=tuple(record.get("assumed", ())),
         seed=seed,
     )
     _announce(output, module, splits, settings)
@@ -262,14 +263,6 @@ def _evaluation(chosen: o.Eval | None, quick: bool, splits: DataSplits | None) -
     return chosen or (o.Eval.pgd if quick else o.Eval.autoattack)
 
 
-def _threat(norm: str, eps: str, record: dict[str, Any]) -> Any:
-    """Take --norm and --eps, else the threat model the file was trained for, else Linf 8/255."""
-    recorded = record.get("threat")
-    if not eps and recorded and norm in ("linf", recorded["norm"]):
-        return o.threat_model(recorded["norm"], recorded["eps"])
-    return o.threat_model(norm, eps or ("8/255" if norm == "linf" else "0.5"))
-
-
 def _read_plan(path: Path) -> Any:
     import json
 
@@ -283,6 +276,12 @@ def _read_plan(path: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: not JSON: {error}") from None
     return PruningPlan.from_plain(data.get("plan", data) if isinstance(data, dict) else data)
+
+
+def _stem(model: str) -> str:
+    """The model's name without its folder and, where it is a file's, its suffix."""
+    path = Path(model)
+    return path.stem if path.suffix in (".safetensors", ".pt", ".pth", ".bin") else path.name
 
 
 def _refuse_overwrite(path: Path, folder: Path, force: bool) -> None:

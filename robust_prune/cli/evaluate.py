@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from robust_prune.cli import options as o
-from robust_prune.cli.compress import _threat
 from robust_prune.cli.output import Output, duration
 from robust_prune.errors import UsageError
 
@@ -20,8 +19,8 @@ def evaluate(
     n_eval: Annotated[
         int | None, typer.Option(help="Test images; default 200, on a GPU 1,000.", min=1)
     ] = None,
-    norm: o.NormOption = "linf",
-    eps: o.Eps = "",
+    norm: o.NormOption = None,
+    eps: o.Eps = None,
     arch: o.Arch = None,
     model_kwargs: o.ModelKwargs = None,
     cifar_stem: o.CifarStem = False,
@@ -49,7 +48,7 @@ def evaluate(
     splits = o.open_splits(module, record, data, data_root, download, workers)
     if splits is None or splits.test is None:
         raise UsageError(f"{model} records no data; name it with --data")
-    threat = _threat(norm, eps, record)
+    threat = o.threat_model(norm, eps, record)
     n = n_eval or (1000 if o.pick_device(device) == "cuda" else 200)
     test = evaluation.draw(splits.test, n, seed)
     if eval_ is o.Eval.autoattack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust_prune.errors import UsageError
-from robust_prune.types import Norm, ThreatModel
+from robust_prune.types import ThreatModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,8 +110,14 @@ Workers = Annotated[
     int | None,
     typer.Option(help="Processes that decode large data sets.", min=0, rich_help_panel=DATA),
 ]
-NormOption = Annotated[str, typer.Option("--norm", help="linf or l2.")]
-Eps = Annotated[str, typer.Option(help="Size of the perturbation: 8/255, 0.5.")]
+NormOption = Annotated[
+    str | None,
+    typer.Option("--norm", help="linf or l2; default: the model file's, else linf."),
+]
+Eps = Annotated[
+    str | None,
+    typer.Option(help="Size of the perturbation; default: the model file's, else 8/255, l2 0.5."),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 Json = Annotated[
@@ -119,8 +126,14 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and the result.")]
 
 
-def threat_model(norm: Norm | str, eps: str) -> ThreatModel:
-    """Read --norm and --eps."""
+def threat_model(
+    norm: str | None, eps: str | None, record: Mapping[str, Any] | None = None
+) -> ThreatModel:
+    """Take --norm and --eps, else the threat model in the file's record, else Linf 8/255."""
+    recorded = (record or {}).get("threat") or {}
+    norm = norm or recorded.get("norm") or "linf"
+    if eps is None:
+        eps = recorded["eps"] if recorded.get("norm") == norm else {"l2": "0.5"}.get(norm, "8/255")
     return ThreatModel(norm, eps)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from robust_prune.finetune.loop import EpochRecord, Progress
 
+FIRST_LINE_SECONDS = 10.0
+
 
 class Output:
     """Human output on stdout; with `as_json` the document alone is there, the rest on stderr."""
@@ -20,6 +22,8 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=120)
 
     def line(self, text: str) -> None:
         """Print a line of progress or context."""
@@ -44,7 +48,7 @@ class Output:
             return
         table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
         for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table, soft_wrap=False)
@@ -81,8 +85,7 @@ class Output:
                 status=f"loss {p.loss:.3f}, {p.images_per_second:.0f} images/s, "
                 f"{duration(p.seconds_left)} left",
             )
-            if not self.console.is_terminal and not self._told and p.images >= min(512, p.total):
-                self._told = True
+            if not self.console.is_terminal and p.images < p.total and self._due(p):
                 self.line(f"  {p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left")
 
         def on_epoch(e: EpochRecord) -> None:
@@ -92,11 +95,19 @@ class Output:
                 f"validation ({e.seconds:.0f} s)"
             )
 
-        self._told = False
+        self._next_line = FIRST_LINE_SECONDS
         with bar:
             yield on_progress, on_epoch
 
-    _told = False
+    def _due(self, p: Progress) -> bool:
+        """Whether a log without a bar gets a line now: soon once, then ever more seldom."""
+        elapsed = ((p.epoch - 1) * p.total + p.images) / max(p.images_per_second, 1e-9)
+        if elapsed < self._next_line:
+            return False
+        self._next_line = 4 * elapsed
+        return True
+
+    _next_line = 0.0
 
 
 def duration(seconds: float) -> str:

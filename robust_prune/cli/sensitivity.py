@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from robust_prune.cli import options as o
-from robust_prune.cli.compress import _threat
 from robust_prune.cli.output import Output
 from robust_prune.errors import UsageError
 
@@ -22,8 +21,8 @@ def sensitivity(
     plot: Annotated[
         Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf); default NAME-mrs.png.")
     ] = None,
-    norm: o.NormOption = "linf",
-    eps: o.Eps = "",
+    norm: o.NormOption = None,
+    eps: o.Eps = None,
     arch: o.Arch = None,
     model_kwargs: o.ModelKwargs = None,
     cifar_stem: o.CifarStem = False,
@@ -57,7 +56,7 @@ def sensitivity(
     result = pipeline.sensitivity(
         module,
         splits,
-        threat=_threat(norm, eps, record),
+        threat=o.threat_model(norm, eps, record),
         method=mrs.value,
         rho=rho,
         n=images,

@@ -27,12 +27,12 @@ def train(
     ] = None,
     method: Annotated[str, typer.Option(help="trades, pgd-at, n-fgsm, or a function.")] = "pgd-at",
     epochs: Annotated[int, typer.Option(min=1)] = 30,
-    clean_epochs: Annotated[int, typer.Option(help="Epochs on clean images first.", min=0)] = 0,
+    clean_epochs: Annotated[int, typer.Option(help="Epochs on clean images first.", min=0)] = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
     steps: Annotated[int, typer.Option(help="PGD steps of the attack.", min=1)] = 7,
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
-    norm: o.NormOption = "linf",
-    eps: o.Eps = "",
+    norm: o.NormOption = None,
+    eps: o.Eps = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from timm's weights.")
     ] = False,
@@ -65,7 +65,7 @@ def train(
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
-    threat = o.threat_model(norm, eps or ("8/255" if norm == "linf" else "0.5"))
+    threat = o.threat_model(norm, eps)
     config = TrainingConfig(
         method=method,
         epochs=epochs,

@@ -177,7 +177,7 @@ class _Run:
         )
         self.total_steps = config.epochs * math.ceil(len(training) / config.batch_size)
         self.step = 0
-        self.started = time.perf_counter()
+        self.started: float | None = None
 
     def epoch(self, epoch: int) -> float:
         """Train for one epoch and return its mean loss."""
@@ -189,6 +189,7 @@ class _Run:
             config.batch_size, seed=config.seed * 1000 + epoch, augment=config.augment
         ):
             self._schedule()
+            self.started = self.started or time.perf_counter()
             if len(images) < 2:
                 continue  # batch norm needs two
             images, labels = images.to(self.device), labels.to(self.device)
@@ -224,7 +225,7 @@ class _Run:
         if self.on_progress is None:
             return
         total = len(self.training)
-        elapsed = time.perf_counter() - self.started
+        elapsed = time.perf_counter() - (self.started or 0.0)
         done = (epoch - 1) * total + seen
         rate = done / max(elapsed, 1e-9)
         left = (self.config.epochs * total - done) / max(rate, 1e-9)

@@ -1,0 +1,37 @@
+# demo and test need nothing but Python 3.10+ and this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench check clean
+
+demo: $(VENV)/installed
+	rm -rf demo && mkdir demo
+	cd demo && ../$(BIN)/robust-prune train --arch resnet18 \
+		--model-kwargs '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}' --cifar-stem \
+		--data digits --input-size 1,16,16 --eps 0.1 \
+		--epochs 10 --clean-epochs 3 --batch-size 32 --steps 5 --out digits.safetensors
+	cd demo && ../$(BIN)/robust-prune compress digits.safetensors --ratio 0.5 \
+		--batch-size 32 --n-eval 100
+	@echo "the report is demo/digits-pruned/report.html"
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.spine
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# constraints.txt holds the versions that were tried together
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
