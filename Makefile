@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	rm -rf demo && mkdir demo
 	cd demo && ../$(BIN)/robust-prune train --arch resnet18 \
-		--model-kwargs '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}' --cifar-stem \
+		--model-kwargs '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}' --cifar-stem \
 		--data digits --input-size 1,16,16 --eps 0.1 \
 		--epochs 10 --clean-epochs 3 --batch-size 32 --steps 5 --out digits.safetensors
 	cd demo && ../$(BIN)/robust-prune compress digits.safetensors --ratio 0.5 \

@@ -59,11 +59,16 @@ def autoattack(
     defined and targeted APGD is left out. Both are said in `flags`.
 
     Raises:
-        AttackError: a model with fewer than two classes, or logits that are not finite.
+        AttackError: fewer than two classes, logits that are not finite, or images too small.
 
     Source: Croce and Hein, ICML 2020, arXiv 2003.01690. Deviation: a returned image that fools
     the model when scored again counts as fooling even where AutoAttack's own count missed it.
     """
+    if threat.norm == "l2" and min(images.shape[2:]) < 5:
+        raise AttackError(
+            f"AutoAttack's Square needs images of at least 5 pixels a side for l2, not "
+            f"{images.shape[2]}x{images.shape[3]}"
+        )
     device = device_of(model)
     with evaluating(model), requires_grad(model, False), seeded(seed), _keep_trace():
         classes = _classes(model, images[:2].to(device))

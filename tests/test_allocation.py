@@ -1,0 +1,80 @@
+"""Allocation: budgets are met, rules order the groups as they say, infeasible ones are errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_prune.allocation import ALLOCATIONS, MAX_PRUNE_RATIO, SPREAD, allocate, weights
+from robust_prune.errors import BudgetError, UsageError
+from robust_prune.graph import ModelGraph
+from robust_prune.types import Budget
+from tests.conftest import tiny_resnet
+
+WIDE = ModelGraph(tiny_resnet(channels=[32, 64, 96, 128], stem_width=16), (3, 32, 32))
+NAMES = [group.name for group in WIDE.groups]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(ALLOCATIONS),
+    st.sampled_from(["macs", "params", "channels"]),
+    st.floats(0.05, 0.6),
+    st.lists(st.floats(1e-3, 10), min_size=len(NAMES), max_size=len(NAMES)),
+)
+def test_every_rule_meets_every_budget_within_a_point(
+    rule: str, target: str, ratio: float, values: list[float]
+) -> None:
+    budget = Budget(target, ratio)  # type: ignore[arg-type]
+    willingness = weights(rule, dict(zip(NAMES, values, strict=True)))
+    widths = allocate(WIDE.groups, WIDE.cost, budget, willingness)
+    removed = 1 - WIDE.cost(widths).of(budget.target) / WIDE.cost().of(budget.target)
+    assert removed == pytest.approx(ratio, abs=0.01)
+    for group in WIDE.groups:
+        assert group.min_width <= widths[group.name] <= group.width
+
+
+def test_weights_by_hand() -> None:
+    mrs = {"a": 0.01, "b": 0.1, "c": 1.0}
+    assert weights("mrs", mrs) == pytest.approx({"a": 1.0, "b": 1 - SPREAD / 2, "c": 1 - SPREAD})
+    assert weights("inverted", mrs) == pytest.approx(
+        {"a": 1 - SPREAD, "b": 1 - SPREAD / 2, "c": 1.0}
+    )
+    assert weights("uniform", mrs) == dict.fromkeys(mrs, 1.0)
+    assert weights("mrs", {"a": 0.0, "b": 0.0}) == {"a": 1.0, "b": 1.0}
+
+
+def test_sensitive_groups_lose_less_and_inverted_turns_it_round() -> None:
+    mrs = {name: float(i + 1) for i, name in enumerate(NAMES)}
+    budget = Budget("macs", 0.5)
+
+    def ratios(rule: str) -> list[float]:
+        widths = allocate(WIDE.groups, WIDE.cost, budget, weights(rule, mrs))
+        return [1 - widths[g.name] / g.width for g in WIDE.groups]
+
+    assert ratios("mrs")[0] > ratios("mrs")[-1]
+    assert ratios("inverted")[0] < ratios("inverted")[-1]
+    assert max(ratios("uniform")) - min(ratios("uniform")) < 0.07
+
+
+def test_an_infeasible_budget_says_what_is_possible() -> None:
+    willingness = weights("uniform", dict.fromkeys(NAMES, 1.0))
+    with pytest.raises(BudgetError, match=r"at most 9\d\.\d % can go.*--ratio 0\.9") as caught:
+        allocate(WIDE.groups, WIDE.cost, Budget("macs", 0.9999), willingness)
+    possible = float(str(caught.value).split("--ratio ")[1].split(" ")[0])
+    widths = allocate(WIDE.groups, WIDE.cost, Budget("macs", possible), willingness)
+    assert 1 - WIDE.cost(widths).macs / WIDE.cost().macs == pytest.approx(possible, abs=0.01)
+    assert all(
+        widths[g.name] >= math.floor(g.width * (1 - MAX_PRUNE_RATIO)) for g in WIDE.groups
+    )
+
+
+def test_unknown_rules_and_ratios_are_errors() -> None:
+    with pytest.raises(UsageError, match="allocation 'best'"):
+        weights("best", {"a": 1.0})
+    for ratio in (0.0, 1.0, -0.1, 50):
+        with pytest.raises(UsageError, match="between 0 and 1"):
+            Budget("macs", ratio)

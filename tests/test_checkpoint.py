@@ -1,0 +1,205 @@
+"""Models in and out: real formats, bit-equal round trips, and files that must not run code."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from robust_prune import checkpoint, load, save
+from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.graph import ModelGraph, prune_
+from robust_prune.modules import ImageModel
+from tests.conftest import TINY, OwnNet, randomize_, tiny_resnet
+from tests.test_graph import random_plan
+
+ARCH = {"arch": "resnet18", "model_kwargs": TINY, "cifar_stem": True}
+
+
+def same_outputs(one: nn.Module, two: nn.Module, size: int = 32) -> bool:
+    images = torch.rand(3, 3, size, size)
+    with torch.no_grad():
+        return torch.equal(one.eval()(images), two.eval()(images))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_pruned_model_comes_back_bit_equal(resnet: ImageModel, tmp_path: Path, suffix: str) -> None:
+    prune_(resnet, random_plan(ModelGraph(resnet, (3, 32, 32)), 0.6))
+    path = save(resnet, tmp_path / f"model{suffix}", {"seed": 3})
+    again = load(path)
+    assert same_outputs(resnet, again)
+    assert again.spec == resnet.spec
+    assert again.net.layer1[0].conv1.out_channels == resnet.net.layer1[0].conv1.out_channels
+    second = random_plan(ModelGraph(again, (3, 32, 32)), 0.3)
+    assert prune_(again, second) is again  # a loaded model can be pruned again
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "vgg16", "vgg16_bn", "resnext50_32x4d", "densenet121"])
+def test_families_come_back_bit_equal(arch: str, tmp_path: Path) -> None:
+    from robust_prune import models
+
+    kwargs = {"mlp_ratio": 0.125} if arch.startswith("vgg") else {}
+    model = models.create(models.resolve(arch, {"num_classes": 10, **kwargs}))
+    randomize_(model)
+    prune_(model, random_plan(ModelGraph(model, (3, 32, 32)), 0.5))
+    assert same_outputs(model, load(save(model, tmp_path / "m.safetensors")))
+
+
+def test_an_own_class_is_stored_by_widths_and_weights(tmp_path: Path) -> None:
+    model = randomize_(OwnNet(width=16)).eval()
+    prune_(model, random_plan(ModelGraph(model, (3, 16, 16)), 0.5))
+    path = save(model, tmp_path / "own.safetensors")
+    again = load(path, model=OwnNet(width=16))
+    assert isinstance(again, OwnNet)
+    assert same_outputs(model, again, size=16)
+    assert again.first.out_channels == model.first.out_channels < 16
+    with pytest.raises(ModelError, match=r"OwnNet, a class that only you can build"):
+        load(path)
+
+
+def state_dict_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> dict[str, Path]:
+    """The same weights in every wrapping people use."""
+    files = {}
+    wrappings = {
+        "plain": state,
+        "state_dict": {"state_dict": state, "epoch": 3},
+        "model": {"model": state, "optimizer": {"lr": 0.1}},
+        "module": OrderedDict((f"module.{k}", v) for k, v in state.items()),
+        "lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()}},
+        "compiled": {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    }
+    for name, content in wrappings.items():
+        files[name] = tmp_path / f"{name}.pth"
+        torch.save(content, files[name])
+    files["safetensors"] = tmp_path / "plain.safetensors"
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, files["safetensors"])
+    return files
+
+
+def test_plain_state_dicts_in_every_wrapping(resnet: ImageModel, tmp_path: Path) -> None:
+    for name, path in state_dict_files(tmp_path, resnet.net.state_dict()).items():
+        model = load(path, **ARCH)
+        assert same_outputs(resnet, model), name
+
+
+def test_a_timm_training_checkpoint_with_its_namespace(tmp_path: Path) -> None:
+    net = randomize_(timm.create_model("resnet18", num_classes=7, in_chans=1)).eval()
+    path = tmp_path / "timm.pth.tar.pt"
+    content = {
+        "epoch": 2,
+        "arch": "resnet18",
+        "state_dict": net.state_dict(),
+        "args": argparse.Namespace(model="resnet18", lr=0.1),
+        "version": 2,
+    }
+    torch.save(content, path)
+    model = load(path, mean=[0.5], std=[0.25])
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), net((images - 0.5) / 0.25))
+    assert model.spec.num_classes == 7
+
+
+def test_a_hugging_face_folder_as_timm_writes_it(tmp_path: Path) -> None:
+    net = randomize_(timm.create_model("resnet18", num_classes=10, **TINY)).eval()
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 10,
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
+                           "input_size": [3, 64, 64]},
+        "model_args": TINY,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    assert model.spec.mean == (0.1, 0.2, 0.3)
+    assert model.spec.input_size == (3, 64, 64)
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    with torch.no_grad():
+        assert torch.equal(model(images), net((images - mean) / std))
+
+
+class Bomb:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "safetensors name", "in state_dict"])
+def test_a_malicious_pickle_is_not_executed(tmp_path: Path, kind: str) -> None:
+    mark = tmp_path / "executed"
+    path = tmp_path / ("bomb.safetensors" if kind == "safetensors name" else "bomb.pt")
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(mark)))
+    elif kind == "in state_dict":
+        torch.save({"state_dict": tiny_resnet().state_dict(), "extra": Bomb(mark)}, path)
+    else:
+        torch.save(Bomb(mark), path)
+    with pytest.raises((UnsafeFileError, ModelError)) as caught:
+        load(path)
+    assert not mark.exists()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_module_is_refused_then_trusted(tmp_path: Path) -> None:
+    net = randomize_(timm.create_model("resnet18", num_classes=4)).eval()
+    path = tmp_path / "whole.pt"
+    torch.save(net, path)
+    with pytest.raises(UnsafeFileError, match=r"ResNet.*--trust-pickle"):
+        load(path)
+    model = load(path, trust_pickle=True)
+    assert isinstance(model, ImageModel)
+    assert model.spec.arch == "resnet18"
+    again = load(save(model, tmp_path / "again.safetensors"))
+    assert same_outputs(model, again, size=64)
+
+
+def test_a_pickled_module_of_an_own_class_is_trusted_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "own.pt"
+    torch.save(OwnNet(), path)
+    assert isinstance(load(path, trust_pickle=True), OwnNet)
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save(tiny_resnet(0), path)
+    before = path.read_bytes()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(tiny_resnet(1), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_saving_does_not_change_the_model(resnet: ImageModel, tmp_path: Path) -> None:
+    before = copy.deepcopy(resnet.state_dict())
+    save(resnet, tmp_path / "m.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in resnet.state_dict().items())
+
+
+def test_torchvision_networks(tmp_path: Path) -> None:
+    import torchvision
+
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    torch.save(net.state_dict(), tmp_path / "tv.pth")
+    model = load(tmp_path / "tv.pth", arch="torchvision/resnet18")
+    assert model.spec.num_classes == 3
+    assert same_outputs(model, load(save(model, tmp_path / "again.safetensors")), size=64)

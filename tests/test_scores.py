@@ -1,0 +1,83 @@
+"""Channel scores against definitions written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robust_prune.errors import UsageError
+from robust_prune.graph import ModelGraph
+from robust_prune.mrs import AdversarialSet
+from robust_prune.scores import channel_scores
+from robust_prune.types import ThreatModel
+from tests.conftest import OwnNet, randomize_, tiny_resnet
+
+
+def scores_of(graph: ModelGraph, model: torch.nn.Module, score: str, **more: object) -> dict:
+    return channel_scores(
+        model,
+        {g.name: graph.members(g.name) for g in graph.groups},
+        {g.name: g.units for g in graph.groups},
+        score=score,  # type: ignore[arg-type]
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def test_l2_of_a_channel_inside_a_block() -> None:
+    model = tiny_resnet()
+    block = model.net.layer2[0]
+    found = scores_of(ModelGraph(model, (3, 32, 32)), model, "l2")["layer2.0.conv1"]
+    rows = block.conv1.weight.double().flatten(1).square().sum(1)
+    columns = block.conv2.weight.double().transpose(0, 1).flatten(1).square().sum(1)
+    torch.testing.assert_close(found, (rows + columns).sqrt().detach())
+
+
+def test_taylor_is_the_derivative_of_a_gate_on_the_channel() -> None:
+    model = randomize_(OwnNet(width=8)).double().eval()
+    images, labels = torch.rand(6, 3, 16, 16).double(), torch.randint(0, 5, (6,))
+    adversarial = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 3)
+    graph = ModelGraph(model, (3, 16, 16))
+    found = scores_of(graph, model, "taylor", adversarial=adversarial)["hidden"]
+    expected = torch.zeros(20).double()
+    for part, target in adversarial.batches():
+        gate = torch.ones(20, requires_grad=True, dtype=torch.float64)
+        handle = model.hidden.register_forward_hook(lambda m, i, o, g=gate: o * g)
+        # the gate sits before a ReLU, which passes a factor at 1 through unchanged
+        loss = F.cross_entropy(model(part), target)
+        handle.remove()
+        (slope,) = torch.autograd.grad(loss, gate)
+        expected += 0.5 * slope.square()
+    torch.testing.assert_close(found, expected)
+
+
+def test_taylor_predicts_what_removing_a_channel_does() -> None:
+    model = randomize_(OwnNet(width=8)).double().eval()
+    images, labels = torch.rand(8, 3, 16, 16).double(), torch.randint(0, 5, (8,))
+    adversarial = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 8)
+    found = scores_of(
+        ModelGraph(model, (3, 16, 16)), model, "taylor", adversarial=adversarial
+    )["hidden"].sqrt()
+    with torch.no_grad():
+        weight = model.out.weight
+        before = F.cross_entropy(model(images), labels)
+        step = 1e-4
+        for unit in range(20):
+            weight[:, unit] *= 1 - step
+            slope = (F.cross_entropy(model(images), labels) - before).abs() / step
+            weight[:, unit] /= 1 - step
+            assert float(slope) == pytest.approx(float(found[unit]), rel=0.02, abs=1e-6)
+
+
+def test_a_grouped_convolution_is_scored_by_unit() -> None:
+    model = randomize_(OwnNet(width=8)).eval()
+    graph = ModelGraph(model, (3, 16, 16))
+    first = next(g for g in graph.groups if g.name == "first")
+    assert (first.blocks, first.units) == (4, 2)
+    assert scores_of(graph, model, "l2")["first"].shape == (2,)
+
+
+def test_taylor_without_images_is_an_error() -> None:
+    model = tiny_resnet()
+    with pytest.raises(UsageError, match="needs adversarial images"):
+        scores_of(ModelGraph(model, (3, 32, 32)), model, "taylor")
