@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from torchvision.transforms import v2
 
 from robust_prune.errors import DataError
+from robust_prune.modules import plain_layout
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
@@ -296,7 +297,7 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
         raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
-    return images.clamp(0, 1).contiguous(), labels.long()
+    return plain_layout(images.clamp(0, 1)), labels.long()
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
@@ -313,7 +314,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> 
         columns = torch.where(mirrored, columns.flip(1), columns)
     which = torch.arange(n, device=images.device).view(n, 1, 1)
     picked = padded.permute(0, 2, 3, 1)[which, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    return plain_layout(picked.permute(0, 3, 1, 2))
 
 
 def synthetic_images(n: int, size: Size, seed: int) -> Tensor:

@@ -32,10 +32,7 @@ class ImageModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [N, K] of images [N, C, H, W] in [0, 1]."""
-        if images.device.type == "cpu":
-            # channels_last gradients of narrow strided convolutions overrun their buffers on CPU
-            images = images.contiguous()
-        logits: Tensor = self.net((images - self.mean) / self.std)
+        logits: Tensor = self.net((plain_layout(images) - self.mean) / self.std)
         return logits
 
 
@@ -65,14 +62,27 @@ def make_contiguous_(model: nn.Module) -> None:
     """Put every parameter and gradient of a CPU model into the contiguous layout."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data = _plain_layout(parameter.data)
+            parameter.data = plain_layout(parameter.data)
             if parameter.grad is not None:
-                parameter.grad = _plain_layout(parameter.grad)
+                parameter.grad = plain_layout(parameter.grad)
 
 
-def _plain_layout(tensor: Tensor) -> Tensor:
-    """Contiguous with the canonical strides, which 1x1 kernels in channels_last lack."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def plain_layout(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor in the contiguous layout with its canonical strides.
+
+    torch's CPU convolutions corrupt the heap in the backward pass of narrow layers in the
+    channels_last layout. `contiguous()` does not leave that layout where a dimension has size 1
+    (grey images, 1x1 kernels): both layouts then count as contiguous, and the strides decide.
+    """
+    if tensor.device.type != "cpu":
+        return tensor
+    canonical, step = [], 1
+    for size in reversed(tensor.shape):
+        canonical.append(step)
+        step *= size
+    if tensor.stride() == tuple(reversed(canonical)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager

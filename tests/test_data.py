@@ -1,0 +1,212 @@
+"""Data sets in their own layouts, splits that don't leak, and batches that are checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from robust_prune.data import as_split, crop_and_flip, from_iterable, open_data, synthetic_images
+from robust_prune.errors import DataError
+
+
+def paint(path: Path, value: int, size: tuple[int, int] = (20, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def image_folder(root: Path, testing: str = "test", n: int = 12) -> Path:
+    for split, count in (("train", n), (testing, 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                paint(root / split / name / f"{i}.png", 100 * label + i)
+    return root
+
+
+@pytest.mark.parametrize("testing", ["test", "val"])
+def test_an_image_folder(tmp_path: Path, testing: str) -> None:
+    splits = open_data(image_folder(tmp_path, testing))
+    assert (splits.classes, splits.input_size) == (2, (3, 16, 20))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (22, 2, 6)
+    images, labels = splits.test.take(6, seed=0)
+    assert images.shape == (6, 3, 16, 20)
+    assert torch.equal((images.mean((1, 2, 3)) * 255 > 50).long(), labels)
+
+
+def test_training_and_validation_images_are_disjoint_and_the_carve_is_the_datas_own(
+    tmp_path: Path,
+) -> None:
+    folder = image_folder(tmp_path, n=30)
+
+    def values(split: object) -> set[int]:
+        images, _ = split.take(len(split), seed=0)  # type: ignore[attr-defined, arg-type]
+        return {round(float(v) * 255) for v in images[:, 0, 0, 0]}
+
+    one, two = open_data(folder), open_data(folder)
+    assert not values(one.train) & values(one.validation)
+    assert len(values(one.train) | values(one.validation)) == 60
+    assert values(one.validation) == values(two.validation)
+    assert open_data(folder, split_seed=1).source["split_seed"] == 1
+    assert values(open_data(folder, split_seed=1).validation) != values(one.validation)
+
+
+def test_tiny_imagenet_in_its_original_layout(tmp_path: Path) -> None:
+    wnids = ["n02", "n01"]
+    (tmp_path / "wnids.txt").write_text("\n".join(wnids))
+    for i, wnid in enumerate(wnids):
+        for k in range(12):
+            paint(tmp_path / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", 40 + 100 * i, (64, 64))
+        (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").write_text("x\t0\t0\t1\t1\n")
+    lines = []
+    for k, wnid in enumerate(("n01", "n02", "n01", "n99")):
+        paint(tmp_path / "val" / "images" / f"val_{k}.JPEG", 140 if wnid == "n01" else 40, (64, 64))
+        lines.append(f"val_{k}.JPEG\t{wnid}\t0\t0\t62\t62")
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    splits = open_data(tmp_path)
+    assert (splits.classes, splits.input_size, len(splits.test)) == (2, (3, 64, 64), 3)
+    images, labels = splits.test.take(3, seed=0)
+    assert torch.equal(labels, (images.mean((1, 2, 3)) * 255 < 90).long())  # n01 is class 0
+    train_images, train_labels = splits.train.take(10, seed=0)
+    assert torch.equal(train_labels, (train_images.mean((1, 2, 3)) * 255 < 90).long())
+
+
+def test_svhn_in_its_own_mat_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 30), ("test", 6)):
+        scipy.io.savemat(
+            tmp_path / f"{split}_32x32.mat",
+            {
+                "X": rng.integers(0, 255, (32, 32, 3, n), dtype=np.uint8),
+                "y": (np.arange(n) % 10 + 1).reshape(-1, 1).astype(np.uint8),  # 10 means digit 0
+            },
+        )
+    # the sums are those of the original files
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *a, **k: True)
+    splits = open_data("svhn", data_root=tmp_path)
+    assert (splits.classes, splits.input_size, len(splits.test)) == (10, (3, 32, 32), 6)
+    assert not splits.train.flip
+    assert sorted(splits.test.take(6, seed=0)[1].tolist()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_missing_named_data_set_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--download"):
+        open_data("cifar10", data_root=tmp_path)
+
+
+def test_digits_test_images_are_other_writers_and_never_in_training() -> None:
+    splits = open_data("digits", input_size=(1, 8, 8))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (1167, 130, 500)
+    images, _ = splits.train.take(1167, seed=0)
+    assert images.shape == (1167, 1, 8, 8)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    assert open_data("digits").input_size == (1, 32, 32)
+    assert open_data("digits", channels=3).input_size == (3, 32, 32)
+
+
+def test_order_and_augmentation_repeat_for_a_seed() -> None:
+    train = open_data("digits", input_size=(1, 16, 16)).train
+
+    def epoch(seed: int) -> torch.Tensor:
+        return torch.cat([b[0] for b in train.batches(100, seed=seed, augment=True)])
+
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+
+
+def test_reading_from_disk_equals_reading_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder(tmp_path)
+    memory = open_data(folder, workers=0).test.take(6, seed=0)
+    monkeypatch.setattr("robust_prune.data.IN_MEMORY_BYTES", 0)
+    disk = open_data(folder, workers=1)
+    assert torch.equal(memory[0], disk.test.take(6, seed=0)[0])
+    batch, _ = next(disk.train.batches(8, seed=0, augment=True))
+    assert batch.shape == (8, 3, 16, 20)
+
+
+def test_shifts_move_images_by_whole_pixels_and_flips_mirror() -> None:
+    images = torch.rand(200, 1, 16, 16)
+    moved = crop_and_flip(images, torch.Generator().manual_seed(0), flip=True)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    for i in range(200):
+        candidates = [
+            padded[i, :, top : top + 16, left : left + 16] for top in range(5) for left in range(5)
+        ]
+        assert any(torch.equal(moved[i], c) or torch.equal(moved[i], c.flip(2)) for c in candidates)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), r"must lie in \[0, 1\]"),
+        ((torch.rand(4, 8, 8), torch.zeros(4, dtype=torch.long)), r"\[N, C, H, W\]"),
+        ((torch.rand(4, 3, 8, 8), torch.zeros(4)), "must be 4 integers"),
+        ((torch.rand(4, 3, 8, 8), torch.zeros(3, dtype=torch.long)), "must be 4 integers"),
+        (torch.rand(4, 3, 8, 8)[0, 0, 0, 0], "must be"),
+        ({"images": 1}, "must be"),
+    ],
+)
+def test_bad_batches_are_explained(batch: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_split([batch])
+
+
+def test_every_kind_of_user_data() -> None:
+    images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 4
+    loader = DataLoader(TensorDataset(images, labels), batch_size=7, shuffle=True)
+    batches = [(images[:20], labels[:20]), (images[20:], labels[20:])]
+    bytes_ = (images * 255).byte()
+    for data in (loader, (images, labels), batches, iter(batches), TensorDataset(images, labels)):
+        splits = from_iterable(data)
+        assert (len(splits.train), len(splits.validation)) == (36, 4)
+        got = torch.cat([b[0] for b in splits.train.batches(10)])
+        assert got.shape == (36, 3, 8, 8)
+    assert float(as_split((bytes_, labels)).take(40, 0)[0].max()) <= 1
+
+    class Stream(IterableDataset):
+        def __iter__(self):  # noqa: ANN204
+            yield from zip(images, labels, strict=True)
+
+    assert len(as_split(DataLoader(Stream(), batch_size=10))) == 40
+    with pytest.raises(DataError, match="only once"):
+        as_split(iter([]))
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path)
+    (folder / "test" / "cat" / "0.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"0\.png: can't be decoded"):
+        open_data(folder).test.take(6, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: (p / "cat").mkdir(), "needs train/<class>/"),
+        (lambda p: ((p / "train").mkdir(), (p / "test").mkdir()), "no class folders"),
+        (lambda p: ((p / "train" / "a").mkdir(parents=True), (p / "test" / "b").mkdir(parents=True)),
+         "'b' is not in train"),
+        (lambda p: ((p / "train" / "a").mkdir(parents=True), (p / "test" / "a").mkdir(parents=True)),
+         "no images"),
+    ],
+)
+def test_folders_that_are_no_image_folder(tmp_path: Path, make: object, message: str) -> None:
+    make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message):
+        open_data(tmp_path)
+
+
+def test_synthetic_images_are_images() -> None:
+    images = synthetic_images(5, (3, 20, 24), seed=1)
+    assert images.shape == (5, 3, 20, 24)
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
+    assert torch.equal(images, synthetic_images(5, (3, 20, 24), seed=1))

@@ -1,0 +1,92 @@
+"""MRSImportance inside plain torch-pruning code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_pruning as tp
+
+from robust_prune import MRSImportance, ThreatModel
+from robust_prune.errors import UsageError
+from robust_prune.graph import ModelGraph
+from tests.conftest import TINY, tiny_resnet
+
+WIDE = {**TINY, "channels": [32, 48, 64, 96], "stem_width": 16}
+
+
+def prepared(**more: object) -> tuple[torch.nn.Module, torch.Tensor, MRSImportance]:
+    net = tiny_resnet(**WIDE).net
+    images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(32) % 10
+    importance = MRSImportance(
+        net, (images, labels), threat=ThreatModel.linf("8/255"), steps=2, n=32, **more
+    )
+    return net, images, importance
+
+
+@pytest.mark.parametrize("rule", ["mrs", "uniform", "inverted"])
+def test_global_pruning_removes_the_share_of_each_group_that_mrs_says(rule: str) -> None:
+    net, images, importance = prepared(rule=rule)
+    before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    tp.pruner.BasePruner(
+        net, images[:1], importance=importance, global_pruning=True, pruning_ratio=0.4,
+        ignored_layers=[net.fc],
+    ).step()
+    after = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    removed = {name: 1 - after[name] / before[name] for name in before}
+    # one threshold t: each group loses min(t * willingness, 0.95), up to one channel
+    total = sum(before.values())
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        t = (low + high) / 2
+        gone = sum(
+            min(t * importance.willingness[n], 0.95) * width for n, width in before.items()
+        )
+        low, high = (t, high) if gone < 0.4 * total else (low, t)
+    for name, width in before.items():
+        expected = min(t * importance.willingness[name], 0.95)
+        assert removed[name] == pytest.approx(expected, abs=1.6 / width), name
+    assert sum(after.values()) == pytest.approx(0.6 * total, abs=2)
+    assert net(images).shape == (32, 10)
+    if rule == "uniform":
+        assert max(removed.values()) - min(removed.values()) < 0.05
+    else:
+        assert max(removed.values()) - min(removed.values()) > 0.2
+
+
+def test_it_says_what_it_uses() -> None:
+    _, _, importance = prepared(rule="inverted", score="l2")
+    assert repr(importance) == (
+        "MRSImportance(rule=inverted, score=l2, MRS=first-order on 32 images, PGD-2 linf 8/255, "
+        "seed=0)"
+    )
+
+
+def test_local_pruning_and_several_steps_work() -> None:
+    net, images, importance = prepared()
+    pruner = tp.pruner.BasePruner(
+        net, images[:1], importance=importance, pruning_ratio=0.5, iterative_steps=2,
+        ignored_layers=[net.fc],
+    )
+    pruner.step()
+    pruner.step()
+    assert net.layer1[0].conv1.out_channels == 16
+    assert net(images).shape == (32, 10)
+
+
+def test_forgetting_to_ignore_the_classifier_is_an_error() -> None:
+    net, images, importance = prepared()
+    with pytest.raises(UsageError, match="ignored_layers"):
+        tp.pruner.BasePruner(
+            net, images[:1], importance=importance, global_pruning=True, pruning_ratio=0.4
+        ).step()
+
+
+def test_another_model_is_an_error() -> None:
+    _, images, importance = prepared()
+    other = tiny_resnet(**WIDE).net
+    with pytest.raises(UsageError, match="same model"):
+        tp.pruner.BasePruner(
+            other, images[:1], importance=importance, pruning_ratio=0.4,
+            ignored_layers=[other.fc],
+        ).step()
