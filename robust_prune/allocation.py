@@ -21,6 +21,7 @@ Allocation = Literal["mrs", "inverted", "uniform"]
 ALLOCATIONS: tuple[Allocation, ...] = ("mrs", "inverted", "uniform")
 MAX_PRUNE_RATIO = 0.95
 SPREAD = 0.9
+SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01
 
 Widths = dict[str, int]
@@ -31,14 +32,17 @@ def weights(rule: str, mrs: Mapping[str, float]) -> dict[str, float]:
     """Return by group 1 - s_g: how willingly it gives channels, in [1 - SPREAD, 1].
 
     s_g is log(MRS), scaled over the groups to [0, SPREAD]; MRS spans orders of magnitude, and a
-    SPREAD below 1 keeps even the most sensitive group prunable. `inverted` turns s_g upside down
-    and `uniform` sets it to 0; both are controls. The scaling is ours.
+    SPREAD below 1 keeps even the most sensitive group prunable. MRS below a thousandth of the
+    largest counts as that, so that a dead branch with MRS 0 does not flatten all the others.
+    `inverted` turns s_g upside down and `uniform` sets it to 0; both are controls. The scaling is
+    ours.
     """
     if rule not in ALLOCATIONS:
         raise UsageError(f"allocation {rule!r} is not known; use one of {', '.join(ALLOCATIONS)}")
     if rule == "uniform" or not mrs:
         return dict.fromkeys(mrs, 1.0)
-    logs = {name: math.log(max(value, 1e-12)) for name, value in mrs.items()}
+    floor = max(max(mrs.values()) * SMALLEST_SHARE, 1e-30)
+    logs = {name: math.log(max(value, floor)) for name, value in mrs.items()}
     low, high = min(logs.values()), max(logs.values())
     spread = high - low
     scaled = {name: (v - low) / spread if spread > 0 else 0.0 for name, v in logs.items()}
@@ -138,6 +142,7 @@ def make_plan(
     seed: int,
     input_size: tuple[int, int, int],
     mrs: Mapping[str, float] | None = None,
+    max_prune_ratio: float = MAX_PRUNE_RATIO,
     unprunable: Sequence[Unprunable] = (),
     notes: Sequence[str] = (),
 ) -> PruningPlan:
@@ -159,7 +164,7 @@ def make_plan(
                 width=group.width,
                 keep=_keep(group, widths[group.name] // group.blocks, scores[group.name]),
                 mrs=(mrs or {}).get(group.name),
-                note=_note(group, widths[group.name]),
+                note=_note(group, widths[group.name], max_prune_ratio),
             )
             for group in groups
         ),
@@ -182,7 +187,9 @@ def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int
     return tuple(i for i in range(group.width) if i % group.units in kept)
 
 
-def _note(group: ChannelGroup, width: int) -> str:
-    if width == group.min_width < group.width:
+def _note(group: ChannelGroup, width: int, max_prune_ratio: float) -> str:
+    if group.width > width == group.min_units * group.blocks:
         return "at its minimum width"
+    if group.width > width == _width(group, max_prune_ratio):
+        return f"at the most that may go, {100 * max_prune_ratio:g} %"
     return ""

@@ -23,11 +23,13 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
         batches: (images [N, C, H, W] in [0, 1], labels).
 
     Returns:
-        The number of layers recalibrated; 0 for a model without batch norm, which is left alone.
+        The number of layers recalibrated; 0, and nothing changed, for a model without batch norm
+        or where no batch has two images.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return 0
+    before = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in layers]
     momenta = [layer.momentum for layer in layers]
     device = device_of(model)
     with evaluating(model):
@@ -36,10 +38,17 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average over all batches
                 layer.train()
+            used = 0
             for images, _ in batches:
                 if len(images) > 1:
                     model(images.to(device))
+                    used += 1
+        except BaseException:
+            used = 0
+            raise
         finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
+            for layer, momentum, state in zip(layers, momenta, before, strict=True):
                 layer.momentum = momentum
-    return len(layers)
+                if not used:
+                    layer.load_state_dict(state)
+    return len(layers) if used else 0

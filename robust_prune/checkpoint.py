@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.imports import importable_folder
 
 SCHEMA = "robust-prune/model/1"
 METADATA_KEY = "robust_prune"
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpo
         return _read_huggingface(path)
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: the file is empty")
-    if path.suffix == ".safetensors":
+    if _looks_like_safetensors(path):
         return _read_safetensors(path)
     return _from_object(path, _load_torch(path, trust_pickle), trust_pickle)
 
@@ -196,6 +197,13 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
         raise ModelError(f"{path}: not readable by torch.load: {_first_line(error)}") from None
 
 
+def _looks_like_safetensors(path: Path) -> bool:
+    """Eight bytes of header length, then JSON; the suffix decides where that is not clear."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:9] == b"{" or path.suffix == ".safetensors"
+
+
 def _looks_pickled(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(1) == b"\x80"
@@ -203,7 +211,8 @@ def _looks_pickled(path: Path) -> bool:
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        with importable_folder():
+            return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # noqa: BLE001 - a pickle can raise anything
         raise ModelError(
             f"{path}: can't be unpickled: {type(error).__name__}: {_first_line(error)}; the code "

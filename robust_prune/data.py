@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,21 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 from torchvision.transforms import v2
 
 from robust_prune.errors import DataError
-from robust_prune.modules import plain_layout
+from robust_prune.modules import ImageModel, image_channels, plain_layout
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
@@ -104,7 +113,10 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if self._cache is None:
             loader: DataLoader[Any] = DataLoader(
-                self.dataset, batch_size=512, collate_fn=self._collate, num_workers=0
+                self.dataset,
+                batch_size=512,
+                collate_fn=self._collate,
+                generator=torch.Generator(),  # the global one stays as it is
             )
             parts = list(loader)
             self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -247,7 +259,7 @@ def as_split(data: Any) -> Split:
     """Wrap a Split, a DataLoader, a data set, two tensors, or an iterable of batches."""
     if isinstance(data, Split):
         return data
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+    if isinstance(data, DataLoader) and _plain_loader(data):
         return Split(data.dataset, workers=data.num_workers, collate=data.collate_fn)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return Split(data)
@@ -273,6 +285,27 @@ def as_split(data: Any) -> Split:
     if not parts:
         raise DataError("the iterable gave no batches; a generator can be read only once")
     return _tensor_split(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def _plain_loader(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives every item of its data set once; others are read as they iterate."""
+    return not isinstance(loader.dataset, IterableDataset) and (
+        isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+        and not getattr(loader.sampler, "replacement", False)
+        and len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
+        and type(loader.batch_sampler) is BatchSampler
+    )
+
+
+def open_for(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits | None:
+    """Open a name or folder at the model's image size, or wrap the caller's own data."""
+    if source is None or isinstance(source, DataSplits):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        size = model.spec.input_size if isinstance(model, ImageModel) else None
+        splits = open_data(source, input_size=size, channels=image_channels(model))
+        return splits if test is None else replace(splits, test=as_split(test))
+    return from_iterable(source, test=test)
 
 
 def check_batch(batch: Any) -> tuple[Tensor, Tensor]:

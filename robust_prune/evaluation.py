@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,14 @@ from robust_prune.adversaries.autoattack import autoattack
 from robust_prune.adversaries.pgd import pgd
 from robust_prune.errors import DataError, UsageError
 from robust_prune.graph import count_cost
-from robust_prune.modules import device_of, evaluating, requires_grad
+from robust_prune.modules import (
+    check_outputs,
+    contiguous,
+    device_of,
+    evaluating,
+    requires_grad,
+    seeded,
+)
 from robust_prune.types import Evaluation, Measurement, Proportion, ThreatModel
 
 Attack = Literal["none", "pgd", "autoattack"]
@@ -44,7 +52,7 @@ def draw(split: data.Split, n: int, seed: int, *, name: str = "test") -> TestIma
     if len(split) == 0:
         raise DataError(f"the {name} split holds no images")
     images, labels = split.take(min(n, len(split)), seed)
-    return TestImages(images, labels, name, seed)
+    return TestImages(images.cpu(), labels.cpu(), name, seed)
 
 
 def evaluate(
@@ -77,9 +85,11 @@ def evaluate(
     if attack not in ATTACKS:
         raise UsageError(f"attack {attack!r} is not known; use one of {', '.join(ATTACKS)}")
     threat = threat or ThreatModel.linf("8/255")
-    test = _test_images(data_, n, seed)
+    model = contiguous(model)
+    test = _test_images(model, data_, n, seed)
+    check_outputs(model, test.images, test.labels)
     report = on_progress or (lambda line: None)
-    with evaluating(model), requires_grad(model, False):
+    with evaluating(model), requires_grad(model, False), seeded(seed):
         measured = [_clean(model, test, batch_size)]
         if attack != "none":
             report(f"PGD-{PGD_STEPS} on {len(test.labels)} images")
@@ -119,10 +129,11 @@ def latency_ms(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return the predicted classes [N] on the CPU."""
+    """Return the classes [N] predicted in eval mode, on the CPU."""
     device = device_of(model)
     parts = torch.split(images, batch_size)
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in parts])
+    with evaluating(model):
+        return torch.cat([model(part.to(device)).argmax(1).cpu() for part in parts])
 
 
 def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: float) -> float:
@@ -134,20 +145,22 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
     sample = images[:64].to(device_of(model)).requires_grad_(True)
     with evaluating(model), requires_grad(model, False):
         model(sample).sum().backward()
+        _synchronize(sample.device)
         start = time.perf_counter()
         model(sample).sum().backward()
+        _synchronize(sample.device)
         both = (time.perf_counter() - start) / len(sample)
     targets = min(9, max(1, classes - 1))
     passes = 100 + robust * (100 * targets + 2 * 100 * targets + 0.42 * 5000)
     return passes * both * len(images)
 
 
-def _test_images(data_: Any, n: int, seed: int) -> TestImages:
+def _test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
     if isinstance(data_, TestImages):
         return data_
-    if isinstance(data_, str):
-        splits = data.open_data(data_)
-        if splits.test is None:
+    if isinstance(data_, (str, os.PathLike, data.DataSplits)):
+        splits = data.open_for(model, data_)
+        if splits is None or splits.test is None:
             raise DataError(f"{data_}: no test split")
         return draw(splits.test, n, seed)
     return draw(data.as_split(data_), n, seed, name="the caller's")

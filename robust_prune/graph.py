@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from robust_prune.errors import ModelError, PlanError, UsageError
 from robust_prune.modules import (
@@ -91,14 +93,16 @@ class ModelGraph:
         *,
         protect: Sequence[str] = (),
         min_width: int = MIN_WIDTH,
+        probe: bool = True,
     ) -> None:
-        """Trace the model.
+        """Trace the model, and try on a copy that it still runs when its groups are halved.
 
         Args:
             model: any module on images; left as it was, in mode and requires_grad.
             input_size: (channels, height, width) that costs are counted at.
             protect: dotted layer names or patterns such as `layer1.*` that must stay whole.
             min_width: channels that every group keeps at least (fewer if it has fewer).
+            probe: False trusts that every group can be pruned, which costs half the time.
 
         Raises:
             ModelError: the model does not take such images or can't be traced.
@@ -115,6 +119,9 @@ class ModelGraph:
         groups, unprunable = self._enumerate(min_width)
         self.groups: tuple[ChannelGroup, ...] = tuple(groups)
         self.unprunable: tuple[Unprunable, ...] = tuple(unprunable)
+        self._roots = {name: module for module, name in self._names.items()}
+        if probe:
+            self._probe()
         self._layers = {
             name: _describe(module, self._positions.get(module, 0))
             for module, name in self._names.items()
@@ -147,6 +154,7 @@ class ModelGraph:
     def check(self, plan: PruningPlan) -> None:
         """Raise PlanError unless every group of `plan` is one of this model's."""
         known = {group.name: group for group in self.groups}
+        widths: dict[str, int] = {}
         for item in plan.groups:
             group = known.get(item.name)
             if group is None:
@@ -160,31 +168,39 @@ class ModelGraph:
                     f"{group.width}; was it already pruned?"
                 )
             units = {i % group.units for i in item.keep}
+            widths[item.name] = item.keep_width
             if len(units) * group.blocks != len(item.keep):
                 raise PlanError(
                     f"the plan keeps channels of {item.name!r} that a grouped convolution of "
                     f"{group.blocks} blocks can't keep apart"
+                )
+        for what, mine, theirs in (
+            ("dense", self.cost(), plan.dense),
+            ("pruned", self.cost(widths), plan.pruned),
+        ):
+            if (mine.macs, mine.params) != (theirs.macs, theirs.params):
+                raise PlanError(
+                    f"the plan says {theirs.macs:,} multiply-adds and {theirs.params:,} parameters "
+                    f"for the {what} model, this one has {mine.macs:,} and {mine.params:,}; was it "
+                    "made for another network or image size, or edited by hand?"
                 )
 
     def apply_(self, plan: PruningPlan) -> None:
         """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
 
         Raises:
-            PlanError: the plan does not fit (the model is untouched), or the pruned model does
-                not have the cost the plan promises.
+            PlanError: the plan does not fit; the model is untouched.
+            ModelError: the model does not run after pruning, although each group was tried.
         """
         self.check(plan)
         net = network_of(self.model)
-        roots = {name: module for module, name in self._names.items()}
+        trainable = {name: p.requires_grad for name, p in net.named_parameters()}
         for item in plan.groups:
             kept = set(item.keep)
-            drop = [i for i in range(item.width) if i not in kept]
-            if drop:
-                root = roots[item.name]
-                function = self._dg.get_pruner_of_module(root).prune_out_channels
-                self._dg.get_pruning_group(root, function, drop).prune()
-        for parameter in net.parameters():
+            self._remove(item.name, [i for i in range(item.width) if i not in kept])
+        for name, parameter in net.named_parameters():
             parameter.grad = None
+            parameter.requires_grad_(trainable[name])
         make_contiguous_(net)
         counted = count_cost(self.model, plan.input_size)
         if (counted.macs, counted.params) != (plan.pruned.macs, plan.pruned.params):
@@ -192,6 +208,25 @@ class ModelGraph:
                 f"the pruned model has {counted.macs:,} multiply-adds and {counted.params:,} "
                 f"parameters, the plan promised {plan.pruned.macs:,} and {plan.pruned.params:,}"
             )
+
+    def _remove(self, group: str, drop: Sequence[int]) -> None:
+        if drop:
+            root = self._roots[group]
+            function = self._dg.get_pruner_of_module(root).prune_out_channels
+            self._dg.get_pruning_group(root, function, list(drop)).prune()
+
+    def _probe(self) -> None:
+        """Halve all groups of a copy; if it breaks, halve each alone and leave out what breaks."""
+        if _survives(self.model, self.input_size, [g.name for g in self.groups]) is None:
+            return
+        broken = {}
+        for group in self.groups:
+            reason = _survives(self.model, self.input_size, [group.name])
+            if reason is not None:
+                broken[group.name] = f"the model does not run when it is pruned: {reason}"
+        self.groups = tuple(g for g in self.groups if g.name not in broken)
+        self._members = {g.name: self._members[g.name] for g in self.groups}
+        self.unprunable += tuple(Unprunable(name, reason) for name, reason in broken.items())
 
     def _enumerate(self, min_width: int) -> tuple[list[ChannelGroup], list[Unprunable]]:
         order = {name: i for i, name in enumerate(self._names.values())}
@@ -245,6 +280,8 @@ class ModelGraph:
             name = self._names.get(module)
             if name is None:
                 continue
+            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+                return f"{name} normalises over more than the channels"
             if name in self._protected and self._dg.is_out_channel_pruning_fn(dep.handler):
                 return f"protected: {name}"
             limit = self._channels(module, self._side(dep))
@@ -257,12 +294,7 @@ class ModelGraph:
     ) -> tuple[ChannelGroup, tuple[Member, ...]]:
         width = len(tp_group[0].idxs)
         blocks = max(
-            (
-                module.groups
-                for dep, _ in tp_group
-                if isinstance(module := dep.target.module, _ConvNd)
-                and not module.groups == module.out_channels == module.in_channels
-            ),
+            (_blocks(dep.target.module) for dep, _ in tp_group),
             default=1,
         )
         units = max(1, width // blocks)
@@ -304,6 +336,22 @@ class ModelGraph:
         return shares
 
 
+def _survives(
+    model: nn.Module, input_size: tuple[int, int, int], names: Sequence[str]
+) -> str | None:
+    """Halve these groups of a copy of the model; return why it fails, or None."""
+    graph = ModelGraph(copy.deepcopy(model), input_size, probe=False)
+    try:
+        for group in graph.groups:
+            if group.name in names and group.units > 1:
+                half = group.units // 2
+                graph._remove(group.name, [i for i in range(group.width) if i % group.units < half])
+        _output_positions(network_of(graph.model), input_size)
+    except (ModelError, RuntimeError, AssertionError, IndexError, ValueError) as error:
+        return str(error).removeprefix("the model does not take a ").splitlines()[0][:120]
+    return None
+
+
 def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Remove the channels that `plan` drops from `model`, in place, and return it.
 
@@ -312,7 +360,7 @@ def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanError: the plan was made for another network; the model is then untouched.
     """
-    ModelGraph(model, plan.input_size).apply_(plan)
+    ModelGraph(model, plan.input_size, probe=False).apply_(plan)
     return model
 
 
@@ -322,7 +370,7 @@ def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     Exact where no normalisation spans pruned channels (batch norm does not).
     """
-    graph = ModelGraph(model, plan.input_size)
+    graph = ModelGraph(model, plan.input_size, probe=False)
     graph.check(plan)
     for item in plan.groups:
         dropped = torch.tensor(sorted(set(range(item.width)) - set(item.keep)), dtype=torch.long)
@@ -350,25 +398,15 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
 
 
-def members_of(tp_group: Any, names: Mapping[nn.Module, str], is_out: Any) -> tuple[Member, ...]:
-    """Translate a group of plain torch-pruning code; every channel is a unit of its own."""
-    return tuple(
-        Member(
-            module=module,
-            name=names.get(module, ""),
-            side="out" if is_out(item.dep.handler) else "in",
-            channels=torch.tensor(list(item.idxs)),
-            units=torch.tensor(list(item.root_idxs)),
-        )
-        for item in tp_group.items
-        if isinstance(module := item.dep.target.module, nn.Module) and _own_params(module)
-    )
-
-
 def weight_of(layer: nn.Module) -> nn.Parameter:
     """Return the weight of a convolution or linear layer."""
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer):
+        raise ModelError(
+            f"the weight of a {type(layer).__name__} is computed from other parameters (weight or "
+            "spectral norm); remove the parametrization first, as by "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
     return weight
 
 
@@ -435,13 +473,46 @@ def _trace(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
     example = _example(net, input_size).requires_grad_(True)
     try:
         with evaluating(net), requires_grad(net, True), torch.enable_grad():
-            return tp.DependencyGraph().build_dependency(net, example, verbose=False)
+            return tp.DependencyGraph().build_dependency(
+                net, example, customized_pruners=_layer_norm_pruners(net), verbose=False
+            )
     except Exception as error:
         line = (str(error).splitlines() or [""])[0][:160]
         raise ModelError(
             f"the dependency graph of {type(net).__name__} can't be built: "
             f"{type(error).__name__}: {line}"
         ) from error
+
+
+class _LayerNormPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    """torch-pruning 1.6.1's own sorts the kept indices without keeping the result."""
+
+    TARGET_MODULES = nn.LayerNorm
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        assert isinstance(layer, nn.LayerNorm)
+        gone = set(idxs)
+        keep = [i for i in range(layer.normalized_shape[-1]) if i not in gone]
+        if layer.elementwise_affine:
+            layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
+            if layer.bias is not None:
+                layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
+        layer.normalized_shape = (len(keep),)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        assert isinstance(layer, nn.LayerNorm)
+        return int(layer.normalized_shape[-1])
+
+    get_in_channels = get_out_channels
+
+
+def _layer_norm_pruners(net: nn.Module) -> dict[type[nn.Module], _LayerNormPruner]:
+    """One entry per exact class, the way torch-pruning looks them up."""
+    classes = {type(module) for module in net.modules() if isinstance(module, nn.LayerNorm)}
+    return {cls: _LayerNormPruner() for cls in classes}
 
 
 def _describe(module: nn.Module, positions: int) -> _Layer:
@@ -467,11 +538,27 @@ def _describe(module: nn.Module, positions: int) -> _Layer:
     return _Layer(channels, channels, 1, False, own // channels, 0, 0, mixes=False)
 
 
+def _blocks(module: nn.Module) -> int:
+    """Return how many blocks of channels a layer treats alike; depthwise layers have none."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
+    if isinstance(module, _ConvNd) and not (
+        module.groups == module.out_channels == module.in_channels
+    ):
+        return module.groups
+    return 1
+
+
 def _why_uneven(group: ChannelGroup, members: Iterable[Member]) -> str | None:
     """Say why a group's cost would depend on which channels go, if it does."""
     if group.width % group.blocks:
         return f"{group.width} channels don't divide into {group.blocks} blocks"
     for member in members:
+        module = member.module
+        if isinstance(module, _ConvNd) and module.groups > 1:
+            whole = module.out_channels if member.side == "out" else module.in_channels
+            if len(member.channels) != whole:
+                return f"meets only a part of the grouped convolution {member.name}"
         counts = torch.bincount(member.units, minlength=group.units)
         if len(counts) != group.units or int(counts.min()) != int(counts.max()):
             return f"its channels meet those of {member.name} unevenly"

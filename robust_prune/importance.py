@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_prune import allocation, data
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, ModelGraph, members_of
+from robust_prune.graph import MIN_WIDTH, ModelGraph
 from robust_prune.modules import network_of
 from robust_prune.mrs import AdversarialSet, Method, adversarial_set, sensitivities
 from robust_prune.scores import Score, channel_scores
@@ -76,7 +76,9 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             batch_size=batch_size,
         )
         channels, height, width = images.shape[1:]
-        graph = ModelGraph(model, (channels, height, width))
+        self._input_size = channels, height, width
+        self._cache: tuple[Any, ModelGraph, Mapping[str, Tensor]] | None = None
+        graph = ModelGraph(model, self._input_size)
         self.sensitivity: Sensitivity = sensitivities(
             model, self._adversarial, method=method, groups=graph.groups
         )
@@ -96,43 +98,57 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
     def __call__(self, group: Any) -> Tensor:
         """Return scores [channels of the group's root]; the lowest are pruned.
 
+        Channels that a grouped convolution can only lose together have the same score.
+
         Raises:
             UsageError: the group is none that was measured, because the pruner's graph was built
                 on another model.
         """
         names = {module: name for name, module in network_of(self._model).named_modules()}
-        names_out = [
-            names[m]
+        root = group[0].dep.target.module
+        found = [
+            name
             for dep, _ in group
-            if (m := dep.target.module) in names and names[m] in self._group_of
+            if (name := self._group_of.get(names.get(dep.target.module, ""))) is not None
         ]
-        if not names_out:
-            root = names.get(group[0].dep.target.module, str(group[0].dep.target.module))
+        if root not in names or not found:
             raise UsageError(
-                f"MRSImportance has not measured the group of {root}; give the pruner the same "
-                "model, and the classifier in ignored_layers"
+                f"MRSImportance has not measured the group of {names.get(root, root)}; give the "
+                "pruner the same model, and the classifier in ignored_layers"
             )
-        name = self._group_of[names_out[0]]
-        n = len(group[0].idxs)
-        members = members_of(group, names, group._DG.is_out_channel_pruning_fn)
-        ranks = self._ranks(members, n)
+        unit_ranks, unit_of = self._ranks(found[0], root)
+        n = len(unit_ranks)
         # half a rank off, and a hair per group: torch-pruning removes ties, all of them
-        offset = 0.5 + 1e-3 * self._order[name] / (1 + len(self._order))
-        values = (ranks + offset) / n / self.willingness[name]
+        offset = 0.5 + 1e-3 * self._order[found[0]] / (1 + len(self._order))
+        values = (unit_ranks + offset) / n / self.willingness[found[0]]
         # a group that lies wholly under the threshold would be skipped, so its best stay above
         least = min(n, max(MIN_WIDTH, math.ceil((1 - allocation.MAX_PRUNE_RATIO) * n)))
-        values[ranks >= n - least] += ALWAYS_KEPT
-        return values.to(next(self._model.parameters()).device, torch.float32)
+        values[unit_ranks >= n - least] += ALWAYS_KEPT
+        device = next(self._model.parameters()).device
+        return values[unit_of[list(group[0].idxs)]].to(device, torch.float32)
 
-    def _ranks(self, members: Any, n: int) -> Tensor:
-        with torch.enable_grad():
+    def _ranks(self, name: str, root: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the rank [units] of every unit, and the unit [channels] of the root's channels."""
+        graph, scores = self._scores_now()
+        units = scores[name]
+        ranks = torch.empty(len(units), dtype=torch.float64)
+        ranks[units.argsort(stable=True)] = torch.arange(len(units), dtype=torch.float64)
+        member = next(m for m in graph.members(name) if m.module is root and m.side == "out")
+        unit_of = torch.empty(len(member.channels), dtype=torch.long)
+        unit_of[member.channels] = member.units
+        return ranks, unit_of
+
+    def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
+        """Score all groups at once, anew whenever the model has other parameters than before."""
+        key = tuple((id(p), p._version) for p in self._model.parameters())
+        if self._cache is None or self._cache[0] != key:
+            graph = ModelGraph(self._model, self._input_size, probe=False)
             scores = channel_scores(
                 self._model,
-                {"": members},
-                {"": n},
+                {g.name: graph.members(g.name) for g in graph.groups},
+                {g.name: g.units for g in graph.groups},
                 score=self.score,
                 adversarial=self._adversarial,
-            )[""]
-        ranks = torch.empty(n, dtype=torch.float64)
-        ranks[scores.argsort(stable=True)] = torch.arange(n, dtype=torch.float64)
-        return ranks
+            )
+            self._cache = key, graph, scores
+        return self._cache[1], self._cache[2]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from robust_prune import checkpoint
 from robust_prune.checkpoint import Checkpoint
 from robust_prune.errors import ModelError, UsageError
-from robust_prune.modules import ImageModel, device_of, network_of
+from robust_prune.modules import ImageModel, device_of, evaluating, make_contiguous_, network_of
 from robust_prune.resize import fit_
 from robust_prune.types import ModelSpec, to_plain
 
@@ -104,6 +104,7 @@ def open_model(
         loaded = _from_manifest(found)
     elif found.module is not None:
         loaded = _identify(found.module, mean, std)
+        record["assumed"] = [_pickle_note(loaded, mean is not None)]
     else:
         loaded = _from_state(found, arch, model_kwargs, cifar_stem, mean, std)
         if mean is None and not found.pretrained_cfg.get("mean"):
@@ -113,6 +114,7 @@ def open_model(
             ]
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
+    make_contiguous_(loaded)
     return loaded.to(device).eval(), record
 
 
@@ -212,7 +214,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def _is_name(name: str) -> bool:
     if name.startswith(("hf-hub:", TORCHVISION)):
         return True
-    return bool(timm.is_model(name.split(".")[0])) and not name.endswith((".pt", ".pth"))
+    if name.endswith((".pt", ".pth", ".safetensors", ".bin", ".tar", ".ckpt")):
+        return False
+    return bool(timm.is_model(name.split(".")[0]))
 
 
 def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +302,21 @@ def _from_manifest(found: Checkpoint) -> nn.Module:
     model = create(spec)
     _load_state(model, found)
     return model
+
+
+def _pickle_note(loaded: nn.Module, given: bool) -> str:
+    """Say what an unpickled module was taken for, and which normalisation it got."""
+    if not isinstance(loaded, ImageModel):
+        return (
+            f"the pickled {type(loaded).__name__} is used as it is, without normalisation; give "
+            "--mean and --std if it expects normalised images"
+        )
+    source = "as given" if given else "from its own timm configuration"
+    what = f"timm {loaded.spec.arch}" if loaded.spec.source == "timm" else loaded.spec.arch
+    return (
+        f"the pickled module is a {what}; normalisation {source}: mean {loaded.spec.mean}, std "
+        f"{loaded.spec.std}"
+    )
 
 
 def _into_own_class(model: nn.Module, found: Checkpoint) -> nn.Module:
@@ -423,18 +442,21 @@ def _identify(
         return module
     config = getattr(module, "pretrained_cfg", None) or {}
     arch = config.get("architecture") if isinstance(config, Mapping) else None
-    if not isinstance(arch, str) or not timm.is_model(arch):
-        return module
+    known = isinstance(arch, str) and timm.is_model(arch)
     state = module.state_dict()
-    for cifar_stem in (False, True):
+    for cifar_stem in (False, True) if known else ():
+        assert isinstance(arch, str)
         with contextlib.suppress(ModelError, RuntimeError):
             kwargs = _infer_kwargs(arch, {}, state)
             spec = resolve(arch, kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
             candidate = create(spec)
             candidate.net.load_state_dict(state)
             images = torch.rand(2, *default_input_size(spec), device=device_of(module))
-            if torch.equal(candidate.eval().net(images), module.eval()(images)):
-                return candidate
+            with evaluating(module), evaluating(candidate):
+                if torch.equal(candidate.net(images), module(images)):
+                    return candidate
+    mean = mean or (config.get("mean") if isinstance(config, Mapping) else None)
+    std = std or (config.get("std") if isinstance(config, Mapping) else None)
     if mean and std:
         cls = type(module)
         spec = ModelSpec("custom", f"{cls.__module__}.{cls.__qualname__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust_prune.errors import DataError, ModelError
 from robust_prune.types import ModelSpec
 
 
@@ -32,6 +34,10 @@ class ImageModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        if images.shape[1] != self.mean.shape[1]:
+            raise DataError(
+                f"the model takes images of {self.mean.shape[1]} channels, not {images.shape[1]}"
+            )
         logits: Tensor = self.net((plain_layout(images) - self.mean) / self.std)
         return logits
 
@@ -65,6 +71,39 @@ def make_contiguous_(model: nn.Module) -> None:
             parameter.data = plain_layout(parameter.data)
             if parameter.grad is not None:
                 parameter.grad = plain_layout(parameter.grad)
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """Return the model itself, or a contiguous copy of a CPU model in another layout."""
+    if all(p.data.stride() == plain_layout(p.data).stride() for p in model.parameters()):
+        return model
+    copied = copy.deepcopy(model)
+    make_contiguous_(copied)
+    return copied
+
+
+@torch.no_grad()
+def check_outputs(
+    model: nn.Module, images: Tensor, labels: Tensor, classes: int | None = None
+) -> None:
+    """Raise DataError unless logits [N, K] of these images fit labels and number of classes."""
+    with evaluating(model):
+        logits = model(images[:1].to(device_of(model)))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"the model must give logits [N, K], not {what}; wrap it so that it does")
+    outputs = logits.shape[1]
+    if classes is not None and classes != outputs:
+        raise DataError(
+            f"the model has {outputs} outputs, the data has {classes} classes: is it the data "
+            "this model was trained on?"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs:
+        raise DataError(
+            f"labels must lie in 0..{outputs - 1} for a model of {outputs} outputs, but go from "
+            f"{low} to {high}"
+        )
 
 
 def plain_layout(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries.pgd import pgd
 from robust_prune.errors import ModelError, UsageError
+from robust_prune.graph import weight_of
 from robust_prune.modules import device_of, evaluating, network_of, requires_grad
 from robust_prune.types import (
     ChannelGroup,
@@ -153,8 +154,8 @@ def sensitivities(
             ModuleSensitivity(
                 name=name,
                 kind=type(layer).__name__,
-                params=_weight(layer).numel(),
-                weight_norm=float(_weight(layer).detach().norm()),
+                params=weight_of(layer).numel(),
+                weight_norm=float(weight_of(layer).detach().norm()),
                 mrs=values[name],
             )
             for name, layer in layers.items()
@@ -179,6 +180,7 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+@torch.enable_grad()
 def first_order(
     model: nn.Module, adversarial: AdversarialSet, *, rho: float
 ) -> tuple[float, dict[str, float]]:
@@ -188,7 +190,7 @@ def first_order(
     One forward and one backward pass give it for all layers at once. This closed form is ours.
     """
     layers = weighted_layers(model)
-    weights = [_weight(layer) for layer in layers.values()]
+    weights = [weight_of(layer) for layer in layers.values()]
     sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
     total = 0.0
     with evaluating(model), requires_grad(model, False):
@@ -209,6 +211,7 @@ def first_order(
     return total / n, values
 
 
+@torch.enable_grad()
 def ascent(
     model: nn.Module,
     adversarial: AdversarialSet,
@@ -228,7 +231,7 @@ def ascent(
     with evaluating(model), requires_grad(model, False):
         base = _loss(model, adversarial)
         for name, layer in weighted_layers(model).items():
-            values[name] = _climb(model, _weight(layer), adversarial, base, rho, epochs)
+            values[name] = _climb(model, weight_of(layer), adversarial, base, rho, epochs)
             if on_module is not None:
                 on_module(name)
     return base, values
@@ -274,9 +277,3 @@ def _loss(model: nn.Module, adversarial: AdversarialSet) -> float:
         for images, labels in adversarial.batches()
     )
     return total / len(adversarial)
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight

@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from robust_prune import allocation as allocating
 from robust_prune import calibration, data, evaluation, models, mrs, report, scores
 from robust_prune.checkpoint import write_text
-from robust_prune.data import DataSplits
+from robust_prune.data import DataSplits, open_for
 from robust_prune.errors import DataError, Interrupted, UsageError
 from robust_prune.evaluation import Attack, TestImages
-from robust_prune.finetune import Method
+from robust_prune.finetune import Method, resolve
 from robust_prune.finetune.loop import EpochRecord, History, Progress, TrainingConfig, train_
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import ImageModel, device_of, image_channels, make_contiguous_
+from robust_prune.modules import (
+    ImageModel,
+    check_outputs,
+    contiguous,
+    device_of,
+    image_channels,
+    make_contiguous_,
+    seeded,
+)
 from robust_prune.types import (
     Budget,
     Evaluation,
@@ -65,6 +73,7 @@ class Settings:
     n_eval: int = 200
     plan: PruningPlan | None = None
     notes: tuple[str, ...] = ()
+    input_size: tuple[int, int, int] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,10 +81,35 @@ class Settings:
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
-        if self.calibration_images < 1:
-            raise UsageError("calibration needs at least 1 image")
+        if self.calibration_images < 1 or self.batch_size < 2:
+            raise UsageError("calibration needs at least 1 image, and batches at least 2")
+        known = (
+            ("allocation", self.allocation, allocating.ALLOCATIONS),
+            ("score", self.score, scores.SCORES),
+            ("MRS method", self.method, mrs.METHODS),
+            ("attack", self.evaluation, evaluation.ATTACKS),
+        )
+        for what, value, values in known:
+            if self.plan is None and value not in values:
+                raise UsageError(f"{what} {value!r} is not known; use one of {', '.join(values)}")
+        if self.finetune is not None:
+            resolve(self.finetune)
+            self.training()
         if not 0 < self.max_prune_ratio < 1:
             raise UsageError(f"max prune ratio {self.max_prune_ratio:g} must be between 0 and 1")
+
+    def training(self) -> TrainingConfig:
+        """Return the settings of the fine-tuning run."""
+        assert self.finetune is not None
+        return TrainingConfig(
+            method=self.finetune,
+            epochs=self.epochs,
+            threat=self.threat,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +176,7 @@ def compress(
         test: images to measure on, where `data` has no test split of its own.
         evaluation: `none`, `pgd` or `autoattack`.
         n_eval: test images to measure on.
-        plan: replay this plan instead of making one.
+        plan: replay this plan instead of making one; its budget and rules then count.
         more: further fields of `Settings`.
 
     Returns:
@@ -167,18 +201,7 @@ def compress(
         plan=plan,
         **more,
     )
-    return run(model, open_splits(model, data, test=test), settings)
-
-
-def open_splits(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits | None:
-    """Open a name or folder at the model's input size, or wrap the caller's own data."""
-    if source is None or isinstance(source, DataSplits):
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        size = model.spec.input_size if isinstance(model, ImageModel) else None
-        splits = data.open_data(source, input_size=size, channels=image_channels(model))
-        return splits if test is None else replace(splits, test=data.as_split(test))
-    return data.from_iterable(source, test=test)
+    return run(model, open_for(model, data, test=test), settings)
 
 
 def run(
@@ -189,13 +212,14 @@ def run(
 ) -> CompressResult:
     """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
     events = events or Events()
-    job = _Job(model, splits, settings, events)
-    job.measure_and_plan()
-    job.prune()
-    if settings.finetune is not None:
-        job.fine_tune()
-    if settings.evaluation != "none":
-        job.evaluate()
+    with seeded(settings.seed), torch.enable_grad():
+        job = _Job(model, splits, settings, events)
+        job.measure_and_plan()
+        job.prune()
+        if settings.finetune is not None:
+            job.fine_tune()
+        if settings.evaluation != "none":
+            job.evaluate()
     return job.result
 
 
@@ -205,12 +229,13 @@ class _Job:
     def __init__(
         self, model: nn.Module, splits: DataSplits | None, settings: Settings, events: Events
     ) -> None:
-        self.dense, self.splits, self.settings, self.events = model, splits, settings, events
+        self.dense, self.splits = contiguous(model), splits
+        self.settings, self.events = settings, events
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = list(splits.notes) if splits else []
         self.model = copy.deepcopy(model)
         make_contiguous_(self.model)
-        self.input_size = _input_size(model, splits)
+        self.input_size = _input_size(model, splits, settings.input_size)
         if isinstance(self.model, ImageModel):
             self.model.spec = replace(self.model.spec, input_size=self.input_size)
         self.model.eval()
@@ -219,7 +244,8 @@ class _Job:
         for line in settings.notes:
             self._note(line)
         if splits is None:
-            if isinstance(model, ImageModel) and model.spec.input_size is None:
+            known = isinstance(model, ImageModel) and model.spec.input_size
+            if not known and settings.input_size is None:
                 self._note(
                     f"image size assumed: {'x'.join(map(str, self.input_size))}; neither the file "
                     "nor data tell, --input-size does"
@@ -303,6 +329,7 @@ class _Job:
             seed=settings.seed,
             input_size=self.input_size,
             mrs=by_group,
+            max_prune_ratio=settings.max_prune_ratio,
             unprunable=graph.unprunable,
         )
 
@@ -336,15 +363,7 @@ class _Job:
                 f"{len(self.splits.train)} images are too few to keep some back for validation; "
                 "fine-tuning needs 20 or more"
             )
-        config = TrainingConfig(
-            method=settings.finetune,
-            epochs=settings.epochs,
-            threat=settings.threat,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            lr=settings.lr,
-            seed=settings.seed,
-        )
+        config = settings.training()
         if settings.evaluation != "none" and self.splits.test is not None:
             self._before_tuning = self._evaluate(self.model, "pgd")
         self.events.stage(f"fine-tuning: {config.method}, {config.epochs} epochs")
@@ -358,6 +377,8 @@ class _Job:
                 on_epoch=self.events.epoch,
             )
         self.history = history
+        for line in history.notes:
+            self._note(line)
         self._save("fine-tuned" if not history.interrupted else "fine-tuning interrupted")
         if history.interrupted:
             raise KeyboardInterrupt
@@ -382,12 +403,6 @@ class _Job:
         if self._test is None:
             settings = self.settings
             self._test = evaluation.draw(self.splits.test, settings.n_eval, settings.seed)
-            logits = model(self._test.images[:1].to(self.device))
-            if int(self._test.labels.max()) >= logits.shape[1]:
-                raise DataError(
-                    f"the model has {logits.shape[1]} outputs, the test labels go up to "
-                    f"{int(self._test.labels.max())}"
-                )
         return evaluation.evaluate(
             model,
             self._test,
@@ -411,18 +426,8 @@ class _Job:
             images = data.synthetic_images(n, self.input_size, seed)
             return images, evaluation.predict(self.model, images, 64)
         images, labels = self.splits.train.take(min(n, len(self.splits.train)), seed)
-        logits = self.model(images[:1].to(self.device))
-        outputs = int(logits.shape[-1])
-        if self.splits.source and self.splits.classes != outputs:
-            raise DataError(
-                f"the model has {outputs} outputs, {self.splits.name} has {self.splits.classes} "
-                "classes: is it the data this model was trained on?"
-            )
-        if int(labels.max()) >= outputs or int(labels.min()) < 0:
-            raise DataError(
-                f"labels must lie in 0..{outputs - 1} for a model of {outputs} outputs, but go "
-                f"from {int(labels.min())} to {int(labels.max())}"
-            )
+        classes = self.splits.classes if self.splits.source else None
+        check_outputs(self.model, images, labels, classes)
         return images, labels
 
     def _save(self, status: str) -> None:
@@ -493,6 +498,7 @@ def sensitivity(
     n: int = CALIBRATION_IMAGES,
     seed: int = 0,
     protect: Sequence[str] = (),
+    input_size: tuple[int, int, int] | None = None,
     on_module: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Measure MRS of every layer and channel group; see `robust_prune.mrs` for the definition.
@@ -507,16 +513,19 @@ def sensitivity(
         n: images to measure on.
         seed: of the draw and the attack.
         protect: layers that no group may touch.
+        input_size: (channels, height, width), where neither model nor data tell.
         on_module: called with each layer's name when its ascent is done.
     """
-    splits = open_splits(model, source)
-    size = _input_size(model, splits)
+    model = contiguous(model)
+    splits = open_for(model, source)
+    size = _input_size(model, splits, input_size)
     graph = ModelGraph(model, size, protect=protect)
     if splits is None:
         images = data.synthetic_images(n, size, seed)
         labels = evaluation.predict(model, images, 64)
     else:
         images, labels = splits.train.take(min(n, len(splits.train)), seed)
+        check_outputs(model, images, labels, splits.classes if splits.source else None)
     adversarial = mrs.adversarial_set(
         model, images, labels, threat=threat, seed=seed, batch_size=64
     )
@@ -538,8 +547,6 @@ def train_model(
     """Train a network adversarially, from `start` or from the builder's weights."""
     events = events or Events()
     if start is None:
-        from robust_prune.modules import seeded
-
         with seeded(config.seed):
             start = models.create(spec, pretrained=pretrained)
     model = start.to(device)
@@ -581,12 +588,18 @@ def compress_file(
     written: list[str] = []
 
     def write(result: CompressResult) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        text, page = report.to_json(result.report), report.to_html(result.report)
         models.save(result.model, paths["model"], result.report)
-        write_text(paths["report"], report.to_json(result.report))
-        write_text(paths["html"], report.to_html(result.report))
         written.append(result.report["status"])
+        write_text(paths["report"], text)
+        write_text(paths["html"], page)
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror}; name another folder") from None
     try:
         result = run(model, splits, settings, replace(events, saveable=write))
     except KeyboardInterrupt:
@@ -615,12 +628,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return info
 
 
-def _input_size(model: nn.Module, splits: DataSplits | None) -> tuple[int, int, int]:
+def _input_size(
+    model: nn.Module, splits: DataSplits | None, given: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
     if splits is not None:
         return splits.input_size
+    if given is not None:
+        return given
     if isinstance(model, ImageModel):
         return model.spec.input_size or models.default_input_size(model.spec)
-    raise UsageError("without data, the size of the images is not known; give --input-size C,H,W")
+    return image_channels(model), 224, 224
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

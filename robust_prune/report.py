@@ -50,7 +50,8 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     after = (found.get("pruned") or {}).get("latency_ms")
     if before and after:
         change = f"{100 * (after / before - 1):+.0f} %"
-        rows.append(("ms for 32 images", f"{before:.1f}", f"{after:.1f}", change))
+        count = min(32, found["dense"]["n"])
+        rows.append((f"ms for {count} images", f"{before:.1f}", f"{after:.1f}", change))
     return rows
 
 

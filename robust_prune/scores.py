@@ -60,6 +60,7 @@ def l2(members: Iterable[Member], units: int) -> Tensor:
     return total.sqrt()
 
 
+@torch.enable_grad()
 def taylor(
     model: nn.Module,
     members: Mapping[str, Sequence[Member]],

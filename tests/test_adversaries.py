@@ -74,8 +74,14 @@ def test_pgd_leaves_no_gradient_on_the_parameters() -> None:
 def test_pgd_repeats_for_a_seed() -> None:
     model, images = tiny_resnet(), torch.rand(4, 3, 32, 32)
     runs = [
-        pgd(model, images, torch.zeros(4, dtype=torch.long), threat=ThreatModel.linf(0.1), steps=3,
-            generator=torch.Generator().manual_seed(seed))
+        pgd(
+            model,
+            images,
+            torch.zeros(4, dtype=torch.long),
+            threat=ThreatModel.linf(0.1),
+            steps=3,
+            generator=torch.Generator().manual_seed(seed),
+        )
         for seed in (5, 5, 6)
     ]
     assert torch.equal(runs[0], runs[1])
@@ -173,6 +179,7 @@ def test_autoattack_shows_its_own_warnings() -> None:
             return super().forward(images).softmax(1)
 
     _, images, labels = small_problem(classes=5, n=4)
-    result = autoattack(Probabilities(5).eval(), images, labels,
-                        threat=ThreatModel.linf(0.02), seed=0)
+    result = autoattack(
+        Probabilities(5).eval(), images, labels, threat=ThreatModel.linf(0.02), seed=0
+    )
     assert any("probability distribution" in flag for flag in result.flags)

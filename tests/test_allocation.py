@@ -67,9 +67,7 @@ def test_an_infeasible_budget_says_what_is_possible() -> None:
     possible = float(str(caught.value).split("--ratio ")[1].split(" ")[0])
     widths = allocate(WIDE.groups, WIDE.cost, Budget("macs", possible), willingness)
     assert 1 - WIDE.cost(widths).macs / WIDE.cost().macs == pytest.approx(possible, abs=0.01)
-    assert all(
-        widths[g.name] >= math.floor(g.width * (1 - MAX_PRUNE_RATIO)) for g in WIDE.groups
-    )
+    assert all(widths[g.name] >= math.floor(g.width * (1 - MAX_PRUNE_RATIO)) for g in WIDE.groups)
 
 
 def test_unknown_rules_and_ratios_are_errors() -> None:

@@ -32,7 +32,9 @@ def same_outputs(one: nn.Module, two: nn.Module, size: int = 32) -> bool:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_pruned_model_comes_back_bit_equal(resnet: ImageModel, tmp_path: Path, suffix: str) -> None:
+def test_a_pruned_model_comes_back_bit_equal(
+    resnet: ImageModel, tmp_path: Path, suffix: str
+) -> None:
     prune_(resnet, random_plan(ModelGraph(resnet, (3, 32, 32)), 0.6))
     path = save(resnet, tmp_path / f"model{suffix}", {"seed": 3})
     again = load(path)
@@ -43,7 +45,9 @@ def test_a_pruned_model_comes_back_bit_equal(resnet: ImageModel, tmp_path: Path,
     assert prune_(again, second) is again  # a loaded model can be pruned again
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "vgg16", "vgg16_bn", "resnext50_32x4d", "densenet121"])
+@pytest.mark.parametrize(
+    "arch", ["resnet50", "vgg16", "vgg16_bn", "resnext50_32x4d", "densenet121"]
+)
 def test_families_come_back_bit_equal(arch: str, tmp_path: Path) -> None:
     from robust_prune import models
 
@@ -114,8 +118,11 @@ def test_a_hugging_face_folder_as_timm_writes_it(tmp_path: Path) -> None:
     config = {
         "architecture": "resnet18",
         "num_classes": 10,
-        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
-                           "input_size": [3, 64, 64]},
+        "pretrained_cfg": {
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+            "input_size": [3, 64, 64],
+        },
         "model_args": TINY,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))

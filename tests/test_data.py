@@ -192,10 +192,20 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     [
         (lambda p: (p / "cat").mkdir(), "needs train/<class>/"),
         (lambda p: ((p / "train").mkdir(), (p / "test").mkdir()), "no class folders"),
-        (lambda p: ((p / "train" / "a").mkdir(parents=True), (p / "test" / "b").mkdir(parents=True)),
-         "'b' is not in train"),
-        (lambda p: ((p / "train" / "a").mkdir(parents=True), (p / "test" / "a").mkdir(parents=True)),
-         "no images"),
+        (
+            lambda p: (
+                (p / "train" / "a").mkdir(parents=True),
+                (p / "test" / "b").mkdir(parents=True),
+            ),
+            "'b' is not in train",
+        ),
+        (
+            lambda p: (
+                (p / "train" / "a").mkdir(parents=True),
+                (p / "test" / "a").mkdir(parents=True),
+            ),
+            "no images",
+        ),
     ],
 )
 def test_folders_that_are_no_image_folder(tmp_path: Path, make: object, message: str) -> None:

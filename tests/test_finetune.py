@@ -102,8 +102,14 @@ def small_digits_model(digits: DataSplits) -> ImageModel:
 def test_each_method_makes_a_network_robust_on_digits(method: str, digits: DataSplits) -> None:
     model = small_digits_model(digits)
     config = TrainingConfig(
-        method, epochs=5, threat=ThreatModel.linf(0.06), steps=3, batch_size=32, lr=0.1,
-        clean_epochs=2, augment=False,
+        method,
+        epochs=5,
+        threat=ThreatModel.linf(0.06),
+        steps=3,
+        batch_size=32,
+        lr=0.1,
+        clean_epochs=2,
+        augment=False,
     )
     history = train_(model, digits.train, digits.validation, config)
     best = history.epochs[history.best_epoch]
@@ -122,10 +128,18 @@ def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
         return loss if len(calls) <= 80 else -loss  # learns, then unlearns
 
     config = TrainingConfig(
-        method, epochs=4, threat=ThreatModel.linf(0.02), batch_size=32, lr=0.05, warmup=0.0,
+        method,
+        epochs=4,
+        threat=ThreatModel.linf(0.02),
+        batch_size=32,
+        lr=0.05,
+        warmup=0.0,
     )
     history = train_(
-        model, digits.train, digits.validation, config,
+        model,
+        digits.train,
+        digits.validation,
+        config,
         on_epoch=lambda e: states.append(copy.deepcopy(model.state_dict())),
     )
     assert history.best_epoch in (1, 2)

@@ -30,8 +30,16 @@ def random_plan(
     generator = torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups, widths, scores, graph.cost, budget, allocation="uniform", score="random",
-        seed=seed, input_size=graph.input_size, unprunable=graph.unprunable,
+        graph.groups,
+        widths,
+        scores,
+        graph.cost,
+        budget,
+        allocation="uniform",
+        score="random",
+        seed=seed,
+        input_size=graph.input_size,
+        unprunable=graph.unprunable,
     )
 
 
@@ -44,8 +52,15 @@ def random_widths_plan(graph: ModelGraph, data: st.DataObject) -> PruningPlan:
     generator = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups, widths, scores, graph.cost, Budget("macs", 0.5), allocation="uniform",
-        score="random", seed=0, input_size=graph.input_size,
+        graph.groups,
+        widths,
+        scores,
+        graph.cost,
+        Budget("macs", 0.5),
+        allocation="uniform",
+        score="random",
+        seed=0,
+        input_size=graph.input_size,
     )
 
 
@@ -117,8 +132,13 @@ def test_an_own_class_with_a_skip_a_grouped_convolution_and_a_flatten(target: st
 
 def test_costs_of_a_hand_counted_network() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10),
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
     )
     macs = 8 * 3 * 9 * 100 + 4 * 8 * 100 + 4 * 10
     params = (8 * 3 * 9 + 8) + 16 + 32 + (40 + 10)
@@ -141,7 +161,8 @@ def test_building_the_graph_leaves_the_model_as_it_was(resnet: nn.Module) -> Non
     assert resnet.training
     assert not resnet.net.bn1.training
     assert [n for n, p in resnet.named_parameters() if p.requires_grad] == [
-        "net.fc.weight", "net.fc.bias",
+        "net.fc.weight",
+        "net.fc.bias",
     ]
     assert all(torch.equal(v, before[k]) for k, v in resnet.state_dict().items())
 

@@ -29,7 +29,11 @@ def test_global_pruning_removes_the_share_of_each_group_that_mrs_says(rule: str)
     net, images, importance = prepared(rule=rule)
     before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
     tp.pruner.BasePruner(
-        net, images[:1], importance=importance, global_pruning=True, pruning_ratio=0.4,
+        net,
+        images[:1],
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=0.4,
         ignored_layers=[net.fc],
     ).step()
     after = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
@@ -39,9 +43,7 @@ def test_global_pruning_removes_the_share_of_each_group_that_mrs_says(rule: str)
     low, high = 0.0, 20.0
     for _ in range(60):
         t = (low + high) / 2
-        gone = sum(
-            min(t * importance.willingness[n], 0.95) * width for n, width in before.items()
-        )
+        gone = sum(min(t * importance.willingness[n], 0.95) * width for n, width in before.items())
         low, high = (t, high) if gone < 0.4 * total else (low, t)
     for name, width in before.items():
         expected = min(t * importance.willingness[name], 0.95)
@@ -65,7 +67,11 @@ def test_it_says_what_it_uses() -> None:
 def test_local_pruning_and_several_steps_work() -> None:
     net, images, importance = prepared()
     pruner = tp.pruner.BasePruner(
-        net, images[:1], importance=importance, pruning_ratio=0.5, iterative_steps=2,
+        net,
+        images[:1],
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
         ignored_layers=[net.fc],
     )
     pruner.step()
@@ -87,6 +93,9 @@ def test_another_model_is_an_error() -> None:
     other = tiny_resnet(**WIDE).net
     with pytest.raises(UsageError, match="same model"):
         tp.pruner.BasePruner(
-            other, images[:1], importance=importance, pruning_ratio=0.4,
+            other,
+            images[:1],
+            importance=importance,
+            pruning_ratio=0.4,
             ignored_layers=[other.fc],
         ).step()

@@ -55,9 +55,9 @@ def test_taylor_predicts_what_removing_a_channel_does() -> None:
     model = randomize_(OwnNet(width=8)).double().eval()
     images, labels = torch.rand(8, 3, 16, 16).double(), torch.randint(0, 5, (8,))
     adversarial = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 8)
-    found = scores_of(
-        ModelGraph(model, (3, 16, 16)), model, "taylor", adversarial=adversarial
-    )["hidden"].sqrt()
+    found = scores_of(ModelGraph(model, (3, 16, 16)), model, "taylor", adversarial=adversarial)[
+        "hidden"
+    ].sqrt()
     with torch.no_grad():
         weight = model.out.weight
         before = F.cross_entropy(model(images), labels)

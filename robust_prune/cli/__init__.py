@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -52,15 +52,15 @@ def _root(
 def main() -> NoReturn:
     """Run the command line; every foreseen error is one line on stderr."""
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except RobustPruneError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; no file was written", Interrupted.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, for wrong options and arguments
+            _usage_error(error)
         if os.environ.get("ROBUST_PRUNE_DEBUG"):
             raise
         _fail(
@@ -68,7 +68,18 @@ def main() -> NoReturn:
             "ROBUST_PRUNE_DEBUG=1 shows where",
             1,
         )
-    sys.exit(0)
+    if code == Interrupted.exit_code:
+        _fail("stopped; nothing was written by this command", Interrupted.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Any) -> NoReturn:
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        sys.exit(0)
+    command = getattr(getattr(error, "ctx", None), "command_path", "robust-prune")
+    _fail(f"{message} See {command} --help.", getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, code: int) -> NoReturn:

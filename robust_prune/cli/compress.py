@@ -126,6 +126,8 @@ def compress(
     folder = out or Path(name)
     _refuse_overwrite(folder / f"{name}.safetensors", folder, force)
     replayed = None if plan is None else _read_plan(plan)
+    if ratio is not None and replayed is not None:
+        raise UsageError("--plan brings its own budget; leave out --ratio, or the plan")
     if ratio is None and replayed is None:
         raise UsageError("say how much to remove: --ratio 0.5 removes half of the multiply-adds")
 
@@ -153,6 +155,7 @@ def compress(
         evaluation=chosen.value,
         n_eval=n_eval or (1000 if o.pick_device(device) == "cuda" else 200),
         plan=replayed,
+        input_size=o.image_size(input_size),
         notes=tuple(record.get("assumed", ())),
         seed=seed,
     )

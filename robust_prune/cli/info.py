@@ -47,7 +47,7 @@ def info(
     )
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
-    if "plan" in record:
+    if "plan" in record and "cost" in record:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
         show(output, record)
     elif record:

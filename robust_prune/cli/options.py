@@ -153,8 +153,8 @@ def image_size(text: str | None) -> tuple[int, int, int] | None:
     """Read `3,32,32`."""
     if text is None:
         return None
-    parts = [part for part in text.replace("x", ",").split(",") if part.strip().isdigit()]
-    if len(parts) != 3 or any(int(part) < 1 for part in parts):
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or any(not p.strip().isdigit() or int(p) < 1 for p in parts):
         raise UsageError(f"--input-size {text!r}: give channels,height,width, as 3,32,32")
     return int(parts[0]), int(parts[1]), int(parts[2])
 

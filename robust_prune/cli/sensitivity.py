@@ -61,6 +61,7 @@ def sensitivity(
         rho=rho,
         n=images,
         seed=seed,
+        input_size=o.image_size(input_size),
         on_module=lambda name: output.line(f"  {name}"),
     )
     group_of = {group.decided_by: group for group in result.groups}

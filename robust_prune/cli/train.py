@@ -134,6 +134,8 @@ def train(
         )
     if isinstance(trained, ImageModel):
         trained.spec = spec
+    for line in history.notes:
+        output.note(line)
     record = {
         "data": dict(splits.source),
         "threat": to_plain(threat),

@@ -12,6 +12,7 @@ from robust_prune.finetune.attack import Attack
 from robust_prune.finetune.n_fgsm import n_fgsm
 from robust_prune.finetune.pgd_at import pgd_at
 from robust_prune.finetune.trades import trades
+from robust_prune.imports import importable_folder
 
 Method = Callable[[nn.Module, Tensor, Tensor, Attack], Tensor]
 
@@ -36,6 +37,7 @@ def resolve(method: str | Method) -> tuple[str, Method]:
         )
     module, _, function = method.partition(":")
     try:
-        return method, getattr(importlib.import_module(module), function)
+        with importable_folder():
+            return method, getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"fine-tuning method {method!r} can't be imported: {error}") from None

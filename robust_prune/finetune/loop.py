@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from robust_prune.errors import TrainingError, UsageError
 from robust_prune.evaluation import pgd_correct, predict
 from robust_prune.finetune import Method, resolve
 from robust_prune.finetune.attack import Attack
-from robust_prune.modules import device_of, make_contiguous_, seeded
+from robust_prune.modules import check_outputs, device_of, make_contiguous_, seeded
 from robust_prune.types import ThreatModel
 
 VALIDATION_STEPS = 10
@@ -84,6 +85,7 @@ class History:
     best_epoch: int
     validation: str
     interrupted: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def train_(
@@ -113,6 +115,7 @@ def train_(
     """
     name, method = resolve(config.method)
     images, labels = validation.take(min(config.validation_images, len(validation)), config.seed)
+    check_outputs(model, images, labels)
     make_contiguous_(model)
     run = _Run(model, method, training, config, on_progress)
     records: list[EpochRecord] = []
@@ -144,7 +147,24 @@ def train_(
         best_epoch=best[1] if best else 0,
         validation=f"PGD-{VALIDATION_STEPS} on {len(labels)} validation images",
         interrupted=interrupted,
+        notes=_collapses(records),
     )
+
+
+def _collapses(records: list[EpochRecord]) -> tuple[str, ...]:
+    """Tell catastrophic overfitting: robustness to PGD breaks down, clean accuracy does not.
+
+    Source: Wong et al., "Fast is better than free", ICLR 2020, Sec. 5.
+    """
+    for before, after in itertools.pairwise(records):
+        if after.robust < 0.5 * before.robust and after.clean >= before.clean - 0.02:
+            return (
+                f"catastrophic overfitting in epoch {after.epoch}: robust {100 * before.robust:.1f}"
+                f" -> {100 * after.robust:.1f} % while clean {100 * before.clean:.1f} -> "
+                f"{100 * after.clean:.1f} %; the best epoch before was kept, a multi-step method "
+                "(pgd-at, trades) avoids it",
+            )
+    return ()
 
 
 class _Run:
