@@ -47,6 +47,7 @@ from robust_prune.types import (
 
 log = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 512
+CPU_MACS = 10**13
 BATCHNORM_IMAGES = 2048
 LINF_8 = ThreatModel.linf("8/255")
 
@@ -68,7 +69,7 @@ class Settings:
     protect: tuple[str, ...] = ()
     min_width: int = 2
     max_prune_ratio: float = allocating.MAX_PRUNE_RATIO
-    calibration_images: int = CALIBRATION_IMAGES
+    calibration_images: int | None = None
     evaluation: Attack = "none"
     n_eval: int = 200
     plan: PruningPlan | None = None
@@ -81,7 +82,7 @@ class Settings:
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
-        if self.calibration_images < 1 or self.batch_size < 2:
+        if (self.calibration_images or 1) < 1 or self.batch_size < 2:
             raise UsageError("calibration needs at least 1 image, and batches at least 2")
         known = (
             ("allocation", self.allocation, allocating.ALLOCATIONS),
@@ -421,7 +422,7 @@ class _Job:
     @torch.no_grad()
     def _calibration(self) -> tuple[Tensor, Tensor]:
         """Images to measure sensitivity on: of the training split, never of test."""
-        n, seed = self.settings.calibration_images, self.settings.seed
+        n, seed = self._calibration_count(), self.settings.seed
         if self.splits is None:
             images = data.synthetic_images(n, self.input_size, seed)
             return images, evaluation.predict(self.model, images, 64)
@@ -429,6 +430,22 @@ class _Job:
         classes = self.splits.classes if self.splits.source else None
         check_outputs(self.model, images, labels, classes)
         return images, labels
+
+    def _calibration_count(self) -> int:
+        """How many images to measure on: what was asked, else what a CPU can do in minutes."""
+        asked = self.settings.calibration_images
+        if asked is not None or self.device.type != "cpu":
+            return asked or CALIBRATION_IMAGES
+        # PGD-10 and one more pass, forward and backward
+        work = 3 * 11 * max(self.graph.cost().macs, 1)
+        least, macs = (64, CPU_MACS) if self.splits is not None else (32, CPU_MACS // 5)
+        n = max(least, min(CALIBRATION_IMAGES, macs // work))
+        if n < CALIBRATION_IMAGES:
+            self._note(
+                f"sensitivity is measured on {n} images instead of {CALIBRATION_IMAGES}, so that it "
+                "ends in minutes on a CPU; --calibration-images takes another number"
+            )
+        return n
 
     def _save(self, status: str) -> None:
         self.result = CompressResult(

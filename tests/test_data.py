@@ -172,7 +172,7 @@ def test_every_kind_of_user_data() -> None:
     assert float(as_split((bytes_, labels)).take(40, 0)[0].max()) <= 1
 
     class Stream(IterableDataset):
-        def __iter__(self):  # noqa: ANN204
+        def __iter__(self):
             yield from zip(images, labels, strict=True)
 
     assert len(as_split(DataLoader(Stream(), batch_size=10))) == 40

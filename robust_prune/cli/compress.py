@@ -53,9 +53,14 @@ def compress(
         ),
     ] = None,
     calibration_images: Annotated[
-        int,
-        typer.Option(help="Training images to measure MRS on.", min=1, rich_help_panel=PRUNING),
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Training images to measure MRS on; default 512, fewer for large networks on a "
+            "CPU.",
+            min=1,
+            rich_help_panel=PRUNING,
+        ),
+    ] = None,
     finetune: Annotated[
         str | None,
         typer.Option(

@@ -1,0 +1,134 @@
+"""Evaluation: honest counts, the same images for both models, and nothing left changed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robust_prune import evaluate
+from robust_prune.calibration import recalibrate_batchnorm_
+from robust_prune.data import DataSplits
+from robust_prune.errors import DataError, ModelError, UsageError
+from robust_prune.evaluation import draw, pgd_correct
+from robust_prune.types import ThreatModel, to_plain
+from tests.conftest import OwnNet, tiny_resnet
+from tests.oracles import linear_classifier, near_middle
+
+
+def test_robust_accuracy_of_a_plane_is_the_share_out_of_reach() -> None:
+    model = linear_classifier().float()
+    images = near_middle(300, model.shape).float()
+    labels = model(images).argmax(1)
+    labels[:30] = 1 - labels[:30]
+    distance = model.distance(images, "linf").detach()
+    eps = float(distance.median())
+    right = pgd_correct(
+        model, images, labels, threat=ThreatModel.linf(eps), steps=20, seed=0, batch_size=100
+    )
+    expected = (distance > eps) & (torch.arange(300) >= 30)
+    clear = (distance / eps - 1).abs() > 0.02
+    assert torch.equal(right[clear], expected[clear])
+
+
+def test_evaluate_leaves_model_and_generators_as_they_were() -> None:
+    model = tiny_resnet().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    torch.set_rng_state(states[0])
+    result = evaluate(model, (images, labels), attack="pgd", n=8)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.attack for m in result.measurements] == ["clean", "pgd"]
+    assert result.cost.params == sum(p.numel() for p in model.parameters())
+    json.dumps(to_plain(result), allow_nan=False)
+
+
+def test_two_models_are_compared_on_the_same_images(digits: DataSplits) -> None:
+    test = draw(digits.test, 40, seed=3)
+    again = draw(digits.test, 40, seed=3)
+    assert torch.equal(test.images, again.images)
+    one = evaluate(Constant(0), test, attack="none")
+    two = evaluate(Constant(1), test, attack="none")
+    paired = one.compare(two)["clean"]
+    assert paired.first_only == int((test.labels == 0).sum())
+    assert paired.second_only == int((test.labels == 1).sum())
+
+
+class Constant(nn.Module):
+    """Always answers one class."""
+
+    def __init__(self, answer: int) -> None:
+        super().__init__()
+        self.answer = answer
+        self.layer = nn.Conv2d(1, 10, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(torch.full((len(images),), self.answer), 10).float()
+
+
+class Tuple(nn.Module):
+    """Gives (logits, features), as some repositories' models do."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.flatten(1), images
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "error", "message"),
+    [
+        (torch.full((8,), 10), None, DataError, r"labels must lie in 0\.\.9"),
+        (torch.arange(8), Tuple(), ModelError, r"must give logits \[N, K\], not tuple"),
+    ],
+)
+def test_models_and_labels_that_do_not_fit(
+    labels: torch.Tensor, model: nn.Module | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(model or tiny_resnet(), (torch.rand(8, 3, 32, 32), labels), attack="none")
+
+
+def test_unknown_attacks_and_counts_are_errors() -> None:
+    data = (torch.rand(8, 3, 32, 32), torch.arange(8))
+    with pytest.raises(UsageError, match="attack 'fgsm'"):
+        evaluate(tiny_resnet(), data, attack="fgsm")
+    with pytest.raises(UsageError, match="at least 1"):
+        evaluate(tiny_resnet(), data, n=0)
+
+
+def test_batch_norm_is_measured_anew_and_everything_else_stays() -> None:
+    model = OwnNet().train()
+    images = torch.rand(64, 3, 16, 16)
+    weights = {k: v.clone() for k, v in model.named_parameters()}
+    batches = [(part, None) for part in images.split(16)]
+    assert recalibrate_batchnorm_(model, batches) == 1
+    with torch.no_grad():
+        inputs = model.first(images)
+    torch.testing.assert_close(model.norm.running_mean, inputs.mean((0, 2, 3)))
+    means_of_batches = torch.stack([p.var((0, 2, 3)) for p in inputs.split(16)]).mean(0)
+    torch.testing.assert_close(model.norm.running_var, means_of_batches)
+    assert model.norm.momentum == 0.1
+    assert model.training
+    assert all(torch.equal(v, weights[k]) for k, v in model.named_parameters())
+
+
+def test_batch_norm_keeps_its_statistics_where_no_batch_serves_or_one_fails() -> None:
+    model = tiny_resnet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert recalibrate_batchnorm_(model, [(torch.rand(1, 3, 32, 32), None)]) == 0
+
+    def failing() -> object:
+        yield torch.rand(4, 3, 32, 32), None
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        recalibrate_batchnorm_(model, failing())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training
+    assert recalibrate_batchnorm_(nn.Linear(3, 2), []) == 0
