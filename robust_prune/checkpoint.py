@@ -194,6 +194,8 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
             "its source"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if not zipfile.is_zipfile(path) and not _looks_pickled(path):
+            raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
         raise ModelError(f"{path}: not readable by torch.load: {_first_line(error)}") from None
 
 

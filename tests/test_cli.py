@@ -232,7 +232,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     ),
     "no ratio": (["compress", "good.safetensors"], 2, "--ratio 0.5"),
     "ratio in percent": ([*GOOD[:3], "50"], 2, "between 0 and 1"),
-    "ratio is no number": ([*GOOD[:3], "half"], 2, "half"),
+    "ratio is no number": ([*GOOD[:3], "half"], 2, "'--ratio'"),
     "ratio out of reach": ([*GOOD[:3], "0.9999"], 5, "at most"),
     "unknown target": ([*GOOD, "--target", "flops"], 2, "macs, params, channels"),
     "unknown rule": ([*GOOD, "--allocation", "best"], 2, "mrs, inverted, uniform"),

@@ -52,7 +52,7 @@ def _root(
 def main() -> NoReturn:
     """Run the command line; every foreseen error is one line on stderr."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="robust-prune", standalone_mode=False)
     except RobustPruneError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
