@@ -19,7 +19,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.spine
+	$(BIN)/python -m benchmarks.speed
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -442,7 +442,7 @@ class _Job:
         n = max(least, min(CALIBRATION_IMAGES, macs // work))
         if n < CALIBRATION_IMAGES:
             self._note(
-                f"sensitivity is measured on {n} images instead of {CALIBRATION_IMAGES}, so that it "
+                f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it "
                 "ends in minutes on a CPU; --calibration-images takes another number"
             )
         return n

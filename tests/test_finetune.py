@@ -15,7 +15,7 @@ from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune import METHODS, resolve
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.loop import TrainingConfig, train_
+from robust_prune.finetune.loop import EpochRecord, TrainingConfig, _collapses, train_
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 from tests.conftest import TINY, tiny_resnet
@@ -211,3 +211,14 @@ def test_a_last_batch_of_one_image_is_no_problem() -> None:
     split = as_split((torch.rand(9, 3, 32, 32), torch.arange(9)))
     config = TrainingConfig("n-fgsm", epochs=1, threat=ThreatModel.linf("8/255"), batch_size=8)
     assert len(train_(model, split, split, config).epochs) == 2
+
+
+def test_catastrophic_overfitting_is_told() -> None:
+    def record(epoch: int, clean: float, robust: float) -> EpochRecord:
+        return EpochRecord(epoch, 1.0, clean, robust, 0.0)
+
+    good = [record(0, 0.3, 0.2), record(1, 0.5, 0.3), record(2, 0.55, 0.28)]
+    assert _collapses(good) == ()
+    broken = [*good, record(3, 0.8, 0.01)]
+    assert "epoch 3: robust 28.0 -> 1.0 %" in _collapses(broken)[0]
+    assert _collapses([*good, record(3, 0.1, 0.1)]) == ()  # everything broke: not this fault

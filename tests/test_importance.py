@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -99,3 +101,15 @@ def test_another_model_is_an_error() -> None:
             pruning_ratio=0.4,
             ignored_layers=[other.fc],
         ).step()
+
+
+def test_the_example_of_the_readme_runs_as_it_stands() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## Inside plain torch-pruning code")[1]
+    code = section.split("```python")[1].split("```")[0]
+    model = tiny_resnet(**WIDE).net
+    images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    before = sum(p.numel() for p in model.parameters())
+    exec(code, {"model": model, "images": images, "labels": labels})
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * before
+    assert model(images).shape == (16, 10)

@@ -147,7 +147,7 @@ def train_(
         best_epoch=best[1] if best else 0,
         validation=f"PGD-{VALIDATION_STEPS} on {len(labels)} validation images",
         interrupted=interrupted,
-        notes=_collapses(records),
+        notes=_collapses([r for r in records if not 0 < r.epoch <= config.clean_epochs]),
     )
 
 
@@ -157,7 +157,11 @@ def _collapses(records: list[EpochRecord]) -> tuple[str, ...]:
     Source: Wong et al., "Fast is better than free", ICLR 2020, Sec. 5.
     """
     for before, after in itertools.pairwise(records):
-        if after.robust < 0.5 * before.robust and after.clean >= before.clean - 0.02:
+        if (
+            before.robust >= 0.1
+            and after.robust < 0.5 * before.robust
+            and after.clean >= before.clean - 0.02
+        ):
             return (
                 f"catastrophic overfitting in epoch {after.epoch}: robust {100 * before.robust:.1f}"
                 f" -> {100 * after.robust:.1f} % while clean {100 * before.clean:.1f} -> "
