@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from robust_prune.allocation import allocate, make_plan, weights
+from robust_prune.builders import versions
 from robust_prune.graph import ModelGraph
-from robust_prune.models import versions
 from robust_prune.mrs import AdversarialSet, ascent, first_order
-from robust_prune.pipeline import hardware
+from robust_prune.record import hardware
 from robust_prune.scores import channel_scores
 from robust_prune.types import Budget, ThreatModel
 

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from robust_prune.graph import prune_
     from robust_prune.importance import MRSImportance
     from robust_prune.models import load, save
-    from robust_prune.pipeline import CompressResult, compress, sensitivity
+    from robust_prune.pipeline import compress, sensitivity
+    from robust_prune.settings import CompressResult
     from robust_prune.types import Budget, PruningPlan, ThreatModel
 
 # imported on first use, so that `robust-prune --help` does not wait for torch
 _HOMES = {
     "Budget": "types",
-    "CompressResult": "pipeline",
+    "CompressResult": "settings",
     "MRSImportance": "importance",
     "PruningPlan": "types",
     "ThreatModel": "types",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from robust_prune import data
 from robust_prune.adversaries.autoattack import autoattack
 from robust_prune.adversaries.pgd import pgd
+from robust_prune.costs import count_cost
 from robust_prune.errors import DataError, UsageError
-from robust_prune.graph import count_cost
 from robust_prune.modules import (
     check_outputs,
     contiguous,

@@ -13,11 +13,17 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
 
+from robust_prune.costs import (
+    count_cost,
+    describe,
+    example_image,
+    output_positions,
+    own_params,
+    weight_of,
+)
 from robust_prune.errors import ModelError, PlanError, UsageError
 from robust_prune.modules import (
-    device_of,
     evaluating,
     make_contiguous_,
     network_of,
@@ -58,28 +64,6 @@ class Member:
         yield weight.index_select(dim, channels.to(weight.device)).transpose(0, dim), units
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What a layer costs at given widths."""
-
-    out_channels: int
-    in_channels: int
-    groups: int
-    depthwise: bool
-    kernel: int
-    positions: int
-    bias: int
-    mixes: bool
-
-    def cost(self, out_channels: int, in_channels: int) -> tuple[int, int]:
-        """Return (multiply-adds, parameters)."""
-        if not self.mixes:
-            return 0, self.kernel * out_channels
-        per_output = 1 if self.depthwise else in_channels // self.groups
-        weights = out_channels * per_output * self.kernel
-        return weights * self.positions, weights + self.bias * out_channels
-
-
 class ModelGraph:
     """The groups of a model, what they cost, and how to remove their channels in place.
 
@@ -113,7 +97,7 @@ class ModelGraph:
         net = network_of(model)
         self._names = {module: name for name, module in net.named_modules()}
         self._protected = _match(protect, [n for n in self._names.values() if n])
-        self._positions = _output_positions(net, input_size)
+        self._positions = output_positions(net, input_size)
         self._dg = _trace(net, input_size)
         self._members: dict[str, tuple[Member, ...]] = {}
         groups, unprunable = self._enumerate(min_width)
@@ -123,9 +107,9 @@ class ModelGraph:
         if probe:
             self._probe()
         self._layers = {
-            name: _describe(module, self._positions.get(module, 0))
+            name: describe(module, self._positions.get(module, 0))
             for module, name in self._names.items()
-            if _own_params(module)
+            if own_params(module)
         }
         self._shares = self._collect_shares()
 
@@ -307,7 +291,7 @@ class ModelGraph:
                 units=torch.tensor(list(item.root_idxs)) % units,
             )
             for item in tp_group.items
-            if (module := item.dep.target.module) in self._names and _own_params(module)
+            if (module := item.dep.target.module) in self._names and own_params(module)
         )
         group = ChannelGroup(
             name=name,
@@ -346,7 +330,7 @@ def _survives(
             if group.name in names and group.units > 1:
                 half = group.units // 2
                 graph._remove(group.name, [i for i in range(group.width) if i % group.units < half])
-        _output_positions(network_of(graph.model), input_size)
+        output_positions(network_of(graph.model), input_size)
     except (ModelError, RuntimeError, AssertionError, IndexError, ValueError) as error:
         return str(error).removeprefix("the model does not take a ").splitlines()[0][:120]
     return None
@@ -384,36 +368,6 @@ def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return model
 
 
-def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count multiply-adds and parameters of the model as it is; `channels` is 0.
-
-    Counted are the multiply-adds of convolutions and linear layers for one image, without biases
-    and normalisation, the convention of the pruning literature.
-    """
-    net = network_of(model)
-    positions = _output_positions(net, input_size)
-    macs = 0
-    for module, count in positions.items():
-        macs += weight_of(module).numel() * count
-    return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
-
-
-def weight_of(layer: nn.Module) -> nn.Parameter:
-    """Return the weight of a convolution or linear layer."""
-    weight = layer.weight
-    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer):
-        raise ModelError(
-            f"the weight of a {type(layer).__name__} is computed from other parameters (weight or "
-            "spectral norm); remove the parametrization first, as by "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    return weight
-
-
-def _own_params(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
 def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
@@ -430,47 +384,8 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     return found
 
 
-def _example(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    parameter = next(net.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
-
-
-@torch.no_grad()
-def _output_positions(net: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, int]:
-    """How often each convolution's or linear layer's weights are applied to one image.
-
-    For a transposed convolution these are the positions of its input.
-    """
-    positions: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        where = inputs[0] if isinstance(module, _ConvTransposeNd) else output
-        shape = where.shape
-        spatial = shape[2:] if isinstance(module, _ConvNd) else shape[1:-1]
-        positions[module] = positions.get(module, 0) + int(torch.Size(spatial).numel())
-
-    hooks = [
-        module.register_forward_hook(count)
-        for module in net.modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
-    ]
-    try:
-        with evaluating(net):
-            net(_example(net, input_size))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        line = (str(error).splitlines() or [""])[0][:160]
-        size = "x".join(map(str, input_size))
-        raise ModelError(f"the model does not take a {size} image: {line}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return positions
-
-
 def _trace(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    example = _example(net, input_size).requires_grad_(True)
+    example = example_image(net, input_size).requires_grad_(True)
     try:
         with evaluating(net), requires_grad(net, True), torch.enable_grad():
             return tp.DependencyGraph().build_dependency(
@@ -513,29 +428,6 @@ def _layer_norm_pruners(net: nn.Module) -> dict[type[nn.Module], _LayerNormPrune
     """One entry per exact class, the way torch-pruning looks them up."""
     classes = {type(module) for module in net.modules() if isinstance(module, nn.LayerNorm)}
     return {cls: _LayerNormPruner() for cls in classes}
-
-
-def _describe(module: nn.Module, positions: int) -> _Layer:
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    if isinstance(module, _ConvNd):
-        return _Layer(
-            module.out_channels,
-            module.in_channels,
-            module.groups,
-            depthwise=module.groups == module.in_channels == module.out_channels,
-            kernel=int(torch.Size(module.kernel_size).numel()),
-            positions=positions,
-            bias=int(module.bias is not None),
-            mixes=True,
-        )
-    if isinstance(module, nn.Linear):
-        bias = int(module.bias is not None)
-        return _Layer(
-            module.out_features, module.in_features, 1, False, 1, positions, bias, mixes=True
-        )
-    first = next(module.parameters(recurse=False))
-    channels = first.shape[0] if first.ndim else 1
-    return _Layer(channels, channels, 1, False, own // channels, 0, 0, mixes=False)
 
 
 def _blocks(module: nn.Module) -> int:

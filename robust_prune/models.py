@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from robust_prune import checkpoint
+from robust_prune.builders import (
+    check_normalisation,
+    create,
+    default_input_size,
+    infer_kwargs,
+    is_name,
+    resolve,
+    versions,
+)
 from robust_prune.checkpoint import Checkpoint
-from robust_prune.errors import ModelError, UsageError
+from robust_prune.errors import ModelError
 from robust_prune.modules import ImageModel, device_of, evaluating, make_contiguous_, network_of
 from robust_prune.resize import fit_
 from robust_prune.types import ModelSpec, to_plain
 
 log = logging.getLogger(__name__)
-TORCHVISION = "torchvision/"
 
 
 def load(
@@ -92,7 +97,7 @@ def open_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Like `load`, and return the record stored with the model beside it (empty if none)."""
     name = str(path_or_name)
-    if not Path(name).exists() and _is_name(name):
+    if not Path(name).exists() and is_name(name):
         spec = resolve(name, model_kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
         spec = replace(spec, input_size=input_size or default_input_size(spec))
         return create(spec, pretrained=True).to(device).eval(), {}
@@ -118,12 +123,6 @@ def open_model(
     return loaded.to(device).eval(), record
 
 
-def create(spec: ModelSpec, *, pretrained: bool = False) -> ImageModel:
-    """Build the network that `spec` describes, with random or (timm's own) pretrained weights."""
-    net = _build_net(spec, pretrained)
-    return ImageModel(net, spec)
-
-
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -146,152 +145,6 @@ def save(
         spec = ModelSpec(source="custom", arch=f"{cls.__module__}.{cls.__qualname__}")
     manifest = {**to_plain(dict(record or {})), "model": to_plain(spec), "versions": versions()}
     return checkpoint.write(path, network_of(model).state_dict(), manifest)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that numbers depend on."""
-    from robust_prune._version import __version__
-
-    return {
-        "robust_prune": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torchvision": torchvision.__version__,
-    }
-
-
-def resolve(
-    arch: str,
-    model_kwargs: Mapping[str, Any] | None = None,
-    *,
-    cifar_stem: bool = False,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> ModelSpec:
-    """Complete a builder's name and arguments to a spec, from timm's configuration of it.
-
-    The input size stays open: a file of weights does not tell it, the data does.
-    """
-    kwargs = dict(model_kwargs or {})
-    if arch.startswith(TORCHVISION):
-        default_mean: tuple[float, ...] = IMAGENET_MEAN
-        default_std: tuple[float, ...] = IMAGENET_STD
-        num_classes = int(kwargs.get("num_classes", 1000))
-    else:
-        config = _timm_config(arch, kwargs)
-        channels = int(kwargs.get("in_chans", config["input_size"][0]))
-        default_mean = _per_channel(config["mean"], channels)
-        default_std = _per_channel(config["std"], channels)
-        num_classes = int(kwargs.get("num_classes", config["num_classes"]))
-    spec = ModelSpec(
-        source="torchvision" if arch.startswith(TORCHVISION) else "timm",
-        arch=arch.removeprefix(TORCHVISION),
-        kwargs=kwargs,
-        cifar_stem=cifar_stem,
-        num_classes=num_classes,
-        mean=tuple(mean or default_mean),
-        std=tuple(std or default_std),
-    )
-    _check_normalisation(spec)
-    return spec
-
-
-def default_input_size(spec: ModelSpec) -> tuple[int, int, int]:
-    """Return (channels, height, width) to assume where neither file nor data tell."""
-    channels = len(spec.mean) or 3
-    if spec.cifar_stem:
-        return channels, 32, 32
-    if spec.source != "timm":
-        return channels, 224, 224
-    _, height, width = _timm_config(spec.arch, spec.kwargs)["input_size"]
-    return channels, int(height), int(width)
-
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def _is_name(name: str) -> bool:
-    if name.startswith(("hf-hub:", TORCHVISION)):
-        return True
-    if name.endswith((".pt", ".pth", ".safetensors", ".bin", ".tar", ".ckpt")):
-        return False
-    return bool(timm.is_model(name.split(".")[0]))
-
-
-def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    known = arch.startswith("hf-hub:") or timm.is_model(arch.split(".")[0])
-    if not known:
-        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ModelError(f"{arch!r} is not a network of timm {timm.__version__}{hint}")
-    with torch.device("meta"), _builder_errors(arch):
-        net = timm.create_model(arch, **kwargs)
-    return dict(net.pretrained_cfg)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) == channels:
-        return tuple(values)
-    return (sum(values) / len(values),) * channels
-
-
-def _check_normalisation(spec: ModelSpec) -> None:
-    channels = int(spec.kwargs.get("in_chans", spec.input_size[0] if spec.input_size else 3))
-    if spec.source == "custom":
-        channels = len(spec.mean)
-    if len(spec.mean) != channels or len(spec.std) != channels:
-        raise UsageError(
-            f"mean has {len(spec.mean)} and std {len(spec.std)} values, but {spec.arch} takes "
-            f"images of {channels} channels: give one value per channel"
-        )
-    if any(value <= 0 for value in spec.std):
-        raise UsageError(f"std must be positive, not {spec.std}")
-
-
-@contextlib.contextmanager
-def _builder_errors(arch: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ModelError(f"{arch}: can't be built: {type(error).__name__}: {line}") from error
-
-
-def _build_net(spec: ModelSpec, pretrained: bool) -> nn.Module:
-    if spec.source == "custom":
-        raise ModelError(
-            f"the file holds a {spec.arch}, a class that only you can build: "
-            "load(path, model=YourClass())"
-        )
-    kwargs = {"num_classes": spec.num_classes, **spec.kwargs}
-    with _builder_errors(spec.arch):
-        if spec.source == "torchvision":
-            weights = "DEFAULT" if pretrained else None
-            net: nn.Module = torchvision.models.get_model(spec.arch, weights=weights, **kwargs)
-        else:
-            net = timm.create_model(spec.arch, pretrained=pretrained, **kwargs)
-    if spec.cifar_stem:
-        _cifar_stem_(net, spec.arch)
-    return net
-
-
-def _cifar_stem_(net: nn.Module, arch: str) -> None:
-    """Make the stem fit small images: stride 1 and no pooling; 3x3 where it was one 7x7."""
-    conv1, maxpool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
-    if maxpool is None or not isinstance(conv1, (nn.Conv2d, nn.Sequential)):
-        raise ModelError(
-            f"{arch}: --cifar-stem knows the stem of ResNets (conv1 and maxpool) and this network "
-            "has none; leave it out, or edit the stem of your own module from Python"
-        )
-    net.maxpool = nn.Identity()
-    if isinstance(conv1, nn.Sequential):
-        first = conv1[0]
-        assert isinstance(first, nn.Conv2d)
-        first.stride = (1, 1)
-    else:
-        net.conv1 = nn.Conv2d(conv1.in_channels, conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _from_manifest(found: Checkpoint) -> nn.Module:
@@ -345,7 +198,7 @@ def _from_state(
             "name, or torchvision/NAME) and, if it needs them, --model-kwargs '{...}'"
         )
     kwargs = {**found.kwargs, **(model_kwargs or {})}
-    kwargs = {**_infer_kwargs(arch, kwargs, found.state), **kwargs}
+    kwargs = {**infer_kwargs(arch, kwargs, found.state), **kwargs}
     mean = mean or found.pretrained_cfg.get("mean")
     std = std or found.pretrained_cfg.get("std")
     spec = resolve(arch, kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
@@ -355,28 +208,6 @@ def _from_state(
     _check_stem(found, model, cifar_stem)
     _load_state(model, found, exact=True)
     return model
-
-
-def _infer_kwargs(
-    arch: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Read the number of classes and input channels off the weights, as timm names its layers."""
-    if arch.startswith(TORCHVISION):
-        heads = ("fc.weight", "classifier.weight", "head.weight", "classifier.6.weight")
-        found = next((state[h] for h in heads if h in state), None)
-        return {} if found is None else {"num_classes": found.shape[0]}
-    config = _timm_config(arch, kwargs)
-    inferred: dict[str, Any] = {}
-    head = config.get("classifier")
-    if isinstance(head, str) and f"{head}.weight" in state:
-        inferred["num_classes"] = state[f"{head}.weight"].shape[0]
-    first = config.get("first_conv")
-    for name in (f"{first}.weight", f"{first}.0.weight"):
-        if isinstance(first, str) and name in state and state[name].ndim == 4:
-            inferred["in_chans"] = state[name].shape[1]
-    if inferred.get("in_chans") == config["input_size"][0]:
-        del inferred["in_chans"]
-    return inferred
 
 
 def _check_stem(found: Checkpoint, model: ImageModel, cifar_stem: bool) -> None:
@@ -426,7 +257,7 @@ def _override(
         std=tuple(std or model.spec.std),
         input_size=input_size or model.spec.input_size,
     )
-    _check_normalisation(spec)
+    check_normalisation(spec)
     return ImageModel(model.net, spec).train(model.training)
 
 
@@ -442,12 +273,12 @@ def _identify(
         return module
     config = getattr(module, "pretrained_cfg", None) or {}
     arch = config.get("architecture") if isinstance(config, Mapping) else None
-    known = isinstance(arch, str) and timm.is_model(arch)
+    known = isinstance(arch, str) and is_name(arch)
     state = module.state_dict()
     for cifar_stem in (False, True) if known else ():
         assert isinstance(arch, str)
         with contextlib.suppress(ModelError, RuntimeError):
-            kwargs = _infer_kwargs(arch, {}, state)
+            kwargs = infer_kwargs(arch, {}, state)
             spec = resolve(arch, kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
             candidate = create(spec)
             candidate.net.load_state_dict(state)

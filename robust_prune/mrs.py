@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries.pgd import pgd
+from robust_prune.costs import weight_of
 from robust_prune.errors import ModelError, UsageError
-from robust_prune.graph import weight_of
 from robust_prune.modules import device_of, evaluating, network_of, requires_grad
 from robust_prune.types import (
     ChannelGroup,

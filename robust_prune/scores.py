@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_prune.costs import weight_of
 from robust_prune.errors import UsageError
-from robust_prune.graph import Member, weight_of
+from robust_prune.graph import Member
 from robust_prune.modules import evaluating, requires_grad
 from robust_prune.mrs import AdversarialSet
 

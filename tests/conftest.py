@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_prune import models
+from robust_prune import builders
 from robust_prune.data import DataSplits, open_data
 from robust_prune.modules import ImageModel
 from robust_prune.types import ModelSpec, ThreatModel
@@ -38,9 +38,9 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
 def tiny_resnet(seed: int = 0, **kwargs: object) -> ImageModel:
     """A four-stage ResNet of some 40,000 parameters on 3x32x32 images."""
     torch.manual_seed(seed)
-    spec = models.resolve("resnet18", {"num_classes": 10, **TINY, **kwargs}, cifar_stem=True)
+    spec = builders.resolve("resnet18", {"num_classes": 10, **TINY, **kwargs}, cifar_stem=True)
     spec = ModelSpec(**{**spec.__dict__, "input_size": (3, 32, 32)})
-    model = models.create(spec)
+    model = builders.create(spec)
     randomize_(model, seed)
     return model.eval()
 

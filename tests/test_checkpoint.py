@@ -49,10 +49,10 @@ def test_a_pruned_model_comes_back_bit_equal(
     "arch", ["resnet50", "vgg16", "vgg16_bn", "resnext50_32x4d", "densenet121"]
 )
 def test_families_come_back_bit_equal(arch: str, tmp_path: Path) -> None:
-    from robust_prune import models
+    from robust_prune import builders
 
     kwargs = {"mlp_ratio": 0.125} if arch.startswith("vgg") else {}
-    model = models.create(models.resolve(arch, {"num_classes": 10, **kwargs}))
+    model = builders.create(builders.resolve(arch, {"num_classes": 10, **kwargs}))
     randomize_(model)
     prune_(model, random_plan(ModelGraph(model, (3, 32, 32)), 0.5))
     assert same_outputs(model, load(save(model, tmp_path / "m.safetensors")))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robust_prune import models
+from robust_prune import builders
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune import METHODS, resolve
@@ -91,11 +91,11 @@ def test_attacks_see_eval_mode_and_the_loss_train_mode(method: str, threat: Thre
 
 def small_digits_model(digits: DataSplits) -> ImageModel:
     mean, std = digits.statistics()
-    spec = models.resolve(
+    spec = builders.resolve(
         "resnet18", {"num_classes": 10, "in_chans": 1, **TINY}, cifar_stem=True, mean=mean, std=std
     )
     torch.manual_seed(0)
-    return models.create(spec)
+    return builders.create(spec)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -13,8 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from robust_prune.allocation import allocate, make_plan, weights
+from robust_prune.costs import count_cost
 from robust_prune.errors import ModelError, PlanError, UsageError
-from robust_prune.graph import ModelGraph, count_cost, mask_, prune_
+from robust_prune.graph import ModelGraph, mask_, prune_
 from robust_prune.types import Budget, PruningPlan
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 

@@ -19,9 +19,12 @@ ORDER = [
     "modules",
     "checkpoint",
     "resize",
+    "builders",
     "models",
+    "datasets",
     "data",
     "adversaries",
+    "costs",
     "graph",
     "calibration",
     "mrs",
@@ -31,22 +34,26 @@ ORDER = [
     "evaluation",
     "finetune",
     "report",
+    "settings",
+    "record",
+    "stations",
     "pipeline",
     "cli",
     "__main__",
 ]
 NOTHING_LOCAL = {"errors": set(), "types": {"errors"}}
-NEVER_ONE_ANOTHER = {"models", "data", "graph", "adversaries"}
+NEVER_ONE_ANOTHER = {"models", "builders", "data", "datasets", "costs", "graph", "adversaries"}
+SAME_STATION = {("models", "builders"), ("data", "datasets"), ("graph", "costs")}
 ONE_IMPORTER = {
     "torch_pruning": {"graph", "importance"},
-    "timm": {"models"},
+    "timm": {"builders"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
     "safetensors": {"checkpoint"},
-    "sklearn": {"data"},
-    "torchvision": {"data", "models"},
+    "sklearn": {"datasets"},
+    "torchvision": {"builders", "datasets"},
 }
 
 
@@ -99,7 +106,7 @@ def test_types_and_allocation_know_no_torch() -> None:
 
 
 def test_models_data_graph_and_adversaries_never_import_one_another() -> None:
-    assert not {(a, b) for a, b in local() if a in NEVER_ONE_ANOTHER and b in NEVER_ONE_ANOTHER}
+    assert not {(a, b) for a, b in local() if {a, b} <= NEVER_ONE_ANOTHER} - SAME_STATION
 
 
 def test_only_the_command_line_imports_the_pipeline() -> None:
@@ -116,4 +123,4 @@ def test_each_third_party_has_its_importer(third_party: str) -> None:
 def test_files_and_functions_stay_short() -> None:
     for path in ROOT.rglob("*.py"):
         text = path.read_text()
-        assert len(text.splitlines()) <= 620, path
+        assert len(text.splitlines()) <= 470, path

@@ -12,10 +12,20 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import robust_prune
-from robust_prune import PruningPlan, ThreatModel, compress, load, report, save, sensitivity
+from robust_prune import (
+    PruningPlan,
+    ThreatModel,
+    compress,
+    load,
+    report,
+    save,
+    sensitivity,
+)
+from robust_prune.costs import count_cost
 from robust_prune.errors import BudgetError, DataError, Interrupted, UsageError
-from robust_prune.graph import ModelGraph, count_cost
-from robust_prune.pipeline import Events, Settings, compress_file
+from robust_prune.graph import ModelGraph
+from robust_prune.pipeline import compress_file
+from robust_prune.settings import Events, Settings
 from robust_prune.types import Budget, Sensitivity
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
@@ -112,13 +122,13 @@ def test_without_data_it_says_so_and_still_delivers() -> None:
 
 def test_calibration_never_sees_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = robust_prune.pipeline.mrs.adversarial_set
+    original = robust_prune.stations.mrs.adversarial_set
 
     def spy(model: nn.Module, images: torch.Tensor, *args: object, **kwargs: object):
         seen.append(images)
         return original(model, images, *args, **kwargs)
 
-    monkeypatch.setattr(robust_prune.pipeline.mrs, "adversarial_set", spy)
+    monkeypatch.setattr(robust_prune.stations.mrs, "adversarial_set", spy)
     images = torch.linspace(0, 1, 60).view(60, 1, 1, 1).expand(60, 3, 16, 16).contiguous()
     labels = torch.arange(60) % 5
     compress(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
-    from robust_prune.pipeline import Settings
+    from robust_prune.settings import Settings
 
 PRUNING, TRAINING, OUTPUT = "Pruning", "Fine-tuning and evaluation", "Output"
 DEFAULT_EPOCHS = 3
@@ -137,6 +137,7 @@ def compress(
         raise UsageError("say how much to remove: --ratio 0.5 removes half of the multiply-adds")
 
     from robust_prune import pipeline
+    from robust_prune.settings import Events, Settings
     from robust_prune.types import Budget
 
     module, record = o.open_model(
@@ -145,7 +146,7 @@ def compress(
     splits = o.open_splits(module, record, data, data_root, download, workers)
     tuned = _finetuning(finetune, epochs, quick, splits)
     chosen = _evaluation(eval_, quick, splits)
-    settings = pipeline.Settings(
+    settings = Settings(
         budget=replayed.budget if replayed else Budget(target, ratio),  # type: ignore[arg-type]
         threat=o.threat_model(norm, eps, record),
         allocation=replayed.allocation if replayed else allocation,
@@ -166,7 +167,7 @@ def compress(
     )
     _announce(output, module, splits, settings)
     with output.training() as (on_progress, on_epoch):
-        events = pipeline.Events(
+        events = Events(
             stage=output.line,
             note=output.note,
             training=on_progress,

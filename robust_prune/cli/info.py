@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Say what a model file is: architecture, cost, prunable groups, plan and results."""
     output = Output(as_json=as_json, quiet=quiet)
-    from robust_prune import graph, models
+    from robust_prune import builders, graph
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
@@ -31,7 +31,7 @@ def info(
     size = o.image_size(input_size)
     if isinstance(module, ImageModel):
         spec = module.spec
-        size = spec.input_size or models.default_input_size(spec)
+        size = spec.input_size or builders.default_input_size(spec)
         output.result(f"{spec.source} {spec.arch} {dict(spec.kwargs)}, {spec.num_classes} classes")
         output.result(f"images {size} in [0, 1], mean {spec.mean}, std {spec.std}")
         if spec.input_size is None:

@@ -59,8 +59,9 @@ def train(
     if data in (None, "none") and start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
+    from robust_prune import builders, models, pipeline, settings
     from robust_prune import data as datasets
-    from robust_prune import models, pipeline
+    from robust_prune import record as records
     from robust_prune.finetune.loop import TrainingConfig
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
@@ -106,7 +107,7 @@ def train(
         if channels != 3:
             kwargs.setdefault("in_chans", channels)
         statistics = (None, None) if pretrained else splits.statistics()
-        spec = models.resolve(
+        spec = builders.resolve(
             str(arch),
             kwargs,
             cifar_stem=cifar_stem,
@@ -122,7 +123,7 @@ def train(
         f"{len(splits.validation or ())} validation images of {splits.name}, seed {seed}"
     )
     with output.training() as (on_progress, on_epoch):
-        events = pipeline.Events(training=on_progress, epoch=on_epoch)
+        events = settings.Events(training=on_progress, epoch=on_epoch)
         trained, history = pipeline.train_model(
             spec,
             splits,
@@ -139,7 +140,7 @@ def train(
     record = {
         "data": dict(splits.source),
         "threat": to_plain(threat),
-        "training": pipeline.plain_history(history),
+        "training": records.plain_history(history),
         "status": "trained" if not history.interrupted else "training interrupted",
     }
     if history.interrupted and len(history.epochs) < 2:

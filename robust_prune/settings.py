@@ -1,0 +1,114 @@
+"""What a compression is asked to do, what it gives back, and what can be listened to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from robust_prune import allocation as allocating
+from robust_prune import evaluation, mrs, scores
+from robust_prune.errors import UsageError
+from robust_prune.evaluation import Attack
+from robust_prune.finetune import Method, resolve
+from robust_prune.finetune.loop import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.types import (
+    Budget,
+    Evaluation,
+    PruningPlan,
+    Sensitivity,
+    ThreatModel,
+)
+
+CALIBRATION_IMAGES = 512
+
+
+LINF_8 = ThreatModel.linf("8/255")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `compress` is asked to do."""
+
+    budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
+    threat: ThreatModel = LINF_8
+    allocation: str = "mrs"
+    score: scores.Score = "taylor"
+    method: mrs.Method = "first-order"
+    finetune: str | Method | None = None
+    epochs: int = 0
+    lr: float = 0.02
+    steps: int = 7
+    batch_size: int = 128
+    protect: tuple[str, ...] = ()
+    min_width: int = 2
+    max_prune_ratio: float = allocating.MAX_PRUNE_RATIO
+    calibration_images: int | None = None
+    evaluation: Attack = "none"
+    n_eval: int = 200
+    plan: PruningPlan | None = None
+    notes: tuple[str, ...] = ()
+    input_size: tuple[int, int, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.finetune is None) != (self.epochs == 0):
+            raise UsageError(
+                f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
+            )
+        if (self.calibration_images or 1) < 1 or self.batch_size < 2:
+            raise UsageError("calibration needs at least 1 image, and batches at least 2")
+        known = (
+            ("allocation", self.allocation, allocating.ALLOCATIONS),
+            ("score", self.score, scores.SCORES),
+            ("MRS method", self.method, mrs.METHODS),
+            ("attack", self.evaluation, evaluation.ATTACKS),
+        )
+        for what, value, values in known:
+            if self.plan is None and value not in values:
+                raise UsageError(f"{what} {value!r} is not known; use one of {', '.join(values)}")
+        if self.finetune is not None:
+            resolve(self.finetune)
+            self.training()
+        if not 0 < self.max_prune_ratio < 1:
+            raise UsageError(f"max prune ratio {self.max_prune_ratio:g} must be between 0 and 1")
+
+    def training(self) -> TrainingConfig:
+        """Return the settings of the fine-tuning run."""
+        assert self.finetune is not None
+        return TrainingConfig(
+            method=self.finetune,
+            epochs=self.epochs,
+            threat=self.threat,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """The pruned model, the plan that made it, and the record of the run as plain data."""
+
+    model: nn.Module
+    plan: PruningPlan
+    report: dict[str, Any]
+    sensitivity: Sensitivity | None = None
+    history: History | None = None
+    dense: Evaluation | None = None
+    pruned: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a caller can listen to; every listener may be left out."""
+
+    stage: Callable[[str], None] = lambda line: None
+    note: Callable[[str], None] = lambda line: None
+    training: Callable[[Progress], None] | None = None
+    epoch: Callable[[EpochRecord], None] | None = None
+    evaluating: Callable[[str], None] | None = None
+    saveable: Callable[[CompressResult], None] = lambda result: None

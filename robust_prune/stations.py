@@ -1,0 +1,335 @@
+"""The stations of one compression, and what passes from one to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune import allocation as allocating
+from robust_prune import builders, calibration, data, evaluation, mrs, report, scores
+from robust_prune.data import DataSplits
+from robust_prune.errors import DataError
+from robust_prune.evaluation import Attack, TestImages
+from robust_prune.finetune.loop import History, train_
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import (
+    ImageModel,
+    check_outputs,
+    contiguous,
+    device_of,
+    image_channels,
+    make_contiguous_,
+)
+from robust_prune.record import describe_model, hardware, plain_history, plain_settings
+from robust_prune.settings import CALIBRATION_IMAGES, CompressResult, Events, Settings
+from robust_prune.types import (
+    Evaluation,
+    PruningPlan,
+    to_plain,
+)
+
+CPU_MACS = 10**13
+
+
+BATCHNORM_IMAGES = 2048
+
+
+class Compression:
+    """One compression: the state that passes from station to station."""
+
+    def __init__(
+        self, model: nn.Module, splits: DataSplits | None, settings: Settings, events: Events
+    ) -> None:
+        self.dense, self.splits = contiguous(model), splits
+        self.settings, self.events = settings, events
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = list(splits.notes) if splits else []
+        self.model = copy.deepcopy(model)
+        make_contiguous_(self.model)
+        self.input_size = image_size_of(model, splits, settings.input_size)
+        if isinstance(self.model, ImageModel):
+            self.model.spec = replace(self.model.spec, input_size=self.input_size)
+        self.model.eval()
+        self.device = device_of(model)
+        self.extra: dict[str, Any] = {}
+        for line in settings.notes:
+            self._note(line)
+        if splits is None:
+            known = isinstance(model, ImageModel) and model.spec.input_size
+            if not known and settings.input_size is None:
+                self._note(
+                    f"image size assumed: {'x'.join(map(str, self.input_size))}; neither the file "
+                    "nor data tell, --input-size does"
+                )
+            self._note(
+                "no data is known: calibrated on synthetic images labelled by the model itself; "
+                "nothing is fine-tuned or measured, batch-norm statistics are the dense model's"
+            )
+            if settings.finetune is not None or settings.evaluation != "none":
+                raise DataError("fine-tuning and evaluation need data; name it with --data")
+
+    def measure_and_plan(self) -> None:
+        """Adversarial set, MRS, scores, plan."""
+        settings = self.settings
+        with self._timed("graph"):
+            graph = ModelGraph(
+                self.model,
+                self.input_size,
+                protect=settings.protect,
+                min_width=settings.min_width,
+            )
+        self.graph = graph
+        self._check_feasible(graph)
+        with self._timed("adversarial set"):
+            self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
+            adversarial = mrs.adversarial_set(
+                self.model,
+                *self._calibration(),
+                threat=settings.threat,
+                seed=settings.seed,
+                batch_size=min(64, settings.batch_size),
+            )
+        with self._timed("sensitivity"):
+            self.events.stage(f"module robustness sensitivity: {settings.method}")
+            self.sensitivity = mrs.sensitivities(
+                self.model, adversarial, method=settings.method, groups=graph.groups
+            )
+        with self._timed("plan"):
+            self.plan = settings.plan or self._make_plan(graph, adversarial)
+            if settings.plan is not None:
+                graph.check(settings.plan)
+                self._note(f"replayed plan {settings.plan.digest}")
+
+    def _check_feasible(self, graph: ModelGraph) -> None:
+        """Fail before the expensive stations where the budget can't be met."""
+        if self.settings.plan is None:
+            equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
+            allocating.allocate(
+                graph.groups,
+                graph.cost,
+                self.settings.budget,
+                equal,
+                max_prune_ratio=self.settings.max_prune_ratio,
+            )
+
+    def _make_plan(self, graph: ModelGraph, adversarial: mrs.AdversarialSet) -> PruningPlan:
+        settings = self.settings
+        by_group = self.sensitivity.of_groups()
+        widths = allocating.allocate(
+            graph.groups,
+            graph.cost,
+            settings.budget,
+            allocating.weights(settings.allocation, by_group),
+            max_prune_ratio=settings.max_prune_ratio,
+        )
+        values = scores.channel_scores(
+            self.model,
+            {group.name: graph.members(group.name) for group in graph.groups},
+            {group.name: group.units for group in graph.groups},
+            score=settings.score,
+            adversarial=adversarial,
+        )
+        return allocating.make_plan(
+            graph.groups,
+            widths,
+            {name: v.tolist() for name, v in values.items()},
+            graph.cost,
+            settings.budget,
+            allocation=settings.allocation,
+            score=settings.score,
+            seed=settings.seed,
+            input_size=self.input_size,
+            mrs=by_group,
+            max_prune_ratio=settings.max_prune_ratio,
+            unprunable=graph.unprunable,
+        )
+
+    def prune(self) -> None:
+        """Remove the channels, then measure batch-norm statistics anew."""
+        self.events.stage(f"pruning {len(self.plan.groups)} groups")
+        with self._timed("prune"):
+            self.graph.apply_(self.plan)
+        for line in self.plan.notes:
+            self._note(line)
+        if self.splits is not None:
+            with self._timed("batch norm"):
+                layers = calibration.recalibrate_batchnorm_(
+                    self.model,
+                    self.splits.train.batches(
+                        self.settings.batch_size, seed=self.settings.seed, limit=BATCHNORM_IMAGES
+                    ),
+                )
+            images = min(BATCHNORM_IMAGES, len(self.splits.train))
+            self.extra["batchnorm"] = {"layers": layers, "images": images if layers else 0}
+        self._save("pruned")
+
+    def fine_tune(self) -> None:
+        """Train what is left; the best epoch by validation robustness stays."""
+        settings = self.settings
+        assert self.splits is not None
+        assert settings.finetune is not None
+        validation = self.splits.validation
+        if validation is None:
+            raise DataError(
+                f"{len(self.splits.train)} images are too few to keep some back for validation; "
+                "fine-tuning needs 20 or more"
+            )
+        config = settings.training()
+        if settings.evaluation != "none" and self.splits.test is not None:
+            self._before_tuning = self._evaluate(self.model, "pgd")
+        self.events.stage(f"fine-tuning: {config.method}, {config.epochs} epochs")
+        with self._timed("fine-tune"):
+            history = train_(
+                self.model,
+                self.splits.train,
+                validation,
+                config,
+                on_progress=self.events.training,
+                on_epoch=self.events.epoch,
+            )
+        self.history = history
+        for line in history.notes:
+            self._note(line)
+        self._save("fine-tuned" if not history.interrupted else "fine-tuning interrupted")
+        if history.interrupted:
+            raise KeyboardInterrupt
+
+    def evaluate(self) -> None:
+        """Measure the dense and the pruned model on the same test images."""
+        assert self.splits is not None
+        if self.splits.test is None:
+            raise DataError("there is no test split to evaluate on; give test images as test=")
+        self.events.stage(
+            f"evaluation: {self.settings.evaluation} on "
+            f"{min(self.settings.n_eval, len(self.splits.test))} test images, dense and pruned"
+        )
+        with self._timed("evaluate"):
+            self.dense_evaluation = self._evaluate(self.dense, self.settings.evaluation)
+            self.pruned_evaluation = self._evaluate(self.model, self.settings.evaluation)
+        self._save("evaluated")
+
+    def _evaluate(self, model: nn.Module, attack: Attack) -> Evaluation:
+        assert self.splits is not None
+        assert self.splits.test is not None
+        if self._test is None:
+            settings = self.settings
+            self._test = evaluation.draw(self.splits.test, settings.n_eval, settings.seed)
+        return evaluation.evaluate(
+            model,
+            self._test,
+            threat=self.settings.threat,
+            attack=attack,
+            seed=self.settings.seed,
+            on_progress=self.events.evaluating,
+        )
+
+    _test: TestImages | None = None
+    _before_tuning: Evaluation | None = None
+    dense_evaluation: Evaluation | None = None
+    pruned_evaluation: Evaluation | None = None
+    history: History | None = None
+
+    @torch.no_grad()
+    def _calibration(self) -> tuple[Tensor, Tensor]:
+        """Images to measure sensitivity on: of the training split, never of test."""
+        n, seed = self._calibration_count(), self.settings.seed
+        if self.splits is None:
+            images = data.synthetic_images(n, self.input_size, seed)
+            return images, evaluation.predict(self.model, images, 64)
+        images, labels = self.splits.train.take(min(n, len(self.splits.train)), seed)
+        classes = self.splits.classes if self.splits.source else None
+        check_outputs(self.model, images, labels, classes)
+        return images, labels
+
+    def _calibration_count(self) -> int:
+        """How many images to measure on: what was asked, else what a CPU can do in minutes."""
+        asked = self.settings.calibration_images
+        if asked is not None or self.device.type != "cpu":
+            return asked or CALIBRATION_IMAGES
+        # PGD-10 and one more pass, forward and backward
+        work = 3 * 11 * max(self.graph.cost().macs, 1)
+        least, macs = (64, CPU_MACS) if self.splits is not None else (32, CPU_MACS // 5)
+        n = max(least, min(CALIBRATION_IMAGES, macs // work))
+        if n < CALIBRATION_IMAGES:
+            self._note(
+                f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it "
+                "ends in minutes on a CPU; --calibration-images takes another number"
+            )
+        return n
+
+    def _save(self, status: str) -> None:
+        self.result = CompressResult(
+            model=self.model,
+            plan=self.plan,
+            report=self._report(status),
+            sensitivity=self.sensitivity,
+            history=self.history,
+            dense=self.dense_evaluation,
+            pruned=self.pruned_evaluation,
+        )
+        self.events.saveable(self.result)
+
+    def _report(self, status: str) -> dict[str, Any]:
+        settings = self.settings
+        dense, pruned = self.dense_evaluation, self.pruned_evaluation
+        plain: dict[str, Any] = to_plain(
+            {
+                "schema": report.SCHEMA,
+                "status": status,
+                "model": describe_model(self.model),
+                "threat": settings.threat,
+                "seed": settings.seed,
+                "data": dict(self.splits.source) if self.splits else None,
+                "data_name": self.splits.name if self.splits else "synthetic images",
+                "settings": plain_settings(settings),
+                "sensitivity": self.sensitivity,
+                "plan": self.plan,
+                "plan_digest": self.plan.digest,
+                "cost": {"dense": self.plan.dense, "pruned": self.plan.pruned},
+                "finetune": plain_history(self.history),
+                "evaluation": {
+                    "dense": dense,
+                    "pruned_before_finetuning": self._before_tuning,
+                    "pruned": pruned,
+                    "paired": dense.compare(pruned) if dense and pruned else {},
+                },
+                "notes": self.notes,
+                "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+                "versions": builders.versions(),
+                "hardware": hardware(self.device),
+                **self.extra,
+            }
+        )
+        return plain
+
+    def _note(self, line: str) -> None:
+        self.notes.append(line)
+        self.events.note(line)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
+
+
+def image_size_of(
+    model: nn.Module, splits: DataSplits | None, given: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
+    """Return the image size that costs are counted at: the data's, the one given, or assumed."""
+    if splits is not None:
+        return splits.input_size
+    if given is not None:
+        return given
+    if isinstance(model, ImageModel):
+        return model.spec.input_size or builders.default_input_size(model.spec)
+    return image_channels(model), 224, 224
