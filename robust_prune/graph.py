@@ -96,6 +96,9 @@ class ModelGraph:
         self.input_size = input_size
         net = network_of(model)
         self._names = {module: name for name, module in net.named_modules()}
+        for module in self._names:
+            if isinstance(module, (_ConvNd, nn.Linear)):
+                weight_of(module)  # refuses weights that are computed from others
         self._protected = _match(protect, [n for n in self._names.values() if n])
         self._positions = output_positions(net, input_size)
         self._dg = _trace(net, input_size)

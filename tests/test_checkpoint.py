@@ -210,3 +210,33 @@ def test_torchvision_networks(tmp_path: Path) -> None:
     model = load(tmp_path / "tv.pth", arch="torchvision/resnet18")
     assert model.spec.num_classes == 3
     assert same_outputs(model, load(save(model, tmp_path / "again.safetensors")), size=64)
+
+
+def test_a_pickled_timm_module_of_unknown_arguments_keeps_its_normalisation(tmp_path: Path) -> None:
+    from robust_prune.models import open_model
+
+    net = randomize_(timm.create_model("resnet18", num_classes=4, channels=(8, 16, 16, 16))).eval()
+    torch.save(net, tmp_path / "whole.pt")
+    model, record = open_model(tmp_path / "whole.pt", trust_pickle=True)
+    assert isinstance(model, ImageModel)
+    assert model.spec.source == "custom"
+    assert model.spec.mean == tuple(net.pretrained_cfg["mean"])
+    assert "normalisation" in record["assumed"][0]
+    again = load(
+        save(model, tmp_path / "again.safetensors"),
+        model=timm.create_model("resnet18", num_classes=4, channels=(8, 16, 16, 16)),
+    )
+    assert same_outputs(model, again, size=64)
+
+
+def test_the_content_decides_and_not_the_suffix(resnet: ImageModel, tmp_path: Path) -> None:
+    assert same_outputs(resnet, load(save(resnet, tmp_path / "model.bin")))
+    (save(resnet, tmp_path / "a.safetensors")).rename(tmp_path / "b.pt")
+    assert same_outputs(resnet, load(tmp_path / "b.pt"))
+
+
+def test_images_of_other_channels_are_refused(resnet: ImageModel) -> None:
+    from robust_prune.errors import DataError
+
+    with pytest.raises(DataError, match="3 channels, not 1"):
+        resnet(torch.rand(2, 1, 32, 32))

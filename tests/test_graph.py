@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -223,3 +224,92 @@ def test_pruned_models_are_contiguous_even_if_channels_last_came_in() -> None:
     pruned = prune_(model, random_plan(ModelGraph(model, (3, 32, 32)), 0.5))
     for parameter in pruned.parameters():
         assert parameter.stride() == torch.empty(parameter.shape).stride()
+
+
+class Normed(nn.Module):
+    """Linear layers around a LayerNorm, whose indices torch-pruning's own pruner permutes."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 4, stride=4)
+        self.norm = nn.LayerNorm(width)
+        self.second = nn.Linear(width, 24)
+        self.out = nn.Linear(24, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(images).flatten(2).transpose(1, 2))
+        return self.out(torch.relu(self.second(x)).mean(1))
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+def test_layer_norm_keeps_its_weights_in_order_at_high_ratios(subclass: bool) -> None:
+    class Own(nn.LayerNorm):
+        """torch-pruning looks pruners up by the exact class."""
+
+    model = Normed().double()
+    if subclass:
+        model.norm = Own(192).double()
+    nn.init.uniform_(model.norm.weight)
+    nn.init.uniform_(model.norm.bias)
+    dense = copy.deepcopy(model)
+    plan = random_plan(ModelGraph(model, (3, 16, 16)), 0.85)
+    keep = list(plan.group("first").keep)
+    prune_(model, plan)
+    assert len(keep) < 60
+    assert torch.equal(model.norm.weight, dense.norm.weight[keep])
+    assert torch.equal(model.norm.bias, dense.norm.bias[keep])
+    assert model.norm.normalized_shape == (len(keep),)
+    assert model(torch.rand(2, 3, 16, 16).double()).shape == (2, 4)
+
+
+def test_group_norm_loses_the_same_from_every_group() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    )
+    graph = ModelGraph(model, (3, 8, 8))
+    assert (graph.groups[0].blocks, graph.groups[0].units) == (4, 4)
+    plan = random_plan(graph, 0.5)
+    assert plan.group("0").keep_width % 4 == 0
+    prune_(model, plan)
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_blurpool_of_fixed_width_is_left_alone_and_said() -> None:
+    model = timm.create_model("resnetblur18", num_classes=5).eval()
+    graph = ModelGraph(model, (3, 64, 64))
+    broken = [u for u in graph.unprunable if "does not run" in u.reason]
+    assert broken
+    assert graph.groups
+    prune_(model, random_plan(graph, 0.2))
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_frozen_layers_stay_frozen(resnet: nn.Module) -> None:
+    resnet.net.layer1.requires_grad_(False)
+    before = {n for n, p in resnet.named_parameters() if p.requires_grad}
+    prune_(resnet, random_plan(ModelGraph(resnet, (3, 32, 32)), 0.5))
+    assert {n for n, p in resnet.named_parameters() if p.requires_grad} == before
+
+
+def test_a_plan_edited_by_hand_is_refused_before_anything_is_cut(resnet: nn.Module) -> None:
+    plan = random_plan(ModelGraph(resnet, (3, 32, 32)), 0.5)
+    first = plan.groups[0]
+    edited = dataclasses.replace(
+        plan, groups=(dataclasses.replace(first, keep=first.keep[1:]), *plan.groups[1:])
+    )
+    before = {k: v.clone() for k, v in resnet.state_dict().items()}
+    with pytest.raises(PlanError, match="edited by hand"):
+        prune_(resnet, edited)
+    assert all(torch.equal(v, before[k]) for k, v in resnet.state_dict().items())
+
+
+def test_computed_weights_are_refused_with_what_to_do() -> None:
+    model = OwnNet()
+    nn.utils.parametrizations.weight_norm(model.first)
+    with pytest.raises(ModelError, match="remove_parametrizations"):
+        ModelGraph(model, (3, 16, 16))

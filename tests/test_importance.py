@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 
@@ -113,3 +114,23 @@ def test_the_example_of_the_readme_runs_as_it_stands() -> None:
     exec(code, {"model": model, "images": images, "labels": labels})
     assert sum(p.numel() for p in model.parameters()) < 0.7 * before
     assert model(images).shape == (16, 10)
+
+
+def test_grouped_convolutions_lose_whole_units() -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("resnext50_32x4d", layers=(1, 1, 1, 1), num_classes=10).eval()
+    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
+    importance = MRSImportance(net, (images, labels), rule="uniform", score="l2", steps=1, n=8)
+    before = {g.name: g.width for g in ModelGraph(net, (3, 64, 64)).groups}
+    tp.pruner.BasePruner(
+        net,
+        images[:1],
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=0.5,
+        ignored_layers=[net.fc],
+    ).step()
+    after = {g.name: g.width for g in ModelGraph(net, (3, 64, 64)).groups}
+    assert all(0.2 <= 1 - after[n] / before[n] <= 0.75 for n in before), after
+    assert sum(after.values()) == pytest.approx(0.5 * sum(before.values()), rel=0.1)
+    assert net(images).shape == (8, 10)
