@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_prune.allocation import ALLOCATIONS, MAX_PRUNE_RATIO, SPREAD, allocate, weights
+from robust_prune.allocation import (
+    ALLOCATIONS,
+    MAX_PRUNE_RATIO,
+    SPREAD,
+    allocate,
+    make_plan,
+    weights,
+)
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.types import Budget
@@ -76,3 +83,25 @@ def test_unknown_rules_and_ratios_are_errors() -> None:
     for ratio in (0.0, 1.0, -0.1, 50):
         with pytest.raises(UsageError, match="between 0 and 1"):
             Budget("macs", ratio)
+
+
+def test_the_best_scored_channels_stay_and_equal_ones_keep_the_earlier() -> None:
+    name, groups = NAMES[0], WIDE.groups
+    width = groups[0].width
+    rising = {g.name: [float(i) for i in range(g.units)] for g in groups}
+    equal = {g.name: [1.0] * g.units for g in groups}
+    widths = {g.name: g.width // 2 for g in groups}
+    for scores, expected in ((rising, range(width // 2, width)), (equal, range(width // 2))):
+        plan = make_plan(
+            groups,
+            widths,
+            scores,
+            WIDE.cost,
+            Budget("macs", 0.5),
+            allocation="uniform",
+            score="given",
+            seed=0,
+            input_size=(3, 32, 32),
+        )
+        assert plan.group(name).keep == tuple(expected)
+        assert any("groups are too narrow" in note for note in plan.notes)  # the miss is told

@@ -132,3 +132,28 @@ def test_batch_norm_keeps_its_statistics_where_no_batch_serves_or_one_fails() ->
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.training
     assert recalibrate_batchnorm_(nn.Linear(3, 2), []) == 0
+
+
+def test_an_image_that_is_wrong_when_clean_is_never_robust() -> None:
+    class RightOnlyWhenMoved(nn.Module):
+        """Answers 0 on the images it knows, 1 on all others."""
+
+        def __init__(self, known: torch.Tensor) -> None:
+            super().__init__()
+            self.known = known
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            same = (images == self.known).flatten(1).all(1)
+            answer = nn.functional.one_hot((~same).long(), 2).to(images.dtype)
+            return answer + 0 * images.flatten(1).sum(1, keepdim=True)
+
+    images = 0.2 + 0.6 * torch.rand(6, 3, 4, 4)
+    right = pgd_correct(
+        RightOnlyWhenMoved(images),
+        images,
+        torch.ones(6, dtype=torch.long),
+        threat=ThreatModel.linf(0.1),
+        steps=2,
+        seed=0,
+    )
+    assert not right.any()
