@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,18 +50,18 @@ class Member:
         """Whether it is a convolution or linear layer, whose weights mix channels."""
         return isinstance(self.module, (_ConvNd, nn.Linear))
 
-    def weight_by_unit(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (slices [n, ...] of a weight-shaped tensor, their units [n]).
+    def sum_by_unit(self, values: Tensor, units: int) -> Tensor:
+        """Sum a weight-shaped tensor over everything but this member's channels, by unit.
 
-        The slices are rows of the output side or columns of the input side.
+        Returns float64 [units] on the CPU: sums of rows on the output side, of columns on the
+        input side.
         """
         dim = 0 if (self.side == "out") != isinstance(self.module, _ConvTransposeNd) else 1
-        channels, units = self.channels, self.units
-        if channels.numel() and weight.shape[dim] <= int(channels.max()):
-            # a grouped convolution stores the input columns of one block, for all blocks alike
-            first_block = channels < weight.shape[dim]
-            channels, units = channels[first_block], units[first_block]
-        yield weight.index_select(dim, channels.to(weight.device)).transpose(0, dim), units
+        sums = values.sum([d for d in range(values.ndim) if d != dim]).double().cpu()
+        # a grouped convolution stores the input columns of one block, for all blocks alike
+        stored = self.channels < len(sums)
+        total = torch.zeros(units, dtype=torch.float64)
+        return total.index_add_(0, self.units[stored], sums[self.channels[stored]])
 
 
 class ModelGraph:

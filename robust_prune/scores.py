@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -57,7 +57,7 @@ def l2(members: Iterable[Member], units: int) -> Tensor:
     total = torch.zeros(units, dtype=torch.float64)
     for member in members:
         if member.is_weighted:
-            _add(total, member, weight_of(member.module).detach(), lambda s: s.square().sum(1))
+            total += member.sum_by_unit(weight_of(member.module).detach().square(), units)
     return total.sqrt()
 
 
@@ -96,11 +96,6 @@ def taylor(
                     weight = weight_of(member.module)
                     gradient = gradients[weight]
                     if gradient is not None:
-                        _add(change, member, weight.detach() * gradient, lambda s: s.sum(1))
+                        change += member.sum_by_unit(weight.detach() * gradient, units[name])
                 scores[name] += share * change.square()
     return scores
-
-
-def _add(total: Tensor, member: Member, values: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-    for slices, unit in member.weight_by_unit(values):
-        total.index_add_(0, unit, reduce(slices.flatten(1).double().cpu()))
