@@ -102,9 +102,7 @@ def is_name(name: str) -> bool:
 def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     known = arch.startswith("hf-hub:") or timm.is_model(arch.split(".")[0])
     if not known:
-        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ModelError(f"{arch!r} is not a network of timm {timm.__version__}{hint}")
+        raise ModelError(f"{arch!r} is not a network of timm {timm.__version__}{similar(arch)}")
     with torch.device("meta"), _builder_errors(arch):
         net = timm.create_model(arch, **kwargs)
     return dict(net.pretrained_cfg)
@@ -114,6 +112,12 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels
+
+
+def similar(name: str) -> str:
+    """Return `; did you mean ...?` for a name that is close to networks of timm, else nothing."""
+    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def check_normalisation(spec: ModelSpec) -> None:

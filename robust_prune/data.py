@@ -135,6 +135,7 @@ class DataSplits:
     """A data set: what may be trained on, what selects, and what is only ever measured on.
 
     `source` is all that is needed to open the same splits again; it is stored with a model.
+    `classes` is 0 where it is not known.
     """
 
     name: str
@@ -241,20 +242,19 @@ def from_iterable(
         DataError: images outside [0, 1], or an iterable too large to hold.
     """
     whole = as_split(data)
-    images, labels = next(whole.batches(2))
+    images, _ = next(whole.batches(2))
     if validation and len(whole) >= 20:
         first, second = _carve(len(whole), split_seed)
         train, held_out = _subset(whole, first), _subset(whole, second)
     else:
         train, held_out = whole, None
-    classes = int(labels.max()) + 1
     channels, height, width = images.shape[1:]
     return DataSplits(
         name=f"{len(whole)} images of the caller's",
         train=train,
         validation=held_out,
         test=None if test is None else as_split(test),
-        classes=classes,
+        classes=0,
         input_size=(channels, height, width),
     )
 

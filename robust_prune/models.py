@@ -21,6 +21,7 @@ from robust_prune.builders import (
     infer_kwargs,
     is_name,
     resolve,
+    similar,
     versions,
 )
 from robust_prune.checkpoint import Checkpoint
@@ -101,6 +102,8 @@ def open_model(
         spec = resolve(name, model_kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
         spec = replace(spec, input_size=input_size or default_input_size(spec))
         return create(spec, pretrained=True).to(device).eval(), {}
+    if not Path(name).exists():
+        raise ModelError(f"{name}: no such file or folder, nor a network of timm{similar(name)}")
     found = checkpoint.read(path_or_name, trust_pickle=trust_pickle)
     record = dict(found.manifest)
     if model is not None:

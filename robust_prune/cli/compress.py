@@ -123,8 +123,9 @@ def compress(
 ) -> None:
     """Prune a model, fine-tune what is left, measure it, and write file and report.
 
-    Writes NAME-pruned.safetensors, report.json and report.html into the folder NAME-pruned. The
-    model is written as soon as it is pruned, and completed later: Ctrl-C leaves it usable.
+    Writes NAME-pruned.safetensors, report.json and report.html into NAME-pruned/.
+
+    The model is written once it is pruned and completed later: Ctrl-C leaves it usable.
     """
     output = Output(as_json=as_json, quiet=quiet)
     name = f"{_stem(model)}-pruned"
