@@ -35,9 +35,7 @@ from robust_prune.types import (
     to_plain,
 )
 
-CPU_MACS = 10**13
-
-
+CPU_MACS = 10**13  # some minutes of a few cores
 BATCHNORM_IMAGES = 2048
 
 
@@ -59,6 +57,11 @@ class Compression:
         self.model.eval()
         self.device = device_of(model)
         self.extra: dict[str, Any] = {}
+        self.history: History | None = None
+        self.dense_evaluation: Evaluation | None = None
+        self.pruned_evaluation: Evaluation | None = None
+        self._before_tuning: Evaluation | None = None
+        self._test: TestImages | None = None
         for line in settings.notes:
             self._note(line)
         if splits is None:
@@ -229,12 +232,6 @@ class Compression:
             seed=self.settings.seed,
             on_progress=self.events.evaluating,
         )
-
-    _test: TestImages | None = None
-    _before_tuning: Evaluation | None = None
-    dense_evaluation: Evaluation | None = None
-    pruned_evaluation: Evaluation | None = None
-    history: History | None = None
 
     @torch.no_grad()
     def _calibration(self) -> tuple[Tensor, Tensor]:
