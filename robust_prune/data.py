@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,6 @@ from robust_prune.datasets import (
 from robust_prune.errors import DataError
 from robust_prune.modules import ImageModel, image_channels, plain_layout
 
-log = logging.getLogger(__name__)
 IN_MEMORY_BYTES = 2 << 30
 ITERABLE_BYTES = 4 << 30
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +28,6 @@ from robust_prune.errors import ModelError
 from robust_prune.modules import ImageModel, device_of, evaluating, make_contiguous_, network_of
 from robust_prune.resize import fit_
 from robust_prune.types import ModelSpec, to_plain
-
-log = logging.getLogger(__name__)
 
 
 def load(

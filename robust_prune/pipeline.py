@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_prune import builders, data, evaluation, models, mrs, report, scores
+from robust_prune import builders, models, mrs, report, scores
 from robust_prune.checkpoint import write_text
 from robust_prune.data import DataSplits, open_for
 from robust_prune.errors import DataError, Interrupted, UsageError
@@ -22,12 +21,11 @@ from robust_prune.finetune import Method
 from robust_prune.finetune.loop import History, TrainingConfig, train_
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import (
-    check_outputs,
     contiguous,
     seeded,
 )
 from robust_prune.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Events, Settings
-from robust_prune.stations import Compression, image_size_of
+from robust_prune.stations import Compression, calibration_images, image_size_of
 from robust_prune.types import (
     Budget,
     ModelSpec,
@@ -36,8 +34,6 @@ from robust_prune.types import (
     Target,
     ThreatModel,
 )
-
-log = logging.getLogger(__name__)
 
 
 def compress(
@@ -158,12 +154,7 @@ def sensitivity(
     splits = open_for(model, source)
     size = image_size_of(model, splits, input_size)
     graph = ModelGraph(model, size, protect=protect)
-    if splits is None:
-        images = data.synthetic_images(n, size, seed)
-        labels = evaluation.predict(model, images, 64)
-    else:
-        images, labels = splits.train.take(min(n, len(splits.train)), seed)
-        check_outputs(model, images, labels, splits.classes if splits.source else None)
+    images, labels = calibration_images(model, splits, size, n, seed)
     adversarial = mrs.adversarial_set(
         model, images, labels, threat=threat, seed=seed, batch_size=64
     )

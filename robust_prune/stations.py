@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from robust_prune import allocation as allocating
@@ -77,6 +76,14 @@ class Compression:
             )
             if settings.finetune is not None or settings.evaluation != "none":
                 raise DataError("fine-tuning and evaluation need data; name it with --data")
+            return
+        if settings.finetune is not None and splits.validation is None:
+            raise DataError(
+                f"{len(splits.train)} images are too few to keep some back for validation; "
+                "fine-tuning needs 20 or more"
+            )
+        if settings.evaluation != "none" and splits.test is None:
+            raise DataError("there is no test split to evaluate on; give test images as test=")
 
     def measure_and_plan(self) -> None:
         """Adversarial set, MRS, scores, plan."""
@@ -92,9 +99,11 @@ class Compression:
         self._check_feasible(graph)
         with self._timed("adversarial set"):
             self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
+            n = self._calibration_count()
+            images = calibration_images(self.model, self.splits, self.input_size, n, settings.seed)
             adversarial = mrs.adversarial_set(
                 self.model,
-                *self._calibration(),
+                *images,
                 threat=settings.threat,
                 seed=settings.seed,
                 batch_size=min(64, settings.batch_size),
@@ -179,13 +188,9 @@ class Compression:
         assert self.splits is not None
         assert settings.finetune is not None
         validation = self.splits.validation
-        if validation is None:
-            raise DataError(
-                f"{len(self.splits.train)} images are too few to keep some back for validation; "
-                "fine-tuning needs 20 or more"
-            )
+        assert validation is not None
         config = settings.training()
-        if settings.evaluation != "none" and self.splits.test is not None:
+        if settings.evaluation != "none":
             self._before_tuning = self._evaluate(self.model, "pgd")
         self.events.stage(f"fine-tuning: {config.method}, {config.epochs} epochs")
         with self._timed("fine-tune"):
@@ -207,8 +212,7 @@ class Compression:
     def evaluate(self) -> None:
         """Measure the dense and the pruned model on the same test images."""
         assert self.splits is not None
-        if self.splits.test is None:
-            raise DataError("there is no test split to evaluate on; give test images as test=")
+        assert self.splits.test is not None
         self.events.stage(
             f"evaluation: {self.settings.evaluation} on "
             f"{min(self.settings.n_eval, len(self.splits.test))} test images, dense and pruned"
@@ -232,18 +236,6 @@ class Compression:
             seed=self.settings.seed,
             on_progress=self.events.evaluating,
         )
-
-    @torch.no_grad()
-    def _calibration(self) -> tuple[Tensor, Tensor]:
-        """Images to measure sensitivity on: of the training split, never of test."""
-        n, seed = self._calibration_count(), self.settings.seed
-        if self.splits is None:
-            images = data.synthetic_images(n, self.input_size, seed)
-            return images, evaluation.predict(self.model, images, 64)
-        images, labels = self.splits.train.take(min(n, len(self.splits.train)), seed)
-        classes = self.splits.classes if self.splits.source else None
-        check_outputs(self.model, images, labels, classes)
-        return images, labels
 
     def _calibration_count(self) -> int:
         """How many images to measure on: what was asked, else what a CPU can do in minutes."""
@@ -317,6 +309,21 @@ class Compression:
             yield
         finally:
             self.seconds[name] = time.perf_counter() - start
+
+
+def calibration_images(
+    model: nn.Module, splits: DataSplits | None, size: tuple[int, int, int], n: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return images and labels to measure sensitivity on: of training, never of test.
+
+    Without data the images are synthetic, and labelled by the model itself.
+    """
+    if splits is None:
+        images = data.synthetic_images(n, size, seed)
+        return images, evaluation.predict(model, images, 64)
+    images, labels = splits.train.take(min(n, len(splits.train)), seed)
+    check_outputs(model, images, labels, splits.classes or None)
+    return images, labels
 
 
 def image_size_of(

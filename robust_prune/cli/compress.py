@@ -160,7 +160,7 @@ def compress(
         protect=tuple(protect or ()),
         calibration_images=calibration_images,
         evaluation=chosen.value,
-        n_eval=n_eval or (1000 if o.pick_device(device) == "cuda" else 200),
+        n_eval=o.eval_images(n_eval, device),
         plan=replayed,
         input_size=o.image_size(input_size),
         notes=tuple(record.get("assumed", ())),

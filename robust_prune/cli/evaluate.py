@@ -49,7 +49,7 @@ def evaluate(
     if splits is None or splits.test is None:
         raise UsageError(f"{model} records no data; name it with --data")
     threat = o.threat_model(norm, eps, record)
-    n = n_eval or (1000 if o.pick_device(device) == "cuda" else 200)
+    n = o.eval_images(n_eval, device)
     test = evaluation.draw(splits.test, n, seed)
     if eval_ is o.Eval.autoattack:
         seconds = evaluation.autoattack_seconds(module, test.images, splits.classes, 0.35)

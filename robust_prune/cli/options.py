@@ -185,6 +185,11 @@ def pick_device(device: Device) -> str:
     return str(device.value)
 
 
+def eval_images(asked: int | None, device: Device) -> int:
+    """Return how many test images to measure on: what was asked, else what the device can do."""
+    return asked or (1000 if pick_device(device) == "cuda" else 200)
+
+
 def open_model(
     path: str,
     arch: str | None,
