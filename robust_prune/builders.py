@@ -17,6 +17,7 @@ from robust_prune.modules import ImageModel
 from robust_prune.types import ModelSpec
 
 TORCHVISION = "torchvision/"
+AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def create(spec: ModelSpec, *, pretrained: bool = False) -> ImageModel:
@@ -150,6 +151,9 @@ def _build_net(spec: ModelSpec, pretrained: bool) -> nn.Module:
             "load(path, model=YourClass())"
         )
     kwargs = {"num_classes": spec.num_classes, **spec.kwargs}
+    if spec.source == "torchvision" and spec.arch in AUXILIARY_HEADS:
+        # their second heads return no logits [N, K] in train mode, and nothing in eval mode
+        kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
     with _builder_errors(spec.arch):
         if spec.source == "torchvision":
             weights = "DEFAULT" if pretrained else None
@@ -161,22 +165,38 @@ def _build_net(spec: ModelSpec, pretrained: bool) -> nn.Module:
     return net
 
 
-def _cifar_stem_(net: nn.Module, arch: str) -> None:
-    """Make the stem fit small images: stride 1 and no pooling; 3x3 where it was one 7x7."""
-    conv1, maxpool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
-    if maxpool is None or not isinstance(conv1, (nn.Conv2d, nn.Sequential)):
+def _cifar_stem_(net: Any, arch: str) -> None:
+    """Make the stem fit small images: stride 1 and no pooling; 3x3 where it was one 7x7.
+
+    MobileViT's second stage keeps its size, too: 4x4 maps are left of 32x32 images.
+    """
+    stem: Any = getattr(net, "stem", None)
+    stages: Any = getattr(net, "stages", ())
+    if isinstance(getattr(net, "maxpool", None), nn.Module) and hasattr(net, "conv1"):
+        net.conv1 = _small_convolution(net.conv1)
+        net.maxpool = nn.Identity()
+    elif hasattr(stem, "pool") and hasattr(stem, "conv"):  # ResNetV2
+        stem.conv, stem.pool = _small_convolution(stem.conv), nn.Identity()
+    elif len(stages) > 1 and hasattr(stages[1][0], "conv2_kxk") and hasattr(stem, "conv"):
+        stem.conv.stride = stages[1][0].conv2_kxk.conv.stride = (1, 1)
+    else:
         raise ModelError(
-            f"{arch}: --cifar-stem knows the stem of ResNets (conv1 and maxpool) and this network "
-            "has none; leave it out, or edit the stem of your own module from Python"
+            f"{arch}: --cifar-stem knows the stems of ResNet, ResNetV2 and MobileViT, and this "
+            "network's is none of them; leave it out, or edit the stem of your own module from "
+            "Python"
         )
-    net.maxpool = nn.Identity()
-    if isinstance(conv1, nn.Sequential):
-        first = conv1[0]
+
+
+def _small_convolution(stem: nn.Module) -> nn.Module:
+    if isinstance(stem, nn.Sequential):
+        first = stem[0]
         assert isinstance(first, nn.Conv2d)
         first.stride = (1, 1)
-    else:
-        net.conv1 = nn.Conv2d(conv1.in_channels, conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        return stem
+    assert isinstance(stem, nn.Conv2d)
+    small = type(stem)(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    return small
 
 
 def infer_kwargs(

@@ -1,56 +1,69 @@
-"""What layers cost: multiply-adds and parameters, exactly, as a function of their widths."""
+"""What a model costs: multiply-adds and parameters, exactly, as a function of its widths."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
-from robust_prune.modules import (
-    device_of,
-    evaluating,
-    network_of,
-)
+from robust_prune.modules import device_of, evaluating, network_of
+from robust_prune.tracing.adapters import adapted
 from robust_prune.types import Cost
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What a layer costs at given widths."""
+class TensorCost:
+    """What a parameter costs: its shape, and how often an image meets it if it mixes channels.
 
-    out_channels: int
-    in_channels: int
-    groups: int
-    depthwise: bool
-    kernel: int
+    `shares` lists (dimension, group, channels per unit): what a unit of a group takes away.
+    `repeats` are sizes that are part of the positions and shrink, too: (size, shares of it).
+    """
+
+    shape: tuple[int, ...]
     positions: int
-    bias: int
-    mixes: bool
+    shares: tuple[tuple[int, str, int], ...]
+    repeats: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
 
-    def cost(self, out_channels: int, in_channels: int) -> tuple[int, int]:
-        """Return (multiply-adds, parameters)."""
-        if not self.mixes:
-            return 0, self.kernel * out_channels
-        per_output = 1 if self.depthwise else in_channels // self.groups
-        weights = out_channels * per_output * self.kernel
-        return weights * self.positions, weights + self.bias * out_channels
+    def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
+        """Return (multiply-adds, parameters) when groups lose this many units."""
+        shape = list(self.shape)
+        for dim, group, channels in self.shares:
+            shape[dim] -= channels * dropped.get(group, 0)
+        numel = 1
+        for size in shape:
+            numel *= size
+        positions = self.positions
+        for size, shares in self.repeats:
+            left = size - sum(channels * dropped.get(group, 0) for group, channels in shares)
+            positions = positions * left // size
+        return numel * positions, numel
+
+
+def total(tensors: Sequence[TensorCost], dropped: Mapping[str, int]) -> tuple[int, int]:
+    """Return (multiply-adds, parameters) of all tensors together."""
+    macs = params = 0
+    for tensor in tensors:
+        m, p = tensor.at(dropped)
+        macs, params = macs + m, params + p
+    return macs, params
 
 
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count multiply-adds and parameters of the model as it is; `channels` is 0.
 
-    Counted are the multiply-adds of convolutions and linear layers for one image, without biases
-    and normalisation, the convention of the pruning literature.
+    Counted are the multiply-adds of convolutions and linear layers for one image, without biases,
+    normalisation and the products inside an attention, the convention of the pruning literature.
     """
     net = network_of(model)
-    positions = output_positions(net, input_size)
-    macs = 0
-    for module, count in positions.items():
-        macs += weight_of(module).numel() * count
+    positions = weight_positions(net, input_size)
+    macs = sum(p.numel() * positions.get(name, 0) for name, p in net.named_parameters())
     return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
 
 
@@ -66,11 +79,6 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def own_params(module: nn.Module) -> bool:
-    """Return whether the module itself, not a child, holds parameters."""
-    return any(True for _ in module.parameters(recurse=False))
-
-
 def example_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Return one random image [1, C, H, W] of the network's device and dtype."""
     parameter = next(net.parameters(), None)
@@ -79,57 +87,54 @@ def example_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     return torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
 
 
-@torch.no_grad()
-def output_positions(net: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, int]:
-    """How often each convolution's or linear layer's weights are applied to one image.
+class _Positions(TorchFunctionMode):
+    """Counts how often each weight is applied to one image, by the functions that apply it."""
 
-    For a transposed convolution these are the positions of its input.
-    """
-    positions: dict[nn.Module, int] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, int] = {}
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        where = inputs[0] if isinstance(module, _ConvTransposeNd) else output
-        shape = where.shape
-        spatial = shape[2:] if isinstance(module, _ConvNd) else shape[1:-1]
-        positions[module] = positions.get(module, 0) + int(torch.Size(spatial).numel())
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if name in ("linear", "matmul", "conv1d", "conv2d", "conv3d", "conv_transpose2d"):
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+            if isinstance(weight, Tensor):
+                if name.startswith("conv"):
+                    times = (x if "transpose" in name else out)[0, 0].numel()
+                else:
+                    times = out.numel() // max(out.shape[-1] * out.shape[0], 1)
+                self.found[id(weight)] = self.found.get(id(weight), 0) + times
+        return out
 
-    hooks = [
-        module.register_forward_hook(count)
-        for module in net.modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
-    ]
+
+@contextlib.contextmanager
+def checked(input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Turn what a network raises on images of a size that it does not take into a ModelError."""
     try:
-        with evaluating(net):
-            net(example_image(net, input_size))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        line = (str(error).splitlines() or [""])[0][:160]
+        yield
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0][:160]
         size = "x".join(map(str, input_size))
         raise ModelError(f"the model does not take a {size} image: {line}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return positions
 
 
-def describe(module: nn.Module, positions: int) -> Layer:
-    """Return what a layer with parameters costs, applied at `positions` places of an image."""
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    if isinstance(module, _ConvNd):
-        return Layer(
-            module.out_channels,
-            module.in_channels,
-            module.groups,
-            depthwise=module.groups == module.in_channels == module.out_channels,
-            kernel=int(torch.Size(module.kernel_size).numel()),
-            positions=positions,
-            bias=int(module.bias is not None),
-            mixes=True,
-        )
-    if isinstance(module, nn.Linear):
-        bias = int(module.bias is not None)
-        return Layer(
-            module.out_features, module.in_features, 1, False, 1, positions, bias, mixes=True
-        )
-    first = next(module.parameters(recurse=False))
-    channels = first.shape[0] if first.ndim else 1
-    return Layer(channels, channels, 1, False, own // channels, 0, 0, mixes=False)
+@torch.no_grad()
+def weight_positions(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """Return how often each weight, by its name, is applied to one image.
+
+    For a transposed convolution these are the positions of its input.
+
+    Raises:
+        ModelError: the network does not take such images.
+    """
+    with checked(input_size), evaluating(net), adapted(net), _Positions() as mode:
+        net(example_image(net, input_size))
+    return {
+        name: mode.found[id(parameter)]
+        for name, parameter in net.named_parameters()
+        if id(parameter) in mode.found
+    }

@@ -1,67 +1,38 @@
-"""torch-pruning's dependency graph as plain channel groups with exact costs, and `prune_`."""
+"""The prunable groups of a model with exact costs; `prune_` and `mask_`."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.costs import (
+    TensorCost,
+    checked,
     count_cost,
-    describe,
     example_image,
-    output_positions,
-    own_params,
+    total,
     weight_of,
 )
 from robust_prune.errors import ModelError, PlanError, UsageError
-from robust_prune.modules import (
-    evaluating,
-    make_contiguous_,
-    network_of,
-    requires_grad,
-)
+from robust_prune.masking import silence_
+from robust_prune.modules import evaluating, make_contiguous_, network_of
+from robust_prune.tracing.coupling import Slot, couple
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
+from robust_prune.wiring import Wiring
 
-Side = Literal["out", "in"]
 MIN_WIDTH = 2
-
-
-@dataclass(frozen=True)
-class Member:
-    """One layer's share in a group: its channels [n] and the unit [n] each one belongs to."""
-
-    module: nn.Module
-    name: str
-    side: Side
-    channels: Tensor
-    units: Tensor
-
-    @property
-    def is_weighted(self) -> bool:
-        """Whether it is a convolution or linear layer, whose weights mix channels."""
-        return isinstance(self.module, (_ConvNd, nn.Linear))
-
-    def sum_by_unit(self, values: Tensor, units: int) -> Tensor:
-        """Sum a weight-shaped tensor over everything but this member's channels, by unit.
-
-        Returns float64 [units] on the CPU: sums of rows on the output side, of columns on the
-        input side.
-        """
-        dim = 0 if (self.side == "out") != isinstance(self.module, _ConvTransposeNd) else 1
-        sums = values.sum([d for d in range(values.ndim) if d != dim]).double().cpu()
-        # a grouped convolution stores the input columns of one block, for all blocks alike
-        stored = self.channels < len(sums)
-        total = torch.zeros(units, dtype=torch.float64)
-        return total.index_add_(0, self.units[stored], sums[self.channels[stored]])
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+RUN_ERRORS = (ModelError, RuntimeError, AssertionError, IndexError, ValueError, TypeError)
 
 
 class ModelGraph:
@@ -78,8 +49,9 @@ class ModelGraph:
         protect: Sequence[str] = (),
         min_width: int = MIN_WIDTH,
         probe: bool = True,
+        ties: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """Trace the model, and try on a copy that it still runs when its groups are halved.
+        """Trace the model, and try on a copy that pruning its groups does what masking them does.
 
         Args:
             model: any module on images; left as it was, in mode and requires_grad.
@@ -87,79 +59,99 @@ class ModelGraph:
             protect: dotted layer names or patterns such as `layer1.*` that must stay whole.
             min_width: channels that every group keeps at least (fewer if it has fewer).
             probe: False trusts that every group can be pruned, which costs half the time.
+            ties: what an earlier probe found out, from a plan.
 
         Raises:
-            ModelError: the model does not take such images or can't be traced.
+            ModelError: the model does not take such images, or computes its weights.
             UsageError: a name in `protect` matches no layer.
         """
         self.model = model
         self.input_size = input_size
         net = network_of(model)
-        self._names = {module: name for name, module in net.named_modules()}
-        for module in self._names:
-            if isinstance(module, (_ConvNd, nn.Linear)):
-                weight_of(module)  # refuses weights that are computed from others
-        self._protected = _match(protect, [n for n in self._names.values() if n])
-        self._positions = output_positions(net, input_size)
-        self._dg = _trace(net, input_size)
-        self._members: dict[str, tuple[Member, ...]] = {}
-        groups, unprunable = self._enumerate(min_width)
-        self.groups: tuple[ChannelGroup, ...] = tuple(groups)
-        self.unprunable: tuple[Unprunable, ...] = tuple(unprunable)
-        self._roots = {name: module for module, name in self._names.items()}
-        if probe:
-            self._probe()
-        self._layers = {
-            name: describe(module, self._positions.get(module, 0))
-            for module, name in self._names.items()
-            if own_params(module)
-        }
-        self._shares = self._collect_shares()
+        layers = [n for n, m in net.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+        for layer in layers:
+            weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
+        names = [name for name, _ in net.named_modules() if name]
+        protected = {n: f"protected: {n}" for n in layers if n in set(_match(protect, names))}
+        image = example_image(net, input_size)
 
-    def members(self, group: str) -> tuple[Member, ...]:
-        """Return the layers of a group with the channels each one shares in it."""
-        return self._members[group]
+        def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
+            with checked(input_size), evaluating(net):
+                return Wiring.of(net, couple(net, image, protected, ties), min_width)
+
+        self.ties: tuple[tuple[str, str], ...] = tuple(ties)
+        self._wiring = wiring = wire(self.ties)
+        if probe:
+            self._wiring, self.ties = probed(net, image, wiring, wire)
+        seen = {s.layer for slots in self._wiring.slots.values() for s in slots}
+        seen |= {item.name for item in self._wiring.unprunable}
+        broken = {layer: g.name for g in wiring.groups for layer in (*g.members, *g.readers)}
+        missing = {
+            n: f"goes with {broken[n]}" if n in broken else "the forward pass does not use it"
+            for n in layers
+            if n not in seen
+        }
+        place = {name: i for i, name in enumerate(names)}
+        self.groups: tuple[ChannelGroup, ...] = self._wiring.groups
+        self.unprunable: tuple[Unprunable, ...] = tuple(
+            sorted(
+                (
+                    *self._wiring.unprunable,
+                    *(Unprunable(name, reason) for name, reason in missing.items()),
+                ),
+                key=lambda item: place.get(item.name.split("@")[0], -1),
+            )
+        )
+        self._by_name = {group.name: group for group in self.groups}
+        self._costs = self._tensor_costs(net)
+
+    def slots(self, group: str) -> tuple[Slot, ...]:
+        """Return where the group's channels are stored."""
+        return self._wiring.slots[group]
+
+    def gates(self, group: str) -> tuple[Slot, ...]:
+        """Return the rows of queries, whose channels nothing but a product reads."""
+        return self._wiring.gates[group]
 
     def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
         """Return the exact cost when groups have these widths; missing ones stay whole."""
         widths = widths or {}
-        macs = params = 0
-        for name, layer in self._layers.items():
-            out_channels, in_channels = layer.out_channels, layer.in_channels
-            for group, side, count in self._shares.get(name, ()):
-                width, full = widths.get(group.name, group.width), group.width
-                removed = count * (full - width) // full
-                if side == "out":
-                    out_channels -= removed
-                else:
-                    in_channels -= removed
-            layer_macs, layer_params = layer.cost(out_channels, in_channels)
-            macs, params = macs + layer_macs, params + layer_params
+        dropped = {
+            name: (group.width - widths[name]) // group.blocks
+            for name, group in self._by_name.items()
+            if name in widths
+        }
+        macs, params = total(self._costs, dropped)
         channels = sum(widths.get(group.name, group.width) for group in self.groups)
         return Cost(macs, params, channels)
 
+    @property
+    def reachable(self) -> float:
+        """Share of the parameters that lie along channels which can be removed."""
+        touched = sum(_numel(t.shape) for t in self._costs if t.shares)
+        return touched / max(sum(_numel(t.shape) for t in self._costs), 1)
+
     def check(self, plan: PruningPlan) -> None:
         """Raise PlanError unless every group of `plan` is one of this model's."""
-        known = {group.name: group for group in self.groups}
         widths: dict[str, int] = {}
         for item in plan.groups:
-            group = known.get(item.name)
+            group = self._by_name.get(item.name)
             if group is None:
                 raise PlanError(
                     f"the plan prunes {item.name!r}, which is no prunable group of this model "
-                    f"({len(known)} groups); was it made for another network?"
+                    f"({len(self.groups)} groups); was it made for another network?"
                 )
             if group.width != item.width:
                 raise PlanError(
                     f"the plan expects {item.width} channels in {item.name!r}, this model has "
                     f"{group.width}; was it already pruned?"
                 )
-            units = {i % group.units for i in item.keep}
+            units = {group.unit(i) for i in item.keep}
             widths[item.name] = item.keep_width
             if len(units) * group.blocks != len(item.keep):
                 raise PlanError(
-                    f"the plan keeps channels of {item.name!r} that a grouped convolution of "
-                    f"{group.blocks} blocks can't keep apart"
+                    f"the plan keeps channels of {item.name!r} that {group.blocks} blocks (of a "
+                    "grouped convolution) or heads (of an attention) can't keep apart"
                 )
         for what, mine, theirs in (
             ("dense", self.cost(), plan.dense),
@@ -172,22 +164,28 @@ class ModelGraph:
                     "made for another network or image size, or edited by hand?"
                 )
 
+    def dropped(self, plan: PruningPlan) -> dict[str, Tensor]:
+        """Return by group True [units] for the units that a plan drops."""
+        found = {}
+        for item in plan.groups:
+            group = self._by_name[item.name]
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[[group.unit(i) for i in item.keep]] = False
+            if bool(gone.any()):
+                found[item.name] = gone
+        return found
+
     def apply_(self, plan: PruningPlan) -> None:
         """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
 
         Raises:
             PlanError: the plan does not fit; the model is untouched.
-            ModelError: the model does not run after pruning, although each group was tried.
         """
         self.check(plan)
         net = network_of(self.model)
-        trainable = {name: p.requires_grad for name, p in net.named_parameters()}
-        for item in plan.groups:
-            kept = set(item.keep)
-            self._remove(item.name, [i for i in range(item.width) if i not in kept])
-        for name, parameter in net.named_parameters():
+        self._wiring.remove_(net, self.dropped(plan))
+        for parameter in net.parameters():
             parameter.grad = None
-            parameter.requires_grad_(trainable[name])
         make_contiguous_(net)
         counted = count_cost(self.model, plan.input_size)
         if (counted.macs, counted.params) != (plan.pruned.macs, plan.pruned.params):
@@ -196,147 +194,199 @@ class ModelGraph:
                 f"parameters, the plan promised {plan.pruned.macs:,} and {plan.pruned.params:,}"
             )
 
-    def _remove(self, group: str, drop: Sequence[int]) -> None:
-        if drop:
-            root = self._roots[group]
-            function = self._dg.get_pruner_of_module(root).prune_out_channels
-            self._dg.get_pruning_group(root, function, list(drop)).prune()
+    def mask_(self, plan: PruningPlan) -> None:
+        """Silence the channels that `plan` drops, in place."""
+        self.check(plan)
+        silence_(network_of(self.model), self._wiring, self.dropped(plan))
 
-    def _probe(self) -> None:
-        """Halve all groups of a copy; if it breaks, halve each alone and leave out what breaks."""
-        if _survives(self.model, self.input_size, [g.name for g in self.groups]) is None:
-            return
-        broken = {}
+    def _tensor_costs(self, net: nn.Module) -> tuple[TensorCost, ...]:
+        shares: dict[str, list[tuple[int, str, int]]] = {}
         for group in self.groups:
-            reason = _survives(self.model, self.input_size, [group.name])
-            if reason is not None:
-                broken[group.name] = f"the model does not run when it is pruned: {reason}"
-        self.groups = tuple(g for g in self.groups if g.name not in broken)
-        self._members = {g.name: self._members[g.name] for g in self.groups}
-        self.unprunable += tuple(Unprunable(name, reason) for name, reason in broken.items())
+            for slot in self._wiring.slots[group.name]:
+                each = len(slot.indices) // group.units
+                shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
+        coupling, names = self._wiring.coupling, self._wiring.names
+        repeats = {
+            tensor: tuple(
+                (
+                    count.value,
+                    tuple(
+                        (names[g], len(units) // self._by_name[names[g]].units)
+                        for g, _, units in count.where
+                        if names.get(g) in self._by_name
+                    ),
+                )
+                for count in counts
+            )
+            for tensor, counts in coupling.repeats.items()
+        }
+        return tuple(
+            TensorCost(
+                tuple(p.shape),
+                coupling.positions.get(name, 0),
+                tuple(shares.get(name, ())),
+                repeats.get(name, ()),
+            )
+            for name, p in net.named_parameters()
+        )
 
-    def _enumerate(self, min_width: int) -> tuple[list[ChannelGroup], list[Unprunable]]:
-        order = {name: i for i, name in enumerate(self._names.values())}
-        groups: list[ChannelGroup] = []
-        unprunable: list[Unprunable] = []
-        for tp_group in self._dg.get_all_groups(ignored_layers=[]):
-            tp_group = self._with_first_root(tp_group, order)
-            name = self._names[tp_group[0].dep.target.module]
-            reason = self._why_not(tp_group)
-            if reason is None:
-                group, members = self._translate(name, tp_group, min_width)
-                reason = _why_uneven(group, members)
-            if reason is None:
-                groups.append(group)
-                self._members[name] = members
-            else:
-                unprunable.append(Unprunable(name, reason))
-        seen = {m.name for members in self._members.values() for m in members}
-        seen |= {item.name for item in unprunable}
-        for module, name in self._names.items():
-            if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
-                unprunable.append(Unprunable(name, "not reached by the dependency graph"))
-        groups.sort(key=lambda group: order[group.name])
-        unprunable.sort(key=lambda item: order[item.name])
-        return groups, unprunable
 
-    def _with_first_root(self, tp_group: Any, order: Mapping[str, int]) -> Any:
-        """Return the group seen from its first layer in the model's own order, if that is exact."""
-        roots = [
-            dep.target.module
-            for dep, idxs in tp_group
-            if isinstance(dep.target.module, (_ConvNd, nn.Linear))
-            and self._dg.is_out_channel_pruning_fn(dep.handler)
-            and list(idxs) == list(range(len(tp_group[0].idxs)))
-        ]
-        if not roots:
-            return tp_group
-        first = min(roots, key=lambda module: order[self._names[module]])
-        if first is tp_group[0].dep.target.module:
-            return tp_group
-        function = self._dg.get_pruner_of_module(first).prune_out_channels
-        return self._dg.get_pruning_group(first, function, range(len(tp_group[0].idxs)))
+@dataclass(frozen=True)
+class _Trial:
+    """A network with other weights, to try on what pruning its groups does."""
 
-    def _why_not(self, tp_group: Any) -> str | None:
-        for dep, idxs in tp_group:
-            module = dep.target.module
-            if isinstance(module, nn.Parameter):
-                return "touches a parameter that belongs to no layer"
-            if self._dg.is_out_channel_pruning_fn(dep.handler) and not dep.target.outputs:
-                return "its channels are the model's outputs"
-            name = self._names.get(module)
-            if name is None:
-                continue
-            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-                return f"{name} normalises over more than the channels"
-            if name in self._protected and self._dg.is_out_channel_pruning_fn(dep.handler):
-                return f"protected: {name}"
-            limit = self._channels(module, self._side(dep))
-            if idxs and (max(idxs) >= limit or min(idxs) < 0):
-                return f"couples more channels than {name} has"
+    net: nn.Module
+    wiring: Wiring
+    image: Tensor
+
+    def problem(self, names: Sequence[str]) -> str | None:
+        """Drop a part of these groups and return what goes wrong, or None."""
+        dropped = {
+            group.name: _some(group.units, i)
+            for i, group in enumerate(self.wiring.groups)
+            if group.name in names
+        }
+        try:
+            # removing replaces tensors, so that only silencing needs copies of its own
+            shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
+            pruned = copy.deepcopy(self.net, shared)
+            self.wiring.remove_(pruned, dropped)
+            one = _logits(pruned(self.image))
+            masked = copy.deepcopy(self.net)
+            silence_(masked, self.wiring, dropped)
+            two = _logits(masked(self.image))
+        except (
+            ModelError,
+            RuntimeError,
+            AssertionError,
+            IndexError,
+            ValueError,
+            TypeError,
+        ) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            return f"the model does not run when it is pruned: {line}"
+        error_size = float((one - two).abs().max() / two.abs().max().clamp(min=1e-30))
+        if not error_size < TOLERANCES[self.image.dtype]:
+            return f"pruning it is not the same as masking it (by {error_size:.1g})"
         return None
 
-    def _translate(
-        self, name: str, tp_group: Any, min_width: int
-    ) -> tuple[ChannelGroup, tuple[Member, ...]]:
-        width = len(tp_group[0].idxs)
-        blocks = max(
-            (_blocks(dep.target.module) for dep, _ in tp_group),
-            default=1,
-        )
-        units = max(1, width // blocks)
-        members = tuple(
-            Member(
-                module=module,
-                name=self._names[module],
-                side=self._side(item.dep),
-                channels=torch.tensor(list(item.idxs)),
-                units=torch.tensor(list(item.root_idxs)) % units,
-            )
-            for item in tp_group.items
-            if (module := item.dep.target.module) in self._names and own_params(module)
-        )
-        group = ChannelGroup(
-            name=name,
-            width=width,
-            blocks=blocks,
-            min_width=min(width, max(min_width, blocks)),
-            members=tuple(m.name for m in members if m.side == "out"),
-            readers=tuple(m.name for m in members if m.side == "in"),
-        )
-        return group, members
 
-    def _side(self, dep: Any) -> Side:
-        return "out" if self._dg.is_out_channel_pruning_fn(dep.handler) else "in"
+@torch.no_grad()
+def probed(
+    net: nn.Module,
+    image: Tensor,
+    wiring: Wiring,
+    wire: Callable[[Sequence[tuple[str, str]]], Wiring],
+) -> tuple[Wiring, tuple[tuple[str, str], ...]]:
+    """Return the wiring of the groups for which pruning does what masking does, and its ties.
 
-    def _channels(self, module: nn.Module, side: Side) -> int:
-        ask = self._dg.get_out_channels if side == "out" else self._dg.get_in_channels
-        return int(ask(module) or 0)
-
-    def _collect_shares(self) -> dict[str, list[tuple[ChannelGroup, Side, int]]]:
-        shares: dict[str, list[tuple[ChannelGroup, Side, int]]] = {}
-        for group in self.groups:
-            for member in self._members[group.name]:
-                shares.setdefault(member.name, []).append(
-                    (group, member.side, len(member.channels))
-                )
-        return shares
-
-
-def _survives(
-    model: nn.Module, input_size: tuple[int, int, int], names: Sequence[str]
-) -> str | None:
-    """Halve these groups of a copy of the model; return why it fails, or None."""
-    graph = ModelGraph(copy.deepcopy(model), input_size, probe=False)
+    Tried on a copy in float64, all groups at once. Where that fails, the widths of attentions are
+    tied to their inputs', as code that divides the one by the heads to know the other needs;
+    culprits that are left are searched by halving.
+    """
+    copied = copy.deepcopy(net).eval().double()
+    image = image.double()
+    _randomize_(copied)
+    trial = _Trial(copied, wiring, image)
+    if trial.problem([group.name for group in wiring.groups]) is None:
+        return wiring, ()
     try:
-        for group in graph.groups:
-            if group.name in names and group.units > 1:
-                half = group.units // 2
-                graph._remove(group.name, [i for i in range(group.width) if i % group.units < half])
-        output_positions(network_of(graph.model), input_size)
-    except (ModelError, RuntimeError, AssertionError, IndexError, ValueError) as error:
-        return str(error).removeprefix("the model does not take a ").splitlines()[0][:120]
-    return None
+        copied(image)
+    except RUN_ERRORS:  # float32 is part of its code
+        copied, image = copied.float(), image.float()
+    found = _search(_Trial(copied, wiring, image))
+    if not found:
+        return wiring, ()
+    ties = wiring.possible_ties(found)
+    if ties:
+        tied = wire(ties)
+        still = _search(_Trial(copied, tied, image))
+        if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
+            return tied.without(still), ties
+    return wiring.without(found), ()
+
+
+def _search(trial: _Trial) -> dict[str, str]:
+    """Return the groups that can't be pruned, with what goes wrong.
+
+    Groups of the same kind (their names differ in numbers alone) are tried together, then by
+    halves; where the first and the last of a broken kind are broken, so are those between.
+    """
+    broken: dict[str, str] = {}
+    good: list[str] = []
+
+    def problem(names: Sequence[str]) -> str | None:
+        found = trial.problem([*good, *names])
+        if found is None:
+            good.extend(names)
+        elif len(names) == 1:
+            broken[names[0]] = found
+        return found
+
+    def kinds_of(parts: list[list[str]]) -> None:
+        if not parts or problem(list(itertools.chain(*parts))) is None:
+            return
+        if len(parts) > 1:
+            kinds_of(parts[: len(parts) // 2])
+            kinds_of(parts[len(parts) // 2 :])
+        elif len(parts[0]) > 1:
+            ends = [problem([name]) for name in (parts[0][0], parts[0][-1])]
+            between = parts[0][1:-1]
+            if all(ends):
+                broken.update(dict.fromkeys(between, str(ends[0])))
+            else:
+                kinds_of([[name] for name in between])
+
+    kinds: dict[str, list[str]] = {}
+    for group in trial.wiring.groups:
+        kinds.setdefault(re.sub(r"\d+", "#", group.name), []).append(group.name)
+    kinds_of(list(kinds.values()))
+    return broken
+
+
+def _some(units: int, salt: int) -> Tensor:
+    """Return True [units] for those to drop: 30 to 70 %, another share for every group."""
+    generator = torch.Generator().manual_seed(salt)
+    share = 0.3 + 0.4 * ((salt * 0.618) % 1)
+    gone = torch.zeros(units, dtype=torch.bool)
+    count = min(units - 1, max(1, round(units * share)))
+    gone[torch.randperm(units, generator=generator)[:count]] = True
+    return gone
+
+
+def _logits(output: object) -> Tensor:
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns a {type(output).__name__}, not logits")
+    return output
+
+
+@torch.no_grad()
+def _randomize_(net: nn.Module) -> None:
+    """Give a copy weights under which no channel is silent and no branch or attention is flat."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        leaf = name.rpartition(".")[2]
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+            spread = float(tensor.std())
+            if spread > 0 and math.isfinite(spread):
+                tensor.mul_(max(tensor[0].numel(), 1) ** -0.5 / spread)
+                continue
+        cpu = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if leaf == "running_var":
+            cpu.uniform_(0.5, 1.5, generator=generator)
+        elif leaf == "running_mean" or leaf == "bias":
+            cpu.normal_(0, 0.1, generator=generator)
+        elif not isinstance(tensor, nn.Parameter):
+            continue
+        elif tensor.ndim > 1:
+            cpu.normal_(0, max(tensor[0].numel(), 1) ** -0.5, generator=generator)
+        else:
+            cpu.uniform_(0.5, 1.5, generator=generator)
+        tensor.copy_(cpu)
 
 
 def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -347,28 +397,18 @@ def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanError: the plan was made for another network; the model is then untouched.
     """
-    ModelGraph(model, plan.input_size, probe=False).apply_(plan)
+    ModelGraph(model, plan.input_size, probe=False, ties=plan.ties).apply_(plan)
     return model
 
 
-@torch.no_grad()
 def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Zero in place what reads the channels that `plan` drops: same outputs as pruning, full size.
-
-    Exact where no normalisation spans pruned channels (batch norm does not).
-    """
-    graph = ModelGraph(model, plan.input_size, probe=False)
-    graph.check(plan)
-    for item in plan.groups:
-        dropped = torch.tensor(sorted(set(range(item.width)) - set(item.keep)), dtype=torch.long)
-        units = next(g.units for g in graph.groups if g.name == item.name)
-        for member in graph.members(item.name):
-            if member.side == "in" and member.is_weighted:
-                weight = weight_of(member.module)
-                gone = torch.isin(member.units, dropped % units)
-                columns = member.channels[gone] % weight.shape[1]
-                weight.index_fill_(1, torch.unique(columns).to(weight.device), 0.0)
+    """Silence in place the channels that `plan` drops: same outputs as pruning, full size."""
+    ModelGraph(model, plan.input_size, probe=False, ties=plan.ties).mask_(plan)
     return model
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
 
 
 def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
@@ -385,78 +425,3 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
             raise UsageError(f"protect: no layer is called {pattern!r}{hint}")
         found.update(hits)
     return found
-
-
-def _trace(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    example = example_image(net, input_size).requires_grad_(True)
-    try:
-        with evaluating(net), requires_grad(net, True), torch.enable_grad():
-            return tp.DependencyGraph().build_dependency(
-                net, example, customized_pruners=_layer_norm_pruners(net), verbose=False
-            )
-    except Exception as error:
-        line = (str(error).splitlines() or [""])[0][:160]
-        raise ModelError(
-            f"the dependency graph of {type(net).__name__} can't be built: "
-            f"{type(error).__name__}: {line}"
-        ) from error
-
-
-class _LayerNormPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
-    """torch-pruning 1.6.1's own sorts the kept indices without keeping the result."""
-
-    TARGET_MODULES = nn.LayerNorm
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        assert isinstance(layer, nn.LayerNorm)
-        gone = set(idxs)
-        keep = [i for i in range(layer.normalized_shape[-1]) if i not in gone]
-        if layer.elementwise_affine:
-            layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
-            if layer.bias is not None:
-                layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
-        layer.normalized_shape = (len(keep),)
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        assert isinstance(layer, nn.LayerNorm)
-        return int(layer.normalized_shape[-1])
-
-    get_in_channels = get_out_channels
-
-
-def _layer_norm_pruners(net: nn.Module) -> dict[type[nn.Module], _LayerNormPruner]:
-    """One entry per exact class, the way torch-pruning looks them up."""
-    classes = {type(module) for module in net.modules() if isinstance(module, nn.LayerNorm)}
-    return {cls: _LayerNormPruner() for cls in classes}
-
-
-def _blocks(module: nn.Module) -> int:
-    """Return how many blocks of channels a layer treats alike; depthwise layers have none."""
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups
-    if isinstance(module, _ConvNd) and not (
-        module.groups == module.out_channels == module.in_channels
-    ):
-        return module.groups
-    return 1
-
-
-def _why_uneven(group: ChannelGroup, members: Iterable[Member]) -> str | None:
-    """Say why a group's cost would depend on which channels go, if it does."""
-    if group.width % group.blocks:
-        return f"{group.width} channels don't divide into {group.blocks} blocks"
-    for member in members:
-        module = member.module
-        if isinstance(module, _ConvNd) and module.groups > 1:
-            whole = module.out_channels if member.side == "out" else module.in_channels
-            if len(member.channels) != whole:
-                return f"meets only a part of the grouped convolution {member.name}"
-        counts = torch.bincount(member.units, minlength=group.units)
-        if len(counts) != group.units or int(counts.min()) != int(counts.max()):
-            return f"its channels meet those of {member.name} unevenly"
-    if not any(m.side == "in" and m.is_weighted for m in members):
-        return "no layer reads its channels"
-    return None

@@ -85,7 +85,6 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         self.willingness: Mapping[str, float] = allocation.weights(
             rule, self.sensitivity.of_groups()
         )
-        self._group_of = {member: group.name for group in graph.groups for member in group.members}
         self._order = {group.name: i for i, group in enumerate(graph.groups)}
 
     def __repr__(self) -> str:
@@ -106,37 +105,38 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         names = {module: name for name, module in network_of(self._model).named_modules()}
         root = group[0].dep.target.module
-        found = [
-            name
-            for dep, _ in group
-            if (name := self._group_of.get(names.get(dep.target.module, ""))) is not None
+        graph, scores = self._scores_now()
+        made = [
+            (name, slot)
+            for name in self._order
+            if name in scores
+            for slot in graph.slots(name)
+            if slot.role == "out" and slot.layer == names.get(root)
         ]
-        if root not in names or not found:
+        if not made:
             raise UsageError(
                 f"MRSImportance has not measured the group of {names.get(root, root)}; give the "
                 "pruner the same model, and the classifier in ignored_layers"
             )
-        unit_ranks, unit_of = self._ranks(found[0], root)
-        n = len(unit_ranks)
+        # channels that can't be removed are kept by every threshold
+        values = torch.full((root.weight.shape[made[0][1].dim],), 2 * ALWAYS_KEPT).double()
+        for name, slot in made:
+            values[slot.indices] = self._values(name, scores[name])[slot.units]
+        device = next(self._model.parameters()).device
+        return values[list(group[0].idxs)].to(device, torch.float32)
+
+    def _values(self, name: str, units: Tensor) -> Tensor:
+        """Return comparable scores [units] of a group: ranks, weighted by its willingness."""
+        n = len(units)
+        ranks = torch.empty(n, dtype=torch.float64)
+        ranks[units.argsort(stable=True)] = torch.arange(n, dtype=torch.float64)
         # half a rank off, and a hair per group: torch-pruning removes ties, all of them
-        offset = 0.5 + 1e-3 * self._order[found[0]] / (1 + len(self._order))
-        values = (unit_ranks + offset) / n / self.willingness[found[0]]
+        offset = 0.5 + 1e-3 * self._order[name] / (1 + len(self._order))
+        values = (ranks + offset) / n / self.willingness[name]
         # a group that lies wholly under the threshold would be skipped, so its best stay above
         least = min(n, max(MIN_WIDTH, math.ceil((1 - allocation.MAX_PRUNE_RATIO) * n)))
-        values[unit_ranks >= n - least] += ALWAYS_KEPT
-        device = next(self._model.parameters()).device
-        return values[unit_of[list(group[0].idxs)]].to(device, torch.float32)
-
-    def _ranks(self, name: str, root: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the rank [units] of every unit, and the unit [channels] of the root's channels."""
-        graph, scores = self._scores_now()
-        units = scores[name]
-        ranks = torch.empty(len(units), dtype=torch.float64)
-        ranks[units.argsort(stable=True)] = torch.arange(len(units), dtype=torch.float64)
-        member = next(m for m in graph.members(name) if m.module is root and m.side == "out")
-        unit_of = torch.empty(len(member.channels), dtype=torch.long)
-        unit_of[member.channels] = member.units
-        return ranks, unit_of
+        values[ranks >= n - least] += ALWAYS_KEPT
+        return values
 
     def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
         """Score all groups at once, anew whenever the model has other parameters than before."""
@@ -145,8 +145,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             graph = ModelGraph(self._model, self._input_size, probe=False)
             scores = channel_scores(
                 self._model,
-                {g.name: graph.members(g.name) for g in graph.groups},
-                {g.name: g.units for g in graph.groups},
+                graph,
                 score=self.score,
                 adversarial=self._adversarial,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from robust_prune.builders import (
 from robust_prune.checkpoint import Checkpoint
 from robust_prune.errors import ModelError
 from robust_prune.modules import ImageModel, device_of, evaluating, make_contiguous_, network_of
-from robust_prune.resize import fit_
+from robust_prune.resize import fields_of, fit_, set_fields_
 from robust_prune.types import ModelSpec, to_plain
 
 
@@ -143,7 +144,12 @@ def save(
     else:
         cls = type(model)
         spec = ModelSpec(source="custom", arch=f"{cls.__module__}.{cls.__qualname__}")
-    manifest = {**to_plain(dict(record or {})), "model": to_plain(spec), "versions": versions()}
+    manifest = {
+        **to_plain(dict(record or {})),
+        "model": to_plain(spec),
+        "fields": fields_of(network_of(model)),
+        "versions": versions(),
+    }
     return checkpoint.write(path, network_of(model).state_dict(), manifest)
 
 
@@ -226,8 +232,17 @@ def _load_state(model: nn.Module, found: Checkpoint, *, exact: bool = False) -> 
     net = network_of(model)
     if not exact:
         fit_(net, found.state)
+        fields = found.manifest.get("fields", {})
+        if not isinstance(fields, Mapping) or not all(
+            isinstance(values, Mapping) for values in fields.values()
+        ):
+            raise ModelError(f"{found.path}: its manifest is malformed: fields")
+        set_fields_(net, fields)
     try:
-        problems = net.load_state_dict(dict(found.state), strict=False)
+        state = OrderedDict(found.state)
+        # some classes ask for the version of their state
+        state._metadata = getattr(net.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+        problems = net.load_state_dict(state, strict=False)
     except RuntimeError as error:
         lines = str(error).splitlines()
         detail = lines[1].strip() if len(lines) > 1 else lines[0]

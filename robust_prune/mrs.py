@@ -166,7 +166,7 @@ def sensitivities(
 
 def group_sensitivity(group: ChannelGroup, mrs: Mapping[str, float]) -> GroupSensitivity:
     """Return the group's MRS: the largest of its members that lose output channels."""
-    members = [name for name in group.members if name in mrs]
+    members = [name for name in group.members if name in mrs] or list(mrs)
     decided_by = max(members, key=lambda name: mrs[name])
     return GroupSensitivity(group.name, group.width, mrs[decided_by], decided_by)
 

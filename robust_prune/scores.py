@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.costs import weight_of
 from robust_prune.errors import UsageError
-from robust_prune.graph import Member
-from robust_prune.modules import evaluating, requires_grad
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import evaluating, network_of, requires_grad
 from robust_prune.mrs import AdversarialSet
+from robust_prune.tracing.coupling import Slot
 
 Score = Literal["taylor", "l2"]
 SCORES: tuple[Score, ...] = ("taylor", "l2")
@@ -21,8 +20,7 @@ SCORES: tuple[Score, ...] = ("taylor", "l2")
 
 def channel_scores(
     model: nn.Module,
-    members: Mapping[str, Sequence[Member]],
-    units: Mapping[str, int],
+    graph: ModelGraph,
     *,
     score: Score = "taylor",
     adversarial: AdversarialSet | None = None,
@@ -31,8 +29,7 @@ def channel_scores(
 
     Args:
         model: left as it was.
-        members: the layers of each group.
-        units: how many units each group has.
+        graph: its groups.
         score: `l2`, the group's weight norm; `taylor`, the first-order change of the adversarial
             loss when the unit goes, which needs `adversarial`.
         adversarial: images to take gradients on.
@@ -43,59 +40,77 @@ def channel_scores(
     if score not in SCORES:
         raise UsageError(f"score {score!r} is not known; use one of {', '.join(SCORES)}")
     if score == "l2":
-        return {name: l2(members[name], units[name]) for name in members}
+        return l2(model, graph)
     if adversarial is None:
         raise UsageError("score 'taylor' needs adversarial images; use 'l2' without data")
-    return taylor(model, members, units, adversarial)
+    return taylor(model, graph, adversarial)
 
 
-def l2(members: Iterable[Member], units: int) -> Tensor:
-    """Return [units]: the Euclidean norm of all weights that go with a unit, in and out.
+def sum_by_unit(slot: Slot, values: Tensor, units: int) -> Tensor:
+    """Sum a parameter-shaped tensor over everything but a slot's channels, by unit.
+
+    Returns float64 [units] on the CPU: sums of rows on the output side, of columns on the input
+    side.
+    """
+    sums = values.sum([d for d in range(values.ndim) if d != slot.dim]).double().cpu()
+    return torch.zeros(units, dtype=torch.float64).index_add_(0, slot.units, sums[slot.indices])
+
+
+def l2(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:
+    """Return by group [units]: the norm of all weights that go with a unit, in and out.
 
     The group version of Li et al., "Pruning filters for efficient convnets", ICLR 2017.
     """
-    total = torch.zeros(units, dtype=torch.float64)
-    for member in members:
-        if member.is_weighted:
-            total += member.sum_by_unit(weight_of(member.module).detach().square(), units)
-    return total.sqrt()
+    tensors = dict(network_of(model).named_parameters())
+    scores = {}
+    for group in graph.groups:
+        total = torch.zeros(group.units, dtype=torch.float64)
+        for slot in graph.slots(group.name):
+            if slot.role != "along":
+                total += sum_by_unit(slot, tensors[slot.tensor].detach().square(), group.units)
+        scores[group.name] = total.sqrt()
+    return scores
 
 
 @torch.enable_grad()
-def taylor(
-    model: nn.Module,
-    members: Mapping[str, Sequence[Member]],
-    units: Mapping[str, int],
-    adversarial: AdversarialSet,
-) -> dict[str, Tensor]:
+def taylor(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> dict[str, Tensor]:
     """Return by group [units]: mean over batches of the squared first-order loss change.
 
     Removing a unit zeroes the columns that read it, which changes the loss by -sum(w * dL/dw)
-    over those columns to first order; that is the derivative of a gate on the channel.
+    over those columns to first order; that is the derivative of a gate on the channel. The
+    channels of an attention's queries have no such columns: their gate sits on the rows.
     Source: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019,
     Eq. 8 with gates; ours: adversarial batches, and all readers of a group together.
     """
-    scores = {name: torch.zeros(units[name], dtype=torch.float64) for name in members}
-    readers = {
-        name: [m for m in group if m.is_weighted and m.side == "in"]
-        for name, group in members.items()
+    tensors = dict(network_of(model).named_parameters())
+    scores = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in graph.groups}
+    gates = {
+        group.name: [
+            *(slot for slot in graph.slots(group.name) if slot.role == "in"),
+            *graph.gates(group.name),
+        ]
+        for group in graph.groups
     }
-    weights = list(dict.fromkeys(weight_of(m.module) for group in readers.values() for m in group))
+    names = list(dict.fromkeys(slot.tensor for group in gates.values() for slot in group))
+    weights = [tensors[name] for name in names]
     with evaluating(model), requires_grad(model, False):
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in adversarial.batches():
             loss = F.cross_entropy(model(images), labels)
             gradients = dict(
-                zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
+                zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
             )
+            products = {
+                name: weight.detach() * gradient
+                for name, weight in zip(names, weights, strict=True)
+                if (gradient := gradients[name]) is not None
+            }
             share = len(images) / len(adversarial)
-            for name, group in readers.items():
-                change = torch.zeros(units[name], dtype=torch.float64)
-                for member in group:
-                    weight = weight_of(member.module)
-                    gradient = gradients[weight]
-                    if gradient is not None:
-                        change += member.sum_by_unit(weight.detach() * gradient, units[name])
+            for name, slots in gates.items():
+                change = torch.zeros_like(scores[name])
+                for slot in slots:
+                    if slot.tensor in products:
+                        change += sum_by_unit(slot, products[slot.tensor], len(change))
                 scores[name] += share * change.square()
     return scores

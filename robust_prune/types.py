@@ -109,9 +109,9 @@ class ChannelGroup:
     """Layers whose channels can only be removed together.
 
     `width` counts the channels of `name`, the layer that stands for the group. A unit is the least
-    that can be removed at once: one channel, or one channel of every block of a grouped
-    convolution (`blocks` channels). `members` are the layers that lose output channels, `readers`
-    those that lose input channels, both by dotted name.
+    that can be removed at once: one channel, or one of every block of a grouped convolution or
+    head of an attention (`blocks` channels). Channel i belongs to unit i % units, or `units_of[i]`
+    where given. `members` are the layers that lose output channels, `readers` input channels.
     """
 
     name: str
@@ -120,6 +120,11 @@ class ChannelGroup:
     min_width: int
     members: tuple[str, ...]
     readers: tuple[str, ...]
+    units_of: tuple[int, ...] = ()
+
+    def unit(self, channel: int) -> int:
+        """Return the unit that a channel belongs to."""
+        return self.units_of[channel] if self.units_of else channel % self.units
 
     @property
     def units(self) -> int:
@@ -238,7 +243,10 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels stay, as plain data: it can be printed, compared, saved and replayed."""
+    """Which channels stay, as plain data: it can be printed, compared, saved and replayed.
+
+    `ties`: pairs of weights whose columns the model's code couples without saying so.
+    """
 
     budget: Budget
     allocation: str
@@ -250,6 +258,7 @@ class PruningPlan:
     groups: tuple[GroupPlan, ...]
     unprunable: tuple[Unprunable, ...] = ()
     notes: tuple[str, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
 
     @property
     def reached(self) -> float:
@@ -297,6 +306,7 @@ class PruningPlan:
                 ),
                 unprunable=tuple(Unprunable(**item) for item in data.get("unprunable", ())),
                 notes=tuple(data.get("notes", ())),
+                ties=tuple((str(a), str(b)) for a, b in data.get("ties", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is malformed: {type(error).__name__}: {error}") from None

@@ -24,8 +24,12 @@ ORDER = [
     "datasets",
     "data",
     "adversaries",
+    "tracing",
     "costs",
+    "wiring",
+    "masking",
     "graph",
+    "verify",
     "calibration",
     "mrs",
     "scores",
@@ -34,6 +38,7 @@ ORDER = [
     "evaluation",
     "finetune",
     "report",
+    "export",
     "settings",
     "record",
     "stations",
@@ -45,7 +50,7 @@ NOTHING_LOCAL = {"errors": set(), "types": {"errors"}}
 NEVER_ONE_ANOTHER = {"models", "builders", "data", "datasets", "costs", "graph", "adversaries"}
 SAME_STATION = {("models", "builders"), ("data", "datasets"), ("graph", "costs")}
 ONE_IMPORTER = {
-    "torch_pruning": {"graph", "importance"},
+    "torch_pruning": {"importance"},
     "timm": {"builders"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},

@@ -17,8 +17,7 @@ from tests.conftest import OwnNet, randomize_, tiny_resnet
 def scores_of(graph: ModelGraph, model: torch.nn.Module, score: str, **more: object) -> dict:
     return channel_scores(
         model,
-        {g.name: graph.members(g.name) for g in graph.groups},
-        {g.name: g.units for g in graph.groups},
+        graph,
         score=score,  # type: ignore[arg-type]
         **more,  # type: ignore[arg-type]
     )

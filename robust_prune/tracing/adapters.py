@@ -1,0 +1,111 @@
+"""Modules that are traced by another forward than their own, and how to add more."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Forward = Callable[..., Any]
+_BY_CLASS: dict[type[nn.Module], Forward] = {}
+_BY_NAME: dict[str, Forward] = {}
+
+
+def adapter(*classes: type[nn.Module] | str) -> Callable[[Forward], Forward]:
+    """Register a forward to trace modules of these classes with, instead of their own.
+
+    Use it for a module whose forward the tracer can't follow (a custom kernel, a weight that is
+    computed from others). The function gets the module and its inputs, and must return tensors of
+    the right shape that couple channels as the module does, by plain torch functions on the
+    module's own parameters; its values don't matter. Classes may be given by name, so that the
+    package that defines them need not be imported; subclasses are included.
+
+        @adapter(MyAttention)
+        def trace(module, x):
+            return module.out(module.query(x) * module.key(x) * module.value(x))
+    """
+
+    def register(function: Forward) -> Forward:
+        for cls in classes:
+            if isinstance(cls, str):
+                _BY_NAME[cls] = function
+            else:
+                _BY_CLASS[cls] = function
+        return function
+
+    return register
+
+
+def find(module: nn.Module) -> Forward | None:
+    """Return the forward to trace a module with, or None for its own."""
+    for cls in type(module).__mro__:
+        found = _BY_CLASS.get(cls) or _BY_NAME.get(cls.__name__)
+        if found is not None:
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def adapted(net: nn.Module) -> Iterator[None]:
+    """Let the modules that have an adapter run by it."""
+    changed = []
+    try:
+        for module in net.modules():
+            function = find(module)
+            if function is not None and "forward" not in module.__dict__:
+                module.forward = function.__get__(module)
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+@adapter("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+def _standardised_convolution(module: Any, x: Tensor) -> Tensor:
+    """Weight-standardised convolutions: rows are normalised, a gain per row may follow."""
+    reference = nn.Conv2d.forward(module, x) if not hasattr(module, "same_pad") else None
+    if reference is None or getattr(module, "same_pad", False):
+        size = [-(-s // t) for s, t in zip(x.shape[2:], module.stride, strict=True)]
+        kernel = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        need = [
+            max((n - 1) * t + k - s, 0)
+            for n, t, k, s in zip(size, module.stride, kernel, x.shape[2:], strict=True)
+        ]
+        if getattr(module, "same_pad", True):
+            x = F.pad(x, [0, need[1], 0, need[0]])
+        reference = F.conv2d(
+            x,
+            module.weight,
+            module.bias,
+            module.stride,
+            module.padding if not getattr(module, "same_pad", True) else 0,
+            module.dilation,
+            module.groups,
+        )
+    gain = getattr(module, "gain", None)
+    return reference if gain is None else reference * gain.view(1, -1, 1, 1)
+
+
+@adapter("GlobalResponseNorm")
+def _global_response_norm(module: Any, x: Tensor) -> Tensor:
+    """Divides by the mean over channels: a norm like any other."""
+    if module.channel_dim == 1:
+        return F.group_norm(x, 1, module.weight, module.bias)
+    return F.layer_norm(x, x.shape[-1:], module.weight, module.bias)
+
+
+@adapter("RmsNorm2d", "SimpleNorm2d")
+def _norm_of_maps(module: Any, x: Tensor) -> Tensor:
+    """Norms over the channels of maps, put together from means: like one group of a group norm."""
+    x = F.group_norm(x, 1, module.weight)
+    return module.act(x) if hasattr(module, "act") else x
+
+
+@adapter("SimpleNorm")
+def _simple_norm(module: Any, x: Tensor) -> Tensor:
+    """A norm without mean, put together from a variance."""
+    return F.layer_norm(x, x.shape[-1:], module.weight)

@@ -1,0 +1,329 @@
+"""The tracer: which channels go together, found soundly, and pruned as masking says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from robust_prune import builders
+from robust_prune.costs import count_cost
+from robust_prune.errors import ModelError
+from robust_prune.graph import ModelGraph, prune_
+from robust_prune.modules import ImageModel
+from robust_prune.resize import fields_of, set_fields_
+from robust_prune.tracing.adapters import _BY_CLASS, adapter
+from robust_prune.tracing.atoms import Atoms, compress
+from robust_prune.verify import masking_error
+from tests.test_graph import random_plan, random_widths_plan
+
+SMALL = {
+    "mobilevit_xxs": ({}, 64),
+    "mobilevitv2_050": ({}, 64),
+    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 2}, 64),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 64, "window_size": 2, "depths": (1, 1, 2, 1)},
+        64,
+    ),
+    "convnext_atto": ({"depths": (1, 1, 2, 1)}, 64),
+    "convnextv2_atto": ({"depths": (1, 1, 2, 1)}, 64),
+    "densenet121": ({"block_config": (2, 3, 4, 2)}, 64),
+    "nf_resnet26": ({}, 64),
+    "resnetv2_18": ({}, 64),
+    "pvt_v2_b0": ({"depths": (1, 1, 1, 1)}, 64),
+    "mixer_s32_224": ({"img_size": 64}, 64),
+    "res2net50_14w_8s": ({"layers": (1, 1, 1, 1)}, 64),
+    "efficientnet_b0": ({}, 64),
+    "fastvit_t8": ({}, 64),
+    "eva02_tiny_patch14_224": ({"img_size": 56, "depth": 2}, 56),
+    "mambaout_femto": ({}, 64),
+    "torchvision/shufflenet_v2_x0_5": ({}, 64),
+    "torchvision/googlenet": ({}, 64),
+}
+
+
+def build(arch: str, seed: int = 0) -> tuple[ImageModel, tuple[int, int, int]]:
+    kwargs, side = SMALL[arch]
+    torch.manual_seed(seed)
+    spec = builders.resolve(arch, {"num_classes": 10, **kwargs})
+    model = builders.create(spec).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.5, 2, generator=generator)
+        elif tensor.ndim == 1 and isinstance(tensor, nn.Parameter):
+            tensor.data.normal_(0.5, 0.2, generator=generator)  # no gain starts at 0 or 1
+    return model, (3, side, side)
+
+
+@pytest.mark.parametrize("arch", list(SMALL))
+def test_families_prune_as_masking_does_and_reload_bit_equal(
+    arch: str, tmp_path: pytest.TempPathFactory
+) -> None:
+    import robust_prune as rp
+
+    model, size = build(arch)
+    graph = ModelGraph(model, size)
+    plan = random_plan(graph, 0.5)
+    assert plan.reached == pytest.approx(0.5, abs=0.01)
+    other = copy.deepcopy(model)
+    graph.apply_(plan)
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(1))
+    assert masking_error(other, model, plan, images) < 1e-9
+    counted = count_cost(model, size)
+    assert (counted.macs, counted.params) == (plan.pruned.macs, plan.pruned.params)
+    again = rp.load(rp.save(model, tmp_path / "pruned.safetensors"))  # type: ignore[operator]
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+    # a plan made on one copy applies to another, bit for bit
+    pruned = prune_(other, type(plan).from_json(plan.to_json()))
+    for key, value in pruned.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    model.train()(images).sum().backward()
+
+
+MODELS = {arch: build(arch) for arch in ("mobilevit_xxs", "mobilevitv2_050", "pvt_v2_b0")}
+GRAPHS = {arch: ModelGraph(model, size) for arch, (model, size) in MODELS.items()}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.data())
+def test_random_plans_prune_as_masking_does_at_exactly_the_predicted_cost(
+    arch: str, data: st.DataObject
+) -> None:
+    model, size = MODELS[arch]
+    plan = random_widths_plan(GRAPHS[arch], data)
+    pruned = prune_(copy.deepcopy(model), plan)
+    counted = count_cost(pruned, size)
+    assert (counted.macs, counted.params) == (plan.pruned.macs, plan.pruned.params)
+    assert masking_error(model, pruned, plan, torch.rand(1, *size)) < 1e-9
+
+
+@pytest.mark.parametrize("arch", ["mobilevit_xxs", "mobilevit_xs", "mobilevitv2_050"])
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_mobilevit_is_prunable_whole(arch: str, size: int) -> None:
+    spec = builders.resolve(arch, {"num_classes": 10}, cifar_stem=size == 32)
+    model = builders.create(spec).eval()
+    graph = ModelGraph(model, (3, size, size))
+    assert [item.name for item in graph.unprunable] == ["head.fc"]
+    assert graph.reachable > 0.999  # all but the classifier's bias
+    if size == 32:
+        shapes = []
+        model.net.stages.register_forward_hook(lambda m, i, o: shapes.append(o.shape[-1]))
+        model(torch.rand(1, 3, 32, 32))
+        assert shapes == [4]
+
+
+def test_the_groups_of_a_mobilevit_block() -> None:
+    graph = ModelGraph(timm.create_model("mobilevit_xxs").eval(), (3, 64, 64))
+    by_name = {group.name: group for group in graph.groups}
+    block = by_name["stages.2.1.conv_1x1"]  # the transformer's width, one group
+    assert block.width == 64
+    layers = {
+        f"stages.2.1.transformer.{i}.{part}" for i in (0, 1) for part in ("attn.proj", "mlp.fc2")
+    }
+    assert layers < set(block.members)
+    assert {"stages.2.1.transformer.0.attn.qkv", "stages.2.1.conv_proj.conv"} < set(block.readers)
+    heads = by_name["stages.2.1.transformer.0.attn.qkv"]  # the same dims of every head, in q, k, v
+    assert (heads.width, heads.units, heads.blocks) == (192, 16, 12)
+    hidden = by_name["stages.2.1.transformer.0.mlp.fc1"]
+    assert hidden.readers == ("stages.2.1.transformer.0.mlp.fc2",)
+    # the skip that is concatenated reaches the fusion's first columns, the projection's the rest
+    fusion = "stages.2.1.conv_fusion.conv"
+    skip, projected = (
+        slot
+        for name in ("stages.2.0.conv3_1x1.conv", "stages.2.1.conv_proj.conv")
+        for slot in graph.slots(name)
+        if slot.layer == fusion and slot.role == "in"
+    )
+    assert skip.indices.tolist() == list(range(48))
+    assert projected.indices.tolist() == list(range(48, 96))
+
+
+def test_attention_keeps_the_dense_scale_whichever_kernel_runs() -> None:
+    model, size = build("vit_tiny_patch16_224")
+    graph = ModelGraph(model, size)
+    plan = random_plan(graph, 0.5)
+    dense = copy.deepcopy(model)
+    graph.apply_(plan)
+    attention = model.net.blocks[0].attn
+    assert attention.head_dim == plan.group("blocks.0.attn.qkv").keep_width // 9
+    assert attention.scale == pytest.approx(attention.head_dim**-0.5)
+    images = torch.rand(1, *size)
+    for fused in (True, False):
+        for block in (*model.net.blocks, *dense.net.blocks):
+            block.attn.fused_attn = fused
+        assert masking_error(dense, model, plan, images) < 1e-9
+
+
+def test_widths_that_the_code_couples_without_saying_are_tied() -> None:
+    model, size = build("pvt_v2_b0")
+    graph = ModelGraph(model, size)
+    assert graph.ties
+    assert [item.name for item in graph.unprunable] == ["head"]
+    plan = random_plan(graph, 0.5)
+    assert plan.ties == graph.ties
+    assert type(plan).from_json(plan.to_json()).ties == graph.ties
+
+
+class Odd(nn.Module):
+    """Does `odd` to 12 channels between two convolutions."""
+
+    def __init__(self, odd: object) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3)
+        self.out = nn.Linear(8, 4)
+        self.odd = odd
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.odd(self.first(images))  # type: ignore[operator]
+        return self.out(self.second(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("odd", "prunable"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.flip(1), True),
+        (lambda x: torch.cat([x[:, 6:], x[:, :6]], 1), False),  # a number in the code
+        (lambda x: torch.cat([x.chunk(2, 1)[1], x.chunk(2, 1)[0]], 1), True),
+        (lambda x: x * x.mean((2, 3), keepdim=True), True),
+        (lambda x: x * x.mean(1, keepdim=True), False),
+        (lambda x: x.softmax(1), False),
+        (lambda x: x.cumsum(1), False),
+        (lambda x: x.sort(1).values, False),
+        (lambda x: x.roll(1, 1), False),
+        (lambda x: x.roll(1, 2), True),
+        (lambda x: x[:, torch.arange(11, -1, -1)], False),
+        (lambda x: x[:, :, [0, 1, 2]], True),
+        (lambda x: x * torch.linspace(0, 1, 12).view(1, 12, 1, 1), False),
+        (lambda x: x.unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2), False),
+        (lambda x: F.channel_shuffle(x, 3), True),
+        (lambda x: x.view(x.shape[0], 3, -1, *x.shape[2:]).sum(1).repeat(1, 3, 1, 1), True),
+        (lambda x: torch.fft.fft2(x, dim=(1, 2)).real, False),
+        (lambda x: torch.einsum("bchw,bdhw->bchw", x, x), True),
+        (lambda x: F.local_response_norm(x, 3), False),
+        (lambda x: F.normalize(x, dim=1), True),
+        (lambda x: x.pow(2).clone().clamp_(max=3.0), True),
+    ],
+)
+def test_what_operations_do_to_channels(odd: object, prunable: bool) -> None:
+    torch.manual_seed(0)
+    model = Odd(odd).eval()
+    graph = ModelGraph(model, (3, 9, 9))
+    assert ("first" in {group.name for group in graph.groups}) == prunable
+    if not prunable:
+        assert next(u.reason for u in graph.unprunable if u.name == "first")
+    plan = random_plan(graph, 0.2)
+    pruned = prune_(copy.deepcopy(model), plan)
+    assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
+
+
+class Silent(torch.autograd.Function):
+    """An operation that the tracer has no rule for."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.flip(1) + 1
+
+
+class Own(nn.Module):
+    """A layer whose channels only its author can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sort(self.gain).values.view(1, -1, 1, 1) * 0 + Silent.apply(x).flip(1) * (
+            self.gain.view(1, -1, 1, 1)
+        )
+
+
+def test_an_adapter_of_the_user_makes_a_class_prunable() -> None:
+    torch.manual_seed(0)
+    model = Odd(Own()).eval()
+    assert "first" not in {g.name for g in ModelGraph(model, (3, 9, 9)).groups}
+
+    @adapter(Own)
+    def trace(module: Own, x: Tensor) -> Tensor:
+        return x * module.gain.view(1, -1, 1, 1)
+
+    try:
+        graph = ModelGraph(model, (3, 9, 9))
+        first = next(g for g in graph.groups if g.name == "first")
+        assert set(first.members) == {"first", "odd"}
+        plan = random_plan(graph, 0.5)
+        pruned = prune_(copy.deepcopy(model), plan)
+        assert pruned.odd.gain.shape == (plan.group("first").keep_width,)
+        assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
+    finally:
+        del _BY_CLASS[Own]
+
+
+def test_a_wrong_adapter_costs_groups_but_never_a_wrong_model() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.roll(1, 1)
+
+    @adapter(Shifted)
+    def trace(module: Shifted, x: Tensor) -> Tensor:
+        return x * 1
+
+    try:
+        graph = ModelGraph(Odd(Shifted()).eval(), (3, 9, 9))
+        assert [g.name for g in graph.groups] == ["second"]
+        reason = next(u.reason for u in graph.unprunable if u.name == "first")
+        assert "not the same as masking" in reason
+    finally:
+        del _BY_CLASS[Shifted]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=25), st.data())
+def test_atoms_are_joined_as_sets_are(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    atoms = Atoms()
+    atoms.new(19)
+    sets = [{i} for i in range(20)]
+    cut = data.draw(st.integers(0, len(pairs)))
+    for part in (pairs[:cut], pairs[cut:]):
+        if part:
+            first, second = torch.tensor(part).T
+            atoms.join(first, second)
+        for a, b in part:
+            merged = sets[a] | sets[b]
+            for member in merged:
+                sets[member] = merged
+    found = atoms.find(torch.arange(20)).tolist()
+    for i in range(20):
+        for j in range(20):
+            assert (found[i] == found[j]) == (j in sets[i])
+        assert (found[i] == 0) == (0 in sets[i])
+
+
+def test_labels_shrink_only_where_they_are_constant() -> None:
+    label = torch.tensor([[1, 1], [2, 2]])
+    assert compress(label, by_value=True).tolist() == [[1], [2]]
+    assert compress(label).tolist() == label.tolist()
+    assert compress(torch.tensor([[1], [2]]).expand(2, 5)).tolist() == [[1], [2]]
+
+
+def test_numbers_of_a_strangers_file_set_only_numbers() -> None:
+    model, _ = build("vit_tiny_patch16_224")
+    set_fields_(model.net, {"blocks.0.attn": {"head_dim": 7}})
+    assert fields_of(model.net) == {"blocks.0.attn": {"head_dim": 7}}
+    for fields in (
+        {"blocks.0.attn": {"forward": 1}},
+        {"blocks.0.attn": {"head_dim": "import os"}},
+        {"blocks.9.attn": {"head_dim": 7}},
+        {"blocks.0.attn": {"no_such": 7}},
+        {"blocks.0.attn": {"fused_attn": 0}},
+    ):
+        with pytest.raises(ModelError, match="no number called"):
+            set_fields_(model.net, fields)
