@@ -58,6 +58,7 @@ def allocate(
     willingness: Mapping[str, float],
     *,
     max_prune_ratio: float = MAX_PRUNE_RATIO,
+    round_to: int = 1,
 ) -> Widths:
     """Return the width of each group that meets the budget.
 
@@ -71,6 +72,7 @@ def allocate(
         budget: what to remove.
         willingness: `weights`, by group.
         max_prune_ratio: share of a group that may go at most.
+        round_to: widths become multiples of this, where a group is wide enough for one.
 
     Raises:
         BudgetError: the budget is out of reach; the message says what is possible.
@@ -83,7 +85,8 @@ def allocate(
 
     def widths_at(scale: float) -> Widths:
         return {
-            g.name: _width(g, min(scale * willingness[g.name], max_prune_ratio)) for g in groups
+            g.name: _width(g, min(scale * willingness[g.name], max_prune_ratio), round_to)
+            for g in groups
         }
 
     low, high = 0.0, max_prune_ratio / min(willingness[g.name] for g in groups)
@@ -125,8 +128,10 @@ def _closest_between(
     return best
 
 
-def _width(group: ChannelGroup, prune_ratio: float) -> int:
-    units = max(group.min_units, round(group.units * (1 - prune_ratio)))
+def _width(group: ChannelGroup, prune_ratio: float, round_to: int = 1) -> int:
+    step = math.lcm(group.blocks, round_to) // group.blocks
+    least = math.ceil(group.min_units / step) * step
+    units = max(least, step * round(group.units * (1 - prune_ratio) / step))
     return min(units, group.units) * group.blocks
 
 
@@ -145,6 +150,7 @@ def make_plan(
     max_prune_ratio: float = MAX_PRUNE_RATIO,
     unprunable: Sequence[Unprunable] = (),
     notes: Sequence[str] = (),
+    ties: Sequence[tuple[str, str]] = (),
 ) -> PruningPlan:
     """Return the plan that keeps the best-scored units of every group.
 
@@ -170,6 +176,7 @@ def make_plan(
         ),
         unprunable=tuple(unprunable),
         notes=tuple(notes),
+        ties=tuple(ties),
     )
     miss = plan.reached - budget.prune_ratio
     if abs(miss) > TOLERANCE:
@@ -184,7 +191,7 @@ def make_plan(
 def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int, ...]:
     order = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))
     kept = set(order[:units])
-    return tuple(i for i in range(group.width) if i % group.units in kept)
+    return tuple(i for i in range(group.width) if group.unit(i) in kept)
 
 
 def _note(group: ChannelGroup, width: int, max_prune_ratio: float) -> str:

@@ -91,6 +91,19 @@ def flags(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def check_line(record: Mapping[str, Any]) -> str:
+    """Return what could be pruned, and how the result compares with masking."""
+    line = f"{100 * record.get('reachable', 1):.0f} % of the parameters lie along channels that "
+    line += "can be removed"
+    check = record.get("self_check") or {}
+    if check.get("done"):
+        line += (
+            f"; the pruned model's logits equal the masked dense one's to {check['error']:.0e} "
+            f"({check['images']} images, {check['dtype']})"
+        )
+    return line
+
+
 def to_html(record: Mapping[str, Any]) -> str:
     """Return one page with tables and pictures inside, no script and nothing to fetch."""
     plan = record["plan"]
@@ -112,6 +125,7 @@ def to_html(record: Mapping[str, Any]) -> str:
         parts += [_accuracy_table(rows), _svg(lambda axes: _plot_accuracy(axes, rows), (6.4, 2.6))]
     parts += [
         "<h2>Channels</h2>",
+        f"<p>{html.escape(check_line(record))}</p>",
         _svg(lambda axes: _plot_channels(axes, plan["groups"]), _tall(len(plan["groups"]))),
         "<h2>Module robustness sensitivity</h2>",
         f"<p>{html.escape(_mrs_line(record['sensitivity']))}</p>",

@@ -45,6 +45,8 @@ class Settings:
     protect: tuple[str, ...] = ()
     min_width: int = 2
     max_prune_ratio: float = allocating.MAX_PRUNE_RATIO
+    round_to: int = 1
+    verify: bool = True
     calibration_images: int | None = None
     evaluation: Attack = "none"
     n_eval: int = 200
@@ -72,6 +74,11 @@ class Settings:
         if self.finetune is not None:
             resolve(self.finetune)
             self.training()
+        if self.round_to < 1 or self.min_width < 1:
+            raise UsageError(
+                f"widths are rounded to multiples of 1 or more and keep 1 channel or more, not "
+                f"{self.round_to} and {self.min_width}"
+            )
         if not 0 < self.max_prune_ratio < 1:
             raise UsageError(f"max prune ratio {self.max_prune_ratio:g} must be between 0 and 1")
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_prune import allocation as allocating
-from robust_prune import builders, calibration, data, evaluation, mrs, report, scores
+from robust_prune import builders, calibration, data, evaluation, mrs, report, scores, verify
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
@@ -36,6 +36,7 @@ from robust_prune.types import (
 
 CPU_MACS = 10**13  # some minutes of a few cores
 BATCHNORM_IMAGES = 2048
+SELF_CHECK_IMAGES = 2
 
 
 class Compression:
@@ -96,6 +97,7 @@ class Compression:
                 min_width=settings.min_width,
             )
         self.graph = graph
+        self.extra["reachable"] = graph.reachable
         self._check_feasible(graph)
         with self._timed("adversarial set"):
             self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
@@ -129,6 +131,7 @@ class Compression:
                 self.settings.budget,
                 equal,
                 max_prune_ratio=self.settings.max_prune_ratio,
+                round_to=self.settings.round_to,
             )
 
     def _make_plan(self, graph: ModelGraph, adversarial: mrs.AdversarialSet) -> PruningPlan:
@@ -140,11 +143,11 @@ class Compression:
             settings.budget,
             allocating.weights(settings.allocation, by_group),
             max_prune_ratio=settings.max_prune_ratio,
+            round_to=settings.round_to,
         )
         values = scores.channel_scores(
             self.model,
-            {group.name: graph.members(group.name) for group in graph.groups},
-            {group.name: group.units for group in graph.groups},
+            graph,
             score=settings.score,
             adversarial=adversarial,
         )
@@ -161,6 +164,7 @@ class Compression:
             mrs=by_group,
             max_prune_ratio=settings.max_prune_ratio,
             unprunable=graph.unprunable,
+            ties=graph.ties,
         )
 
     def prune(self) -> None:
@@ -168,6 +172,7 @@ class Compression:
         self.events.stage(f"pruning {len(self.plan.groups)} groups")
         with self._timed("prune"):
             self.graph.apply_(self.plan)
+        self.extra["self_check"] = self._self_check()
         for line in self.plan.notes:
             self._note(line)
         if self.splits is not None:
@@ -181,6 +186,16 @@ class Compression:
             images = min(BATCHNORM_IMAGES, len(self.splits.train))
             self.extra["batchnorm"] = {"layers": layers, "images": images if layers else 0}
         self._save("pruned")
+
+    def _self_check(self) -> dict[str, Any]:
+        """Compare with the masked dense model before anything else is changed."""
+        if not self.settings.verify:
+            self._note("the pruned model was not compared with the masked dense one")
+            return {"done": False}
+        with self._timed("self-check"):
+            images = data.synthetic_images(SELF_CHECK_IMAGES, self.input_size, self.settings.seed)
+            error = verify.check_pruned(self.dense, self.model, self.plan, images)
+        return {"done": True, "images": len(images), "dtype": "float64", "error": error}
 
     def fine_tune(self) -> None:
         """Train what is left; the best epoch by validation robustness stays."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from robust_prune.cli import compress, evaluate, info, sensitivity, train
+from robust_prune.cli import compress, evaluate, export, info, sensitivity, train
 from robust_prune.errors import Interrupted, RobustPruneError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("info")(info.info)
+app.command("export")(export.export)
 
 
 def _version(value: bool) -> None:

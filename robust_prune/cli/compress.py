@@ -61,6 +61,22 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = None,
+    round_to: Annotated[
+        int,
+        typer.Option(
+            help="Make widths multiples of this, as hardware likes them (8, 16).",
+            min=1,
+            rich_help_panel=PRUNING,
+        ),
+    ] = 1,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Don't compare the pruned model with the masked dense one.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = False,
     finetune: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +174,8 @@ def compress(
         lr=lr,
         batch_size=batch_size,
         protect=tuple(protect or ()),
+        round_to=round_to,
+        verify=not no_verify,
         calibration_images=calibration_images,
         evaluation=chosen.value,
         n_eval=o.eval_images(n_eval, device),
@@ -194,6 +212,7 @@ def show(output: Output, record: dict[str, Any]) -> None:
         ("", "dense", "pruned", "change"),
         report.cost_rows(record),
     )
+    output.line(report.check_line(record))
     rows = report.accuracy_rows(record)
     if rows:
         has_middle = any(row["pruned_before_finetuning"] for row in rows)

@@ -45,6 +45,7 @@ def info(
         ("group", "channels", "layers that lose them", "layers that read them"),
         [(g.name, str(g.width), str(len(g.members)), str(len(g.readers))) for g in found.groups],
     )
+    output.line(f"{100 * found.reachable:.0f} % of the parameters lie along these channels")
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
     if "plan" in record and "cost" in record:
@@ -59,6 +60,7 @@ def info(
             "cost": to_plain(cost),
             "groups": to_plain(found.groups),
             "unprunable": to_plain(found.unprunable),
+            "reachable": found.reachable,
             "record": {k: v for k, v in record.items() if k not in ("schema", "model")},
         }
     )
