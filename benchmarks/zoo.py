@@ -1,0 +1,287 @@
+"""Every model family of timm and torchvision: prune to half the multiply-adds, prove it, reload it.
+
+    python -m benchmarks.zoo --out benchmarks/records/zoo --jobs 2
+
+One process per network, with a time limit, one thread each. `--only NAME` repeats a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MEMBERS = Path(__file__).with_name("zoo_members.json")
+TORCHVISION = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet
+    inception_v3 maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18
+    resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn
+    vit_b_16 wide_resnet50_2
+""".split()  # noqa: SIM905
+LIMIT_S = 600
+PLAIN_LIMIT_S = 180
+RATIO = 0.5
+
+
+def members() -> dict[str, str]:
+    """Return the smallest network of each of timm's families (files) by parameters."""
+    import timm
+    from timm.models import _registry
+
+    if MEMBERS.exists():
+        stored = json.loads(MEMBERS.read_text())
+        if stored["timm"] == timm.__version__:
+            return dict(stored["families"])
+    import torch
+
+    sizes: dict[str, tuple[int, str]] = {}
+    failed: dict[str, str] = {}
+    for name in timm.list_models(exclude_filters="test_*"):  # toys of timm's own tests
+        family = _registry._model_to_module[name]
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(name)
+        except Exception as error:  # noqa: BLE001
+            failed[family] = f"{name}: {error}"
+            continue
+        size = sum(p.numel() for p in net.parameters())
+        if family not in sizes or size < sizes[family][0]:
+            sizes[family] = size, name
+    families = {family: name for family, (_, name) in sorted(sizes.items())}
+    for family in failed.keys() - families.keys():
+        families[family] = failed[family].split(":")[0]
+    MEMBERS.write_text(
+        json.dumps({"timm": timm.__version__, "families": families}, indent=1, sort_keys=True)
+    )
+    return families
+
+
+def ours(arch: str) -> dict[str, Any]:
+    """Prune one network by this package; every figure of its row."""
+    import torch
+
+    import robust_prune as rp
+    from robust_prune import builders
+    from robust_prune.allocation import allocate, make_plan, weights
+    from robust_prune.graph import ModelGraph, _randomize_
+    from robust_prune.scores import channel_scores
+    from robust_prune.types import Budget
+    from robust_prune.verify import masking_error
+
+    torch.manual_seed(0)
+    spec = builders.resolve(arch)
+    model = builders.create(spec).eval()
+    _randomize_(model.net)  # no branch starts at zero, no norm at the identity
+    size = builders.default_input_size(spec)
+    row: dict[str, Any] = {"input": "x".join(map(str, size))}
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(torch.rand(1, *size))
+    row["forward_s"] = time.perf_counter() - start
+    start = time.perf_counter()
+    graph = ModelGraph(model, size)
+    row["graph_s"] = time.perf_counter() - start
+    budget = Budget("macs", RATIO)
+    uniform = weights("uniform", {g.name: 1.0 for g in graph.groups})
+    widths = allocate(graph.groups, graph.cost, budget, uniform)
+    scores = channel_scores(model, graph, score="l2")
+    plan = make_plan(
+        graph.groups,
+        widths,
+        {name: values.tolist() for name, values in scores.items()},
+        graph.cost,
+        budget,
+        allocation="uniform",
+        score="l2",
+        seed=0,
+        input_size=size,
+        ties=graph.ties,
+    )
+    row |= {
+        "groups": len(graph.groups),
+        "unprunable": len(graph.unprunable),
+        "reachable": graph.reachable,
+        "macs": plan.dense.macs,
+        "params": plan.dense.params,
+        "reached": plan.reached,
+        "params_removed": 1 - plan.pruned.params / plan.dense.params,
+    }
+    import copy
+
+    dense = copy.deepcopy(model)
+    graph.apply_(plan)
+    row["total_s"] = time.perf_counter() - start
+    n = 2 if row["forward_s"] < 2 else 1
+    images = torch.rand(n, *size, generator=torch.Generator().manual_seed(1))
+    row["masking_error"] = masking_error(dense, model, plan, images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = rp.save(model, Path(folder) / "pruned.safetensors")
+        again = rp.load(path)
+    with torch.no_grad():
+        row["reload_equal"] = torch.equal(again(images), model(images))
+    model.train()
+    loss = model(images).square().mean()
+    loss.backward()
+    row["backward"] = all(
+        bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None
+    )
+    row["pass"] = bool(
+        abs(row["reached"] - RATIO) <= 0.01
+        and row["masking_error"] < 1e-6
+        and row["reload_equal"]
+        and row["backward"]
+    )
+    return row
+
+
+def plain(arch: str) -> dict[str, Any]:
+    """Prune one network by torch-pruning alone: L2, local; the channel ratio that halves MACs."""
+    import torch
+    import torch_pruning as tp
+
+    from robust_prune import builders
+
+    spec = builders.resolve(arch)
+    size = builders.default_input_size(spec)
+    images = torch.rand(1, *size)
+    low, high, row = 0.0, 0.9, {}
+    for _ in range(6):
+        ratio = (low + high) / 2
+        torch.manual_seed(0)
+        net = builders.create(spec).net.eval()
+        heads = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+        dense, _ = tp.utils.count_ops_and_params(net, images)
+        pruner = tp.pruner.BasePruner(
+            net,
+            images,
+            tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=ratio,
+            ignored_layers=[m for m in heads if getattr(m, "out_features", 0) == spec.num_classes],
+            in_channel_groups={},
+            out_channel_groups={},
+        )
+        pruner.step()
+        out = net(images)
+        out.square().mean().backward()
+        left, _ = tp.utils.count_ops_and_params(net, images)
+        row = {"reached": 1 - left / dense, "channel_ratio": ratio}
+        if abs(row["reached"] - RATIO) <= 0.01:
+            break
+        low, high = (ratio, high) if row["reached"] < RATIO else (low, ratio)
+    row["pass"] = abs(row["reached"] - RATIO) <= 0.01
+    return row
+
+
+def work(engine: str, arch: str) -> None:
+    """Run one network in this process, and print its row."""
+    start = time.perf_counter()
+    try:
+        row = ours(arch) if engine == "ours" else plain(arch)
+    except Exception as error:  # noqa: BLE001 (a row for every failure)
+        line = (str(error).splitlines() or [""])[0][:200]
+        row = {"pass": False, "error": f"{type(error).__name__}: {line}"}
+    row["seconds"] = time.perf_counter() - start
+    row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("ROW " + json.dumps(row))
+
+
+def launch(engine: str, arch: str, limit: int) -> dict[str, Any]:
+    """Run one network in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.zoo", "--work", engine, arch]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"pass": False, "error": f"no result in {limit} s", "seconds": limit}
+    for line in done.stdout.splitlines():
+        if line.startswith("ROW "):
+            row: dict[str, Any] = json.loads(line.removeprefix("ROW "))
+            return row
+    tail = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+    return {"pass": False, "error": f"exit {done.returncode}: {tail}"}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the record's table."""
+    lines = [
+        "| family | network | groups | reachable | MACs removed | masking error | reload | "
+        "graph s | with plan and prune s | verdict | torch-pruning |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for family, row in rows.items():
+        mine, theirs = row["ours"], row.get("plain") or {}
+        other = "not run"
+        if theirs:
+            other = "pass" if theirs["pass"] else theirs.get("error", "")
+            if not theirs["pass"] and "reached" in theirs:
+                other = f"{100 * theirs['reached']:.1f} %"
+        if "error" in mine:
+            lines.append(f"| {family} | {row['arch']} | | | | | | | | {mine['error']} | {other} |")
+            continue
+        lines.append(
+            f"| {family} | {row['arch']} | {mine['groups']} | {100 * mine['reachable']:.0f} % | "
+            f"{100 * mine['reached']:.1f} % | {mine['masking_error']:.0e} | "
+            f"{'equal' if mine['reload_equal'] else 'differs'} | {mine['graph_s']:.1f} | "
+            f"{mine['total_s']:.1f} | {'pass' if mine['pass'] else 'fails'} | {other} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the zoo and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/records/zoo"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one network")
+    parser.add_argument("--only", nargs="*", default=[], help="families or networks")
+    parser.add_argument("--no-plain", action="store_true", help="leave torch-pruning alone out")
+    parser.add_argument("--work", nargs=2, metavar=("ENGINE", "ARCH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(*options.work)
+        return
+    archs = members() | {f"torchvision/{name}": f"torchvision/{name}" for name in TORCHVISION}
+    if options.only:
+        archs = {f: a for f, a in archs.items() if f in options.only or a in options.only}
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = (options.out / "log.jsonl").open("a")
+    rows: dict[str, dict[str, Any]] = {}
+
+    def one(item: tuple[str, str]) -> None:
+        family, arch = item
+        row: dict[str, Any] = {"arch": arch, "ours": launch("ours", arch, options.limit)}
+        if not options.no_plain:
+            row["plain"] = launch("plain", arch, min(options.limit, PLAIN_LIMIT_S))
+        rows[family] = row
+        log.write(json.dumps({"family": family, **row}) + "\n")
+        log.flush()
+        mine = row["ours"]
+        verdict = "pass" if mine["pass"] else mine.get("error", f"fails {mine}")
+        print(f"{len(rows)}/{len(archs)} {family} {arch}: {verdict}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, archs.items()))
+    rows = {family: rows[family] for family in archs}
+    timm_rows = {f: r for f, r in rows.items() if not f.startswith("torchvision/")}
+    summary = []
+    for title, part in (("timm families", timm_rows), ("all", rows)):
+        passed = sum(r["ours"]["pass"] for r in part.values())
+        theirs = sum(bool(r.get("plain", {}).get("pass")) for r in part.values())
+        summary.append(f"{title}: {passed} of {len(part)} pass; torch-pruning alone: {theirs}")
+    text = "\n".join([*summary, "", table(rows), ""])
+    (options.out / "table.md").write_text(text)
+    print("\n".join(summary))
+
+
+if __name__ == "__main__":
+    main()
