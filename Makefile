@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench bench-zoo check clean
 
 demo: $(VENV)/installed
 	rm -rf demo && mkdir demo
@@ -20,6 +20,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.speed
+
+bench-zoo: $(VENV)/installed
+	$(BIN)/python -m benchmarks.zoo
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -29,7 +29,24 @@ from robust_prune.record import hardware
 from robust_prune.scores import channel_scores
 from robust_prune.types import Budget, ThreatModel
 
-ARCHS = ("resnet18", "resnet50", "vgg16_bn", "vgg16")
+SIZES = {
+    "resnet18": (32, 224),
+    "resnet50": (32, 224),
+    "vgg16_bn": (32, 224),
+    "vgg16": (32, 224),
+    "mobilevit_s": (64, 224),
+    "mobilevitv2_050": (64, 224),
+    "densenet121": (64, 224),
+    "vit_base_patch16_224": (224,),
+}
+LIMITS = {  # seconds for graph, plan and pruning together
+    ("resnet50", 224): 15,
+    ("mobilevit_s", 224): 3,
+    ("mobilevitv2_050", 224): 3,
+    ("densenet121", 224): 5,
+    ("vit_base_patch16_224", 224): 5,
+}
+DEPTHS = (2, 4, 8, 16, 25)  # blocks in each of four stages: ResNet-18 to ResNet-202
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -46,9 +63,9 @@ def help_seconds() -> float:
     )
 
 
-def graph_plan_prune(arch: str, size: int) -> dict[str, float]:
+def graph_plan_prune(arch: str, size: int, **kwargs: Any) -> dict[str, float]:
     """Build the graph (with its probe), plan by L2 to half of the multiply-adds, and prune."""
-    model = timm.create_model(arch, num_classes=10).eval()
+    model = timm.create_model(arch, num_classes=10, **kwargs).eval()
     start = time.perf_counter()
     graph = ModelGraph(model, (3, size, size))
     built = time.perf_counter()
@@ -56,12 +73,7 @@ def graph_plan_prune(arch: str, size: int) -> dict[str, float]:
     widths = allocate(
         graph.groups, graph.cost, budget, weights("uniform", {g.name: 1.0 for g in graph.groups})
     )
-    scores = channel_scores(
-        model,
-        {g.name: graph.members(g.name) for g in graph.groups},
-        {g.name: g.units for g in graph.groups},
-        score="l2",
-    )
+    scores = channel_scores(model, graph, score="l2")
     plan = make_plan(
         graph.groups,
         widths,
@@ -72,6 +84,7 @@ def graph_plan_prune(arch: str, size: int) -> dict[str, float]:
         score="l2",
         seed=0,
         input_size=(3, size, size),
+        ties=graph.ties,
     )
     planned = time.perf_counter()
     graph.apply_(plan)
@@ -82,6 +95,7 @@ def graph_plan_prune(arch: str, size: int) -> dict[str, float]:
         "prune": done - planned,
         "total": done - start,
         "removed": plan.reached,
+        "groups": len(graph.groups),
     }
 
 
@@ -120,15 +134,25 @@ def main() -> None:
     record["help_seconds"] = help_seconds()
     print(f"robust-prune --help           {record['help_seconds']:6.2f} s   (limit 0.4)")
     record["prune_seconds"] = {}
-    for arch in ARCHS:
-        for size in (32, 224):
+    for arch, sizes in SIZES.items():
+        for size in sizes:
             found = graph_plan_prune(arch, size)
             record["prune_seconds"][f"{arch}@{size}"] = found
-            limit = "   (limit 15)" if (arch, size) == ("resnet50", 224) else ""
+            limit = LIMITS.get((arch, size))
             print(
-                f"{arch:9}@{size:3} graph {found['graph']:5.2f}  plan {found['plan']:5.2f}"
-                f"  prune {found['prune']:5.2f}  total {found['total']:6.2f} s{limit}"
+                f"{arch:20}@{size:3} graph {found['graph']:5.2f}  plan {found['plan']:5.2f}  prune "
+                f"{found['prune']:5.2f}  total {found['total']:6.2f} s"
+                + (f"   (limit {limit})" if limit else "")
             )
+    record["depth_seconds"] = {}
+    for blocks in DEPTHS:
+        narrow = {"layers": (blocks,) * 4, "channels": (16, 32, 64, 128)}
+        found = graph_plan_prune("resnet18", 32, **narrow)
+        record["depth_seconds"][f"resnet-{8 * blocks + 2}"] = found
+        print(
+            f"ResNet-{8 * blocks + 2:<4} {found['groups']:4.0f} groups  total "
+            f"{found['total']:6.2f} s, {1000 * found['total'] / found['groups']:.1f} ms a group"
+        )
     record["mrs"] = mrs_cost()
     print(
         f"first-order MRS of all layers {record['mrs']['first_order_multiple']:6.2f} x one forward "

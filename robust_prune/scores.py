@@ -52,7 +52,7 @@ def sum_by_unit(slot: Slot, values: Tensor, units: int) -> Tensor:
     Returns float64 [units] on the CPU: sums of rows on the output side, of columns on the input
     side.
     """
-    sums = values.sum([d for d in range(values.ndim) if d != slot.dim]).double().cpu()
+    sums = values.movedim(slot.dim, 0).reshape(values.shape[slot.dim], -1).sum(1).double().cpu()
     return torch.zeros(units, dtype=torch.float64).index_add_(0, slot.units, sums[slot.indices])
 
 

@@ -370,7 +370,7 @@ class Proportion:
         p, n = self.value, self.n
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -20,6 +20,7 @@ from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.types import Budget
 from tests.conftest import tiny_resnet
+from tests.test_tracing import build
 
 WIDE = ModelGraph(tiny_resnet(channels=[32, 64, 96, 128], stem_width=16), (3, 32, 32))
 NAMES = [group.name for group in WIDE.groups]
@@ -105,3 +106,27 @@ def test_the_best_scored_channels_stay_and_equal_ones_keep_the_earlier() -> None
         )
         assert plan.group(name).keep == tuple(expected)
         assert any("groups are too narrow" in note for note in plan.notes)  # the miss is told
+
+
+@pytest.mark.parametrize("round_to", [4, 8, 16])
+def test_widths_are_rounded_where_a_group_is_wide_enough(round_to: int) -> None:
+    budget = Budget("macs", 0.5)
+    uniform = weights("uniform", dict.fromkeys(NAMES, 1.0))
+    widths = allocate(WIDE.groups, WIDE.cost, budget, uniform, round_to=round_to)
+    for group in WIDE.groups:
+        width = widths[group.name]
+        assert width % round_to == 0 or width == group.width
+    assert len({widths[n] for n in NAMES}) > 2
+    removed = 1 - WIDE.cost(widths).macs / WIDE.cost().macs
+    assert removed == pytest.approx(0.5, abs=0.05)
+
+
+def test_rounding_keeps_the_blocks_of_heads() -> None:
+    vit, size = build("vit_tiny_patch16_224")
+    graph = ModelGraph(vit, size)
+    uniform = weights("uniform", {g.name: 1.0 for g in graph.groups})
+    widths = allocate(graph.groups, graph.cost, Budget("macs", 0.4), uniform, round_to=8)
+    heads = widths["blocks.0.attn.qkv"]
+    assert heads % 8 == 0  # 3 x 3 blocks: a multiple of 72
+    assert heads % 9 == 0
+    assert 0 < heads < 576

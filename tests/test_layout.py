@@ -38,7 +38,7 @@ ORDER = [
     "evaluation",
     "finetune",
     "report",
-    "export",
+    "exporting",
     "settings",
     "record",
     "stations",

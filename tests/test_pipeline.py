@@ -22,7 +22,7 @@ from robust_prune import (
     sensitivity,
 )
 from robust_prune.costs import count_cost
-from robust_prune.errors import BudgetError, DataError, Interrupted, UsageError
+from robust_prune.errors import BudgetError, DataError, Interrupted, PlanError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.pipeline import compress_file
 from robust_prune.settings import Events, Settings
@@ -198,6 +198,37 @@ def test_mistakes_are_explained(
 ) -> None:
     with pytest.raises(error, match=message):
         compress(tiny_resnet(), (torch.rand(24, 3, 32, 32), torch.arange(24) % 10), **arguments)
+
+
+def test_a_pruned_model_that_is_not_the_masked_one_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = ModelGraph.apply_
+
+    def careless(self: ModelGraph, plan: PruningPlan) -> None:
+        remove(self, plan)
+        with torch.no_grad():
+            self.model.net.layer2[0].conv2.weight[:, 0] += 0.1
+
+    monkeypatch.setattr(ModelGraph, "apply_", careless)
+    model, folder = tiny_resnet(), tmp_path / "out"
+    for verify in (True, False):
+        settings = Settings(allocation="uniform", score="l2", calibration_images=4, verify=verify)
+        if verify:
+            with pytest.raises(PlanError, match="is not the masked dense one"):
+                compress_file(model, None, settings, folder, "m", Events())
+            assert not folder.exists()
+        else:
+            result, _ = compress_file(model, None, settings, folder, "m", Events())
+            assert "not compared with the masked dense one" in " ".join(result.report["notes"])
+            assert result.report["self_check"] == {"done": False}
+
+
+def test_the_self_check_and_the_reach_are_in_the_report() -> None:
+    result = compress(tiny_resnet(), None, prune_ratio=0.4, allocation="uniform", score="l2")
+    assert result.report["self_check"]["error"] < 1e-12
+    assert result.report["reachable"] > 0.99
+    assert "equal the masked dense one's" in report.check_line(result.report)
 
 
 def test_stopping_at_any_station_leaves_a_usable_file_or_none(tmp_path: Path) -> None:

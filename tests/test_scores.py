@@ -12,6 +12,7 @@ from robust_prune.mrs import AdversarialSet
 from robust_prune.scores import channel_scores
 from robust_prune.types import ThreatModel
 from tests.conftest import OwnNet, randomize_, tiny_resnet
+from tests.test_tracing import build
 
 
 def scores_of(graph: ModelGraph, model: torch.nn.Module, score: str, **more: object) -> dict:
@@ -80,3 +81,23 @@ def test_taylor_without_images_is_an_error() -> None:
     model = tiny_resnet()
     with pytest.raises(UsageError, match="needs adversarial images"):
         scores_of(ModelGraph(model, (3, 32, 32)), model, "taylor")
+
+
+def test_taylor_of_an_attentions_dims_is_the_derivative_of_gates_on_queries_and_values() -> None:
+    model, size = build("vit_tiny_patch16_224")
+    model = model.double()
+    images, labels = torch.rand(4, *size).double(), torch.randint(0, 10, (4,))
+    adversarial = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 4)
+    graph = ModelGraph(model, size)
+    found = scores_of(graph, model, "taylor", adversarial=adversarial)["blocks.0.attn.qkv"]
+    gate = torch.ones(64, requires_grad=True, dtype=torch.float64)
+
+    def gated(module: torch.nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:
+        q, k, v = out.unflatten(-1, (3, 3, 64)).unbind(-3)
+        return torch.stack([q * gate, k, v * gate], -3).flatten(-3)
+
+    handle = model.net.blocks[0].attn.qkv.register_forward_hook(gated)
+    loss = F.cross_entropy(model(images), labels)
+    handle.remove()
+    (slope,) = torch.autograd.grad(loss, gate)
+    torch.testing.assert_close(found, slope.square())

@@ -95,3 +95,10 @@ def test_malformed_plans_are_refused(change: object, message: str) -> None:
 
 def test_plain_data_is_json() -> None:
     json.dumps(to_plain(a_plan()), allow_nan=False)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 40, 200, 777])
+def test_intervals_hold_their_own_value_at_none_and_all(n: int) -> None:
+    for successes in (0, 1, n):
+        low, high = Proportion(successes, n).interval
+        assert 0 <= low <= successes / n <= high <= 1

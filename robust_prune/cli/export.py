@@ -45,7 +45,7 @@ def export(
     The file is checked against the module before it gets its name.
     """
     output = Output(as_json=as_json, quiet=quiet)
-    from robust_prune import export as exporting
+    from robust_prune import exporting
     from robust_prune.stations import image_size_of
     from robust_prune.types import to_plain
 
