@@ -245,7 +245,7 @@ class GroupPlan:
 class PruningPlan:
     """Which channels stay, as plain data: it can be printed, compared, saved and replayed.
 
-    `ties`: pairs of weights whose columns the model's code couples without saying so.
+    `ties`: pairs of dimensions (`tensor:dim`) that the model's code couples without saying so.
     """
 
     budget: Budget

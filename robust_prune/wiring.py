@@ -98,10 +98,11 @@ class Wiring:
         )
 
     def possible_ties(self, broken: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-        """Return pairs of weights around attentions whose two widths are equal.
+        """Return pairs of dimensions, as `tensor:dim`, that the code may couple without saying so.
 
-        The columns of the first (a projection, which reads the attention's inner channels) would
-        have to go with those of the second (which reads its input), as both are broken.
+        Between broken groups: the columns of a projection, which reads an attention's inner
+        channels, with those of the layer that reads its input, where the code takes the one width
+        for the other; and the rows of layers whose widths one number of a module counts.
         """
         made = {s.tensor: n for n, slots in self.slots.items() for s in slots if s.role == "out"}
         read = {
@@ -110,11 +111,25 @@ class Wiring:
         ties = []
         for first, (inner, slot) in read.items():
             for second, maker in made.items():
-                outer, other = read.get(second, ("", slot))
+                outer, reader = read.get(second, ("", slot))
                 if maker != inner or outer == inner or not {inner, outer} <= set(broken):
                     continue
-                if len(other.indices) == len(slot.indices):
-                    ties.append((first, second))
+                if len(reader.indices) == len(slot.indices):
+                    ties.append((f"{first}:1", f"{second}:1"))
+        counted: dict[tuple[str, int], list[str]] = {}
+        for count in self.coupling.counts:
+            for g, *_ in count.where:
+                if self.names.get(g) in broken:
+                    counted.setdefault((count.owner, count.value), []).append(self.names[g])
+        for groups in counted.values():
+            makers = [
+                next(s for s in self.slots[name] if s.role == "out")
+                for name in dict.fromkeys(groups)
+            ]
+            for other in makers[1:]:
+                if len(other.indices) == len(makers[0].indices):
+                    pair = (f"{makers[0].tensor}:{makers[0].dim}", f"{other.tensor}:{other.dim}")
+                    ties.append(pair)
         return tuple(dict.fromkeys(ties))
 
     @torch.no_grad()

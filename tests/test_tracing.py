@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -63,9 +64,7 @@ def build(arch: str, seed: int = 0) -> tuple[ImageModel, tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("arch", list(SMALL))
-def test_families_prune_as_masking_does_and_reload_bit_equal(
-    arch: str, tmp_path: pytest.TempPathFactory
-) -> None:
+def test_families_prune_as_masking_does_and_reload_bit_equal(arch: str, tmp_path: Path) -> None:
     import robust_prune as rp
 
     model, size = build(arch)
@@ -78,7 +77,7 @@ def test_families_prune_as_masking_does_and_reload_bit_equal(
     assert masking_error(other, model, plan, images) < 1e-9
     counted = count_cost(model, size)
     assert (counted.macs, counted.params) == (plan.pruned.macs, plan.pruned.params)
-    again = rp.load(rp.save(model, tmp_path / "pruned.safetensors"))  # type: ignore[operator]
+    again = rp.load(rp.save(model, tmp_path / "pruned.safetensors"))
     with torch.no_grad():
         assert torch.equal(again(images), model(images))
     # a plan made on one copy applies to another, bit for bit
@@ -265,6 +264,84 @@ def test_an_adapter_of_the_user_makes_a_class_prunable() -> None:
         assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
     finally:
         del _BY_CLASS[Own]
+
+
+class Kernel(torch.autograd.Function):
+    """An attention that no tracer looks into."""
+
+    @staticmethod
+    def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k).mul(scale).softmax(-1)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+class OwnAttention(nn.Module):
+    """Heads, a width and a scale of its own, behind a kernel."""
+
+    def __init__(self, dim: int = 24, heads: int = 2, head_dim: int = 10) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.scale = heads, head_dim, head_dim**-0.5
+        self.query = nn.Linear(dim, heads * head_dim)
+        self.key, self.value = (nn.Linear(dim, heads * head_dim) for _ in range(2))
+        self.out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], self.heads, self.head_dim)
+        q, k, v = (layer(x).view(shape) for layer in (self.query, self.key, self.value))
+        return self.out(Kernel.apply(q, k, v, self.scale).flatten(2))
+
+
+class Tokens(nn.Module):
+    """Patches, one attention around a skip, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 24, 4, 4), nn.LayerNorm(24)
+        self.attention, self.classifier = OwnAttention(), nn.Linear(24, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = x + self.attention(self.norm(x))
+        return self.classifier(x.mean(1))
+
+
+def test_an_adapter_of_an_attention_names_its_units_its_numbers_and_its_scale(
+    tmp_path: Path,
+) -> None:
+    import robust_prune as rp
+
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    assert "attention.query" not in {g.name for g in ModelGraph(model, (3, 16, 16)).groups}
+
+    @adapter(OwnAttention)
+    def trace(module: OwnAttention, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], module.heads, module.head_dim)
+        q, k, v = (
+            layer(x).view(shape).transpose(1, 2)
+            for layer in (module.query, module.key, module.value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return module.out(out.transpose(1, 2).flatten(2))
+
+    try:
+        graph = ModelGraph(model, (3, 16, 16))
+        assert [g.name for g in graph.groups] == ["patches", "attention.query"]
+        inner = graph.groups[1]
+        assert (inner.width, inner.units, inner.blocks) == (20, 10, 2)
+        plan = random_plan(graph, 0.5)
+        pruned = prune_(copy.deepcopy(model), plan)
+        left = plan.group("attention.query").keep_width // 2
+        assert pruned.attention.head_dim == left < 10
+        assert pruned.attention.scale == pytest.approx(left**-0.5)
+        images = torch.rand(2, 3, 16, 16)
+        assert masking_error(model, pruned, plan, images) < 1e-9
+        rp.save(pruned, tmp_path / "own.safetensors")
+        again = rp.load(tmp_path / "own.safetensors", model=Tokens())
+        with torch.no_grad():
+            assert torch.equal(again(images), pruned(images))
+    finally:
+        del _BY_CLASS[OwnAttention]
 
 
 def test_a_wrong_adapter_costs_groups_but_never_a_wrong_model() -> None:

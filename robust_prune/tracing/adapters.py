@@ -17,15 +17,26 @@ _BY_NAME: dict[str, Forward] = {}
 def adapter(*classes: type[nn.Module] | str) -> Callable[[Forward], Forward]:
     """Register a forward to trace modules of these classes with, instead of their own.
 
-    Use it for a module whose forward the tracer can't follow (a custom kernel, a weight that is
-    computed from others). The function gets the module and its inputs, and must return tensors of
+    Use it for a module whose forward the tracer can't follow: a custom kernel, a weight that is
+    computed from others. The function gets the module and its inputs, and must return tensors of
     the right shape that couple channels as the module does, by plain torch functions on the
-    module's own parameters; its values don't matter. Classes may be given by name, so that the
-    package that defines them need not be imported; subclasses are included.
+    module's own parameters; its values don't matter.
+
+    Inner units follow from what it calls: `view(..., heads, width)` makes the same dims of every
+    head one unit, a product or `scaled_dot_product_attention` couples queries with keys. Called
+    without `scale`, the latter says that the module divides by the root of its heads' width, and
+    pruning makes up for it. Numbers of the module that equal a size the function splits or merges
+    channels by (`module.head_dim`) follow the pruned width.
+
+    Classes may be given by name, so that the package that defines them need not be imported;
+    subclasses are included. A wrong adapter costs groups, as every group is tried on a copy.
 
         @adapter(MyAttention)
         def trace(module, x):
-            return module.out(module.query(x) * module.key(x) * module.value(x))
+            q, k, v = module.qkv(x).unflatten(-1, (3, module.heads, module.width)).unbind(-3)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v)
+            return module.out(out.transpose(1, 2).flatten(2))
     """
 
     def register(function: Forward) -> Forward:

@@ -77,8 +77,8 @@ def couple(
         net: left as it was.
         example: one image [1, C, H, W].
         protected: why a layer's outputs must stay, by its dotted name.
-        ties: pairs of weights whose columns have to go together although the forward does not
-            say so.
+        ties: pairs of dimensions, as `tensor:dim`, that have to go together although the forward
+            does not say so.
     """
     tracer = Tracer(net, {**rules.RULES, **moving.RULES, **mixing.RULES})
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
@@ -144,7 +144,7 @@ class _Book:
             self.labels.fix(self.axes[weight, dim], reason)
 
     def tie(self, first: str, second: str) -> None:
-        a, b = self.axes.get((first, 1)), self.axes.get((second, 1))
+        a, b = (self.axes.get(_axis(name)) for name in (first, second))
         if a is not None and b is not None and a.shape == b.shape:
             self.atoms.join(a, b)
 
@@ -304,6 +304,11 @@ class _Book:
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
     return [*net.named_parameters(), *net.named_buffers()]
+
+
+def _axis(name: str) -> tuple[str, int]:
+    tensor, _, dim = name.rpartition(":")
+    return tensor, int(dim) if dim.isdigit() else 0
 
 
 def _out_dim(module: nn.Module) -> int:
