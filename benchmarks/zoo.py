@@ -26,8 +26,8 @@ TORCHVISION = """
     resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn
     vit_b_16 wide_resnet50_2
 """.split()  # noqa: SIM905
-LIMIT_S = 600
-PLAIN_LIMIT_S = 180
+LIMIT_S = 400
+PLAIN_LIMIT_S = 90
 RATIO = 0.5
 
 

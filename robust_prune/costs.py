@@ -15,21 +15,25 @@ from torch.overrides import TorchFunctionMode
 from robust_prune.errors import ModelError
 from robust_prune.modules import device_of, evaluating, network_of
 from robust_prune.tracing.adapters import adapted
+from robust_prune.tracing.tracer import name_of
+from robust_prune.tracing.uses import weights_applied
 from robust_prune.types import Cost
+
+Use = tuple[int, tuple[tuple[int, tuple[tuple[str, int], ...]], ...]]
 
 
 @dataclass(frozen=True)
 class TensorCost:
-    """What a parameter costs: its shape, and how often an image meets it if it mixes channels.
+    """What a parameter costs: its shape, and its positions if it mixes channels.
 
     `shares` lists (dimension, group, channels per unit): what a unit of a group takes away.
-    `repeats` are sizes that are part of the positions and shrink, too: (size, shares of it).
+    `uses` lists how often an image meets it, call by call: (positions, sizes among them that shrink
+    with groups, each with its own shares).
     """
 
     shape: tuple[int, ...]
-    positions: int
     shares: tuple[tuple[int, str, int], ...]
-    repeats: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
+    uses: tuple[Use, ...]
 
     def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
         """Return (multiply-adds, parameters) when groups lose this many units."""
@@ -39,10 +43,12 @@ class TensorCost:
         numel = 1
         for size in shape:
             numel *= size
-        positions = self.positions
-        for size, shares in self.repeats:
-            left = size - sum(channels * dropped.get(group, 0) for group, channels in shares)
-            positions = positions * left // size
+        positions = 0
+        for times, repeats in self.uses:
+            for size, shares in repeats:
+                left = size - sum(channels * dropped.get(group, 0) for group, channels in shares)
+                times = times * left // size
+            positions += times
         return numel * positions, numel
 
 
@@ -98,16 +104,8 @@ class _Positions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = str(getattr(func, "__name__", "")).strip("_")
-        if name in ("linear", "matmul", "conv1d", "conv2d", "conv3d", "conv_transpose2d"):
-            x = args[0] if args else kwargs["input"]
-            weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
-            if isinstance(weight, Tensor):
-                if name.startswith("conv"):
-                    times = (x if "transpose" in name else out)[0, 0].numel()
-                else:
-                    times = out.numel() // max(out.shape[-1] * out.shape[0], 1)
-                self.found[id(weight)] = self.found.get(id(weight), 0) + times
+        for weight, times in weights_applied(name_of(func), args, kwargs or {}, out):
+            self.found[id(weight)] = self.found.get(id(weight), 0) + times
         return out
 
 

@@ -26,7 +26,8 @@ from robust_prune.costs import (
 from robust_prune.errors import ModelError, PlanError, UsageError
 from robust_prune.masking import silence_
 from robust_prune.modules import evaluating, make_contiguous_, network_of
-from robust_prune.tracing.coupling import Slot, couple
+from robust_prune.tracing.coupling import Count, Slot, couple
+from robust_prune.tracing.tracer import tensors_in
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 from robust_prune.wiring import Wiring
 
@@ -205,27 +206,21 @@ class ModelGraph:
             for slot in self._wiring.slots[group.name]:
                 each = len(slot.indices) // group.units
                 shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
-        coupling, names = self._wiring.coupling, self._wiring.names
-        repeats = {
-            tensor: tuple(
-                (
-                    count.value,
-                    tuple(
-                        (names[g], len(units) // self._by_name[names[g]].units)
-                        for g, _, units in count.where
-                        if names.get(g) in self._by_name
-                    ),
-                )
-                for count in counts
+        names = self._wiring.names
+
+        def shrinking(count: Count) -> tuple[int, tuple[tuple[str, int], ...]]:
+            return count.value, tuple(
+                (names[g], len(units) // self._by_name[names[g]].units)
+                for g, _, units in count.where
+                if names.get(g) in self._by_name
             )
-            for tensor, counts in coupling.repeats.items()
-        }
+
+        uses = self._wiring.coupling.uses
         return tuple(
             TensorCost(
                 tuple(p.shape),
-                coupling.positions.get(name, 0),
                 tuple(shares.get(name, ())),
-                repeats.get(name, ()),
+                tuple((n, tuple(map(shrinking, sizes))) for n, sizes in uses.get(name, ())),
             )
             for name, p in net.named_parameters()
         )
@@ -238,37 +233,43 @@ class _Trial:
     net: nn.Module
     wiring: Wiring
     image: Tensor
+    draw: int = 0
 
     def problem(self, names: Sequence[str]) -> str | None:
         """Drop a part of these groups and return what goes wrong, or None."""
         dropped = {
-            group.name: _some(group.units, i)
-            for i, group in enumerate(self.wiring.groups)
-            if group.name in names
+            name: gone
+            for name, gone in _draw(self.wiring.groups, self.draw).items()
+            if name in names
         }
         try:
             # removing replaces tensors, so that only silencing needs copies of its own
             shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
             pruned = copy.deepcopy(self.net, shared)
             self.wiring.remove_(pruned, dropped)
-            one = _logits(pruned(self.image))
+            found = pruned(self.image)
             masked = copy.deepcopy(self.net)
             silence_(masked, self.wiring, dropped)
-            two = _logits(masked(self.image))
-        except (
-            ModelError,
-            RuntimeError,
-            AssertionError,
-            IndexError,
-            ValueError,
-            TypeError,
-        ) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            error = difference(found, masked(self.image))
+        except RUN_ERRORS as fault:
+            line = (str(fault).splitlines() or [type(fault).__name__])[0][:120]
             return f"the model does not run when it is pruned: {line}"
-        error_size = float((one - two).abs().max() / two.abs().max().clamp(min=1e-30))
-        if not error_size < TOLERANCES[self.image.dtype]:
-            return f"pruning it is not the same as masking it (by {error_size:.1g})"
+        if not error < TOLERANCES[self.image.dtype]:
+            return f"pruning it is not the same as masking it (by {error:.1g})"
         return None
+
+
+def difference(found: object, expected: object) -> float:
+    """Return the largest difference of outputs over the largest entry; inf where not comparable."""
+    one, two = tensors_in((found,)), tensors_in((expected,))
+    if not one or [t.shape for t in one] != [t.shape for t in two]:
+        return math.inf
+    errors = [
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+        for a, b in zip(one, two, strict=True)
+        if a.is_floating_point() and a.numel()
+    ]
+    return max((e if e == e else math.inf for e in errors), default=math.inf)
 
 
 @torch.no_grad()
@@ -287,23 +288,32 @@ def probed(
     copied = copy.deepcopy(net).eval().double()
     image = image.double()
     _randomize_(copied)
-    trial = _Trial(copied, wiring, image)
-    if trial.problem([group.name for group in wiring.groups]) is None:
-        return wiring, ()
+    names = [group.name for group in wiring.groups]
+    if _Trial(copied, wiring, image).problem(names) is None:
+        if _Trial(copied.float(), wiring, image.float(), draw=1).problem(names) is None:
+            return wiring, ()
+        copied, image = copied.double(), image.double()
     try:
         copied(image)
     except RUN_ERRORS:  # float32 is part of its code
         copied, image = copied.float(), image.float()
-    found = _search(_Trial(copied, wiring, image))
+    found = _broken(copied, wiring, image)
     if not found:
         return wiring, ()
     ties = wiring.possible_ties(found)
     if ties:
         tied = wire(ties)
-        still = _search(_Trial(copied, tied, image))
+        still = _broken(copied, tied, image)
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()
+
+
+def _broken(net: nn.Module, wiring: Wiring, image: Tensor) -> dict[str, str]:
+    """Return the groups that can't be pruned by either of two draws, with what goes wrong."""
+    first = _search(_Trial(net, wiring, image))
+    left = wiring.without(first)
+    return {**first, **_search(_Trial(net, left, image, draw=1))}
 
 
 def _search(trial: _Trial) -> dict[str, str]:
@@ -344,22 +354,29 @@ def _search(trial: _Trial) -> dict[str, str]:
     return broken
 
 
-def _some(units: int, salt: int) -> Tensor:
-    """Return True [units] for those to drop: 30 to 70 %, another share for every group."""
-    generator = torch.Generator().manual_seed(salt)
-    share = 0.3 + 0.4 * ((salt * 0.618) % 1)
-    gone = torch.zeros(units, dtype=torch.bool)
-    count = min(units - 1, max(1, round(units * share)))
-    gone[torch.randperm(units, generator=generator)[:count]] = True
-    return gone
+def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
+    """Return by group True [units] for those to drop, in the first or the second of two draws.
 
-
-def _logits(output: object) -> Tensor:
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise ModelError(f"the model returns a {type(output).__name__}, not logits")
-    return output
+    The first drops some 30 to 70 % at random, the second what the first has kept, and no two
+    groups of the same size lose equally many in both: code that takes one width for another shows.
+    """
+    found: dict[str, Tensor] = {}
+    seen: dict[int, int] = {}
+    for salt, group in enumerate(groups):
+        units = group.units
+        rank = seen[units] = seen.get(units, -1) + 1
+        counts = list(range(max(1, round(0.3 * units)), max(2, round(0.7 * units) + 1)))
+        counts = [min(n, units - 1) for n in counts]
+        order = torch.randperm(units, generator=torch.Generator().manual_seed(salt))
+        if draw:
+            count = counts[(rank + rank // len(counts)) % len(counts)]
+            order = order.flip(0)
+        else:
+            count = counts[rank % len(counts)]
+        gone = torch.zeros(units, dtype=torch.bool)
+        gone[order[:count]] = True
+        found[group.name] = gone
+    return found
 
 
 @torch.no_grad()

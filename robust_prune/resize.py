@@ -130,7 +130,7 @@ def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
         _set_convolution(module, weight)
     elif isinstance(module, nn.Linear) and weight:
         module.out_features, module.in_features = weight
-    elif isinstance(module, _NormBase) or hasattr(module, "num_features"):
+    elif isinstance(module, _NormBase) or (hasattr(module, "num_features") and len(weight) == 1):
         features = next(shape[0] for shape in shapes.values() if shape)
         module.num_features = features  # type: ignore[assignment]
     elif isinstance(module, nn.GroupNorm) and weight:

@@ -55,11 +55,10 @@ class Wiring:
             found.append((order[makers[0].tensor], int(makers[0].indices[0]), g, slots))
         found.sort(key=lambda item: item[:2])
         makers_of = [next(s for s in slots if s.role == "out") for *_, slots in found]
-        layers = [maker.layer for maker in makers_of]
+        titles = [maker.tensor.removesuffix(".weight") for maker in makers_of]
         groups, named, gates, names = [], {}, {}, {}
-        for (_, _, g, slots), maker in zip(found, makers_of, strict=True):
-            name = maker.layer
-            if layers.count(name) > 1:
+        for (_, _, g, slots), maker, name in zip(found, makers_of, titles, strict=True):
+            if titles.count(name) > 1:
                 name = f"{name}@{int(maker.indices[0])}"
             groups.append(_group(name, maker, slots, coupling.sizes[g], min_width))
             named[name], gates[name], names[g] = slots, coupling.gates[g], name
@@ -136,14 +135,14 @@ class Wiring:
     def remove_(self, net: nn.Module, dropped: Mapping[str, Tensor]) -> None:
         """Remove units of groups from a network, by True [units] for those that go."""
         set_fields = self._fields(dict(net.named_modules()), dropped)
-        rows: dict[str, list[tuple[Tensor, float]]] = {}
+        rows: dict[str, dict[tuple[int, ...], float]] = {}
         for _, slots, g in self.coupling.scaled:
             gone = dropped.get(self.names.get(g, ""))
             for slot in slots:
                 if gone is not None:
                     # an attention divides by the root of its head's width
                     share = float((~gone[slot.units]).double().mean())
-                    rows.setdefault(slot.tensor, []).append((slot.indices, math.sqrt(share)))
+                    rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share**0.5
         sizes = {n: tuple(t.shape) for n, t in (*net.named_parameters(), *net.named_buffers())}
         keep: dict[tuple[str, int], Tensor] = {}
         for name, gone in dropped.items():
@@ -153,7 +152,12 @@ class Wiring:
                     key, torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 )
                 mask[slot.indices[gone[slot.units]]] = False
-        narrow_(net, {key: mask.nonzero().squeeze(1) for key, mask in keep.items()}, rows)
+        kept = {key: mask.nonzero().squeeze(1) for key, mask in keep.items()}
+        narrow_(
+            net,
+            kept,
+            {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()},
+        )
         set_fields_(net, set_fields)
 
     def normalised(self, dropped: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
@@ -201,6 +205,8 @@ class Wiring:
                 continue
             for name, value in vars(module).items():
                 if name.startswith("_") or NO_WIDTH.search(name):
+                    continue
+                if type(value) not in (int, tuple, list):
                     continue
                 new = _follow(value, known)
                 if new != value:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robust_prune import builders
 from robust_prune.costs import count_cost
 from robust_prune.errors import ModelError
-from robust_prune.graph import ModelGraph, prune_
+from robust_prune.graph import ModelGraph, mask_, prune_
 from robust_prune.modules import ImageModel
 from robust_prune.resize import fields_of, set_fields_
 from robust_prune.tracing.adapters import _BY_CLASS, adapter
@@ -185,6 +185,18 @@ class Odd(nn.Module):
         return self.out(self.second(x).mean((2, 3)))
 
 
+def _written(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 0] = 0
+    return x
+
+
+def _shifted(x: Tensor) -> Tensor:
+    out, part = x.clone(), x.shape[1] // 4
+    out[:, :part, :, 1:] = x[:, :part, :, :-1]
+    return out
+
+
 @pytest.mark.parametrize(
     ("odd", "prunable"),
     [
@@ -210,6 +222,16 @@ class Odd(nn.Module):
         (lambda x: F.local_response_norm(x, 3), False),
         (lambda x: F.normalize(x, dim=1), True),
         (lambda x: x.pow(2).clone().clamp_(max=3.0), True),
+        (lambda x: x * torch.sigmoid(x[:, :1]), False),
+        (lambda x: torch.cat([x[:, :6].relu(), x[:, 6:].sigmoid()], 1), False),
+        (lambda x: torch.cat([p.relu() for p in x.split([6, 6], 1)], 1), False),
+        (lambda x: torch.cat([p.relu() for p in x.split([5, 7], 1)], 1), False),
+        (lambda x: torch.cat([x.narrow(1, 0, 5), x.narrow(1, 5, 7)], 1), False),
+        (lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), True),
+        (lambda x: x.flatten(2).softmax(-1).view_as(x), True),
+        (lambda x: x + torch.where(x > 100)[0].sum() * 0, False),
+        (_written, False),
+        (_shifted, False),
     ],
 )
 def test_what_operations_do_to_channels(odd: object, prunable: bool) -> None:
@@ -219,9 +241,143 @@ def test_what_operations_do_to_channels(odd: object, prunable: bool) -> None:
     assert ("first" in {group.name for group in graph.groups}) == prunable
     if not prunable:
         assert next(u.reason for u in graph.unprunable if u.name == "first")
-    plan = random_plan(graph, 0.2)
-    pruned = prune_(copy.deepcopy(model), plan)
-    assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
+    for seed in range(6):
+        plan = random_plan(graph, 0.1 + 0.05 * seed, seed=seed)
+        pruned = prune_(copy.deepcopy(model), plan)
+        assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
+
+
+class NonLocal(nn.Module):
+    """Takes its input's width for its own, which no operation says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(x).relu().flatten(2).softmax(-1).view(x.shape)
+
+
+class Nested(nn.Module):
+    """A norm inside a module that counts a width equal to one that the norm may get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down, self.up = nn.LayerNorm(12), nn.Linear(12, 4), nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        z = self.down(self.norm(y)).view(len(x), -1, 1, self.down.out_features).flatten(2)
+        return (y + self.up(z)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+
+class Folded(nn.Module):
+    """A linear layer over the tokens of every channel, channels folded into the batch; twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(49, 49)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x.reshape(-1, 49)).view(x.shape)
+        return self.mix(y.flatten(2)).view(x.shape)
+
+
+class Computed(nn.Module):
+    """A weight that is the product of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(12, 12, 3, 3))
+        self.gain = nn.Parameter(torch.rand(12, 1, 1, 1))
+        self.plain = torch.ones(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel * self.gain, padding=1)
+
+
+class Bare(nn.Module):
+    """Products with parameters that belong to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(12, 10))
+        self.back = nn.Parameter(torch.rand(12, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = (x.permute(0, 2, 3, 1) @ self.weight).relu()
+        return F.linear(hidden, self.back).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        (lambda: NonLocal(12), {"first", "second"}),
+        (Nested, {"first", "odd.down", "second"}),
+        (Folded, {"first", "second"}),
+        (Computed, {"second"}),
+        (Bare, {"first", "odd", "odd.back", "second"}),
+    ],
+)
+def test_modules_with_ways_of_their_own(make: object, groups: set[str]) -> None:
+    torch.manual_seed(0)
+    model = Odd(make()).eval()  # type: ignore[operator]
+    graph = ModelGraph(model, (3, 9, 9))
+    assert {g.name for g in graph.groups} == groups
+    for seed in range(12):
+        plan = random_plan(graph, 0.05 + 0.02 * seed, seed=seed)
+        pruned = prune_(copy.deepcopy(model), plan)  # checks the multiply-adds, too
+        images = torch.rand(2, 3, 9, 9)
+        assert masking_error(model, pruned, plan, images) < 1e-9
+        masked = copy.deepcopy(mask_(copy.deepcopy(model), plan)).double()
+        expected = pruned.double()(images.double())
+        torch.testing.assert_close(masked(images.double()), expected)
+
+
+def test_grey_images_have_a_prunable_stem() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Flatten())
+    assert ModelGraph(model, (1, 8, 8)).groups[0].name == "0"
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "side"),
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, 64),
+        ("mobilevit_xxs", {}, 64),
+        ("mixer_s32_224", {"img_size": 64}, 64),
+        ("torchvision/vit_b_16", {"image_size": 64}, 64),
+    ],
+)
+def test_multiply_adds_are_those_of_every_call(arch: str, kwargs: dict, side: int) -> None:
+    net = builders.create(builders.resolve(arch, {"num_classes": 5, **kwargs})).net.eval()
+    expected = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal expected
+        if isinstance(module, nn.MultiheadAttention):
+            tokens = inputs[0].shape[1]
+            expected += tokens * (module.in_proj_weight.numel() + module.out_proj.weight.numel())
+        elif isinstance(module, nn.Conv2d):
+            expected += module.weight.numel() * out[:, 0].numel()
+        else:
+            expected += module.weight.numel() * out[..., 0].numel()
+
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        net(torch.rand(1, 3, side, side))
+    by_hand = expected
+    assert count_cost(net, (3, side, side)).macs == by_hand
+    assert ModelGraph(net, (3, side, side), probe=False).cost().macs == by_hand
+
+
+def test_widths_of_a_transformer_are_not_those_of_its_tokens() -> None:
+    model, size = build("vit_tiny_patch16_224")
+    graph = ModelGraph(model, size)
+    plan = random_plan(graph, 0.5)
+    graph.apply_(plan)
+    assert model.net.num_features in (192, plan.group("patch_embed.proj").keep_width)
 
 
 class Silent(torch.autograd.Function):

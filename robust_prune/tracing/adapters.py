@@ -28,7 +28,7 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[Forward], Forward]:
     pruning makes up for it. Numbers of the module that equal a size the function splits or merges
     channels by (`module.head_dim`) follow the pruned width.
 
-    Classes may be given by name, so that the package that defines them need not be imported;
+    Classes may be given by name (`package.Class`), so that their package need not be imported;
     subclasses are included. A wrong adapter costs groups, as every group is tried on a copy.
 
         @adapter(MyAttention)
@@ -53,7 +53,8 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[Forward], Forward]:
 def find(module: nn.Module) -> Forward | None:
     """Return the forward to trace a module with, or None for its own."""
     for cls in type(module).__mro__:
-        found = _BY_CLASS.get(cls) or _BY_NAME.get(cls.__name__)
+        package = cls.__module__.partition(".")[0]
+        found = _BY_CLASS.get(cls) or _BY_NAME.get(f"{package}.{cls.__name__}")
         if found is not None:
             return found
     return None
@@ -75,7 +76,7 @@ def adapted(net: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-@adapter("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+@adapter("timm.StdConv2d", "timm.StdConv2dSame", "timm.ScaledStdConv2d", "timm.ScaledStdConv2dSame")
 def _standardised_convolution(module: Any, x: Tensor) -> Tensor:
     """Weight-standardised convolutions: rows are normalised, a gain per row may follow."""
     reference = nn.Conv2d.forward(module, x) if not hasattr(module, "same_pad") else None
@@ -101,7 +102,7 @@ def _standardised_convolution(module: Any, x: Tensor) -> Tensor:
     return reference if gain is None else reference * gain.view(1, -1, 1, 1)
 
 
-@adapter("GlobalResponseNorm")
+@adapter("timm.GlobalResponseNorm")
 def _global_response_norm(module: Any, x: Tensor) -> Tensor:
     """Divides by the mean over channels: a norm like any other."""
     if module.channel_dim == 1:
@@ -109,14 +110,14 @@ def _global_response_norm(module: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], module.weight, module.bias)
 
 
-@adapter("RmsNorm2d", "SimpleNorm2d")
+@adapter("timm.RmsNorm2d", "timm.SimpleNorm2d")
 def _norm_of_maps(module: Any, x: Tensor) -> Tensor:
     """Norms over the channels of maps, put together from means: like one group of a group norm."""
     x = F.group_norm(x, 1, module.weight)
     return module.act(x) if hasattr(module, "act") else x
 
 
-@adapter("SimpleNorm")
+@adapter("timm.SimpleNorm")
 def _simple_norm(module: Any, x: Tensor) -> Tensor:
     """A norm without mean, put together from a variance."""
     return F.layer_norm(x, x.shape[-1:], module.weight)

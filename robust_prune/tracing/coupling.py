@@ -51,8 +51,9 @@ class Coupling:
 
     `groups[g]` are the slots of group g, `sizes[g]` its number of units. `gates[g]` are slots of
     rows whose product with other channels is what the group contributes (queries). `scaled` are
-    rows that make up for an attention's scale, which follows its head's width. `repeats` says which
-    of a weight's positions are channels (it mixes tokens, for each channel alike).
+    rows that make up for an attention's scale, which follows its head's width. `uses` lists
+    for each weight the positions of its calls, and which sizes among them are channels (it mixes
+    tokens, for each channel alike).
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -60,8 +61,7 @@ class Coupling:
     gates: tuple[tuple[Slot, ...], ...]
     scaled: tuple[tuple[str, tuple[Slot, ...], int], ...]
     counts: tuple[Count, ...]
-    positions: Mapping[str, int]
-    repeats: Mapping[str, tuple[Count, ...]]
+    uses: Mapping[str, tuple[tuple[int, tuple[Count, ...]], ...]]
     fixed: Mapping[str, str]
 
 
@@ -101,7 +101,7 @@ class _Book:
         self.net, self.labels, self.atoms = net, labels, labels.atoms
         self.names = {id(t): name for name, t in _tensors(net)}
         self.modules = dict(net.named_modules())
-        self.mixing = {self.names[key] for key in labels.positions}
+        self.out_dims = {self.names[key]: dim for key, dim in labels.out_dims.items()}
         self.where: dict[int, tuple[tuple[str, int], int]] | None = None
         self.axes: dict[tuple[str, int], Tensor] = {
             (self.names[key], dim): atoms for (key, dim), atoms in labels.axes.items()
@@ -178,13 +178,13 @@ class _Book:
             gates=self._gates(len(slots), unit_of),
             scaled=self._scaled(unit_of),
             counts=self._counts(unit_of),
-            repeats={
+            uses={
                 self.names[key]: tuple(
-                    Count("", len(v), self._count_where(v, unit_of)) for v in vectors
+                    (n, tuple(Count("", len(v), self._count_where(v, unit_of)) for v in sizes))
+                    for n, sizes in uses
                 )
-                for key, vectors in self.labels.repeats.items()
+                for key, uses in self.labels.uses.items()
             },
-            positions={self.names[k]: n for k, n in self.labels.positions.items()},
             fixed=self._fixed(roots),
         )
 
@@ -200,11 +200,10 @@ class _Book:
 
     def _at(self, key: tuple[str, int], indices: Tensor, units: Tensor) -> Slot:
         tensor, dim = key
-        layer, _, leaf = tensor.rpartition(".")
+        layer = tensor.rpartition(".")[0]
         role = "along"
-        if tensor in self.mixing:
-            out = _out_dim(self.modules[layer]) if leaf == "weight" else 1
-            role = "out" if dim == out else "in"
+        if tensor in self.out_dims:
+            role = "out" if dim == self.out_dims[tensor] else "in"
         return Slot(tensor, dim, indices, units, role, layer)
 
     def _where(self) -> dict[int, tuple[tuple[str, int], int]]:
@@ -213,7 +212,7 @@ class _Book:
             self.where = {
                 atom: (key, i)
                 for key, atoms in self.axes.items()
-                if key[0].endswith("weight")
+                if key[0].endswith("weight") or key[0] in self.out_dims
                 for i, atom in enumerate(atoms.tolist())
             }
         return self.where

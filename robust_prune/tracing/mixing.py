@@ -12,7 +12,6 @@ from robust_prune.tracing.rules import (
     Args,
     Kwargs,
     argument,
-    count,
     pointwise,
     rule,
     words,
@@ -23,10 +22,13 @@ from robust_prune.tracing.tracer import Tracer, UntraceableError, tensors_in
 
 @rule("matmul", "rmatmul", "bmm", "mm", "imatmul")
 def _matmul(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    first, second = args[:2] if name != "rmatmul" else (args[1], args[0])
+    first = argument(args, kwargs, 0, "input")
+    second = argument(args, kwargs, 1, "other", "mat2")
+    if name == "rmatmul":
+        first, second = second, first
     if id(second) in tracer.parameters and second.ndim == 2:
         labels, atoms = tracer.labels, tracer.labels.atoms
-        count(tracer, second, out.numel() // out.shape[-1] // out.shape[0])
+        labels.out_dims[id(second)] = 1
         atoms.join(labels.axis(second, 0), tracer.vector(tracer.label(first), -1, first.shape[-1]))
         tracer.set(out, labels.axis(second, 1).view([1] * (out.ndim - 1) + [-1]))
         return

@@ -15,6 +15,7 @@ from robust_prune.tracing.rules import (
     Kwargs,
     argument,
     full,
+    meet,
     note_site,
     rule,
     words,
@@ -27,17 +28,21 @@ from robust_prune.tracing.tracer import Tracer, UntraceableError, tensors_in
         """
     permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand
     expand_as getitem select narrow unbind flip roll rot90 get_T get_mT index_select repeat
-    tile repeat_interleave pixel_shuffle pixel_unshuffle broadcast_to
+    tile repeat_interleave broadcast_to
     adjoint take_along_dim get_H get_mH
     """
     )
 )
 def _move(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
-    if name in ("roll", "index_select", "take_along_dim", "getitem"):
+    if name in ("roll", "index_select", "take_along_dim", "getitem", "narrow", "select"):
         _keep_order(tracer, name, args, kwargs)
     moved = _apply(tracer, name, args, kwargs)
     for tensor, label in zip(tensors_in((out,)), tensors_in((moved,)), strict=True):
         tracer.set(tensor, compress(label, by_value=name not in VIEWS))
+        if name in ("getitem", "narrow"):
+            _note_sites(tracer, tracer.label(tensor), tensor.shape)
+    if name == "expand_as":
+        meet(tracer, (tracer.label(out), out.shape), (tracer.label(args[1]), args[1].shape))
     if name == "unbind":
         _whole_pieces(tracer, tensors_in((out,)))
 
@@ -83,31 +88,69 @@ VIEWS = frozenset(
 
 
 def _keep_order(tracer: Tracer, name: str, args: Args, kwargs: Kwargs) -> None:
-    """Refuse positions of single channels that are part of the code: fewer have others."""
+    """Refuse positions of single channels that are part of the code: fewer have others.
+
+    A part of the channels may be taken where the running module keeps the number of channels up
+    to which, or from which, it is taken.
+    """
     x = args[0]
     varies = tracer.varies(tracer.label(x))
+    if not varies:
+        return
     if name == "roll":
         dims = argument(args, kwargs, 2, "dims", default=tuple(range(x.ndim)))
         chosen = [d % x.ndim for d in (dims if isinstance(dims, (tuple, list)) else (dims,))]
     elif name == "getitem":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        taken = [i for i in index if i is not None]
-        rest = x.ndim - len(taken) + (Ellipsis in [i for i in taken if not _is_list(i)])
-        chosen, dim = [], 0
-        for item in taken:
-            if item is Ellipsis:
-                dim += rest
-                continue
-            chosen += [dim] if _is_list(item) else []
-            dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        chosen = _chosen(tracer, x, args[1] if isinstance(args[1], tuple) else (args[1],))
+    elif name == "narrow":
+        dim, start, length = (
+            argument(args, kwargs, i, n) for i, n in enumerate(("dim", "start", "length"), 1)
+        )
+        chosen = _chosen(
+            tracer, x, (slice(None),) * (dim % x.ndim) + (slice(start, start + length),)
+        )
     else:
-        chosen = [argument(args, kwargs, 1 if name == "index_select" else 2, "dim") % x.ndim]
+        position = 2 if name == "take_along_dim" else 1
+        chosen = [argument(args, kwargs, position, "dim", default=0) % x.ndim]
     if set(chosen) & set(varies):
         raise UntraceableError("channels chosen by their positions")
 
 
-def _is_list(index: Any) -> bool:
-    return isinstance(index, (Tensor, list))
+def _chosen(tracer: Tracer, x: Tensor, index: tuple[Any, ...]) -> list[int]:
+    """Return the dimensions of which an index takes a part by numbers of the code."""
+    taken = [item for item in index if item is not None]
+    rest = x.ndim - len(taken) + sum(item is Ellipsis for item in taken)
+    chosen, dim = [], 0
+    for item in taken:
+        if item is Ellipsis:
+            dim += rest
+            continue
+        if isinstance(item, slice):
+            start, stop, step = item.indices(x.shape[dim])
+            part = (start, stop, step) != (0, x.shape[dim], 1)
+            ends = [n for n in (start, stop) if n not in (0, x.shape[dim])]
+            if part and (step != 1 or not all(tracer.counts(n) for n in ends)):
+                chosen.append(dim)
+        else:
+            chosen.append(dim)
+        dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+    return chosen
+
+
+@rule("pixel_shuffle")
+def _to_pixels(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    vector = tracer.vector(tracer.label(args[0]), -3, args[0].shape[-3])
+    blocks = vector.contiguous().view(out.shape[-3], -1)
+    tracer.labels.atoms.join(blocks, blocks[:, :1])
+    tracer.set(out, blocks[:, 0].reshape([1] * (out.ndim - 3) + [-1, 1, 1]))
+
+
+@rule("pixel_unshuffle")
+def _from_pixels(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    size = args[0].shape[-3]
+    vector = tracer.vector(tracer.label(args[0]), -3, size)
+    spread = vector.repeat_interleave(out.shape[-3] // size)
+    tracer.set(out, spread.view([1] * (out.ndim - 3) + [-1, 1, 1]))
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
@@ -160,6 +203,8 @@ def _pieces(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> 
     parts = tuple(compress(part) for part in parts)
     sizes = {piece.shape[dim] for piece in out}
     if dim % label.ndim in tracer.varies(tracer.label(args[0])):
+        if len(sizes) > 1 and not all(size == 1 or tracer.counts(size) for size in sizes):
+            raise UntraceableError("channels chosen by their positions")
         if len(sizes) == 1:
             for part in parts[1:]:
                 tracer.labels.atoms.join(part, parts[0])
@@ -178,6 +223,9 @@ def _reshape(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor)
         split = [d for d in after if out.shape[d] > 1]
         if len(split) > 1 and any(d in tracer.varies(tracer.label(x)) for d in before):
             label = _keep_rectangular(tracer, label, split)
+    if name in ("view_as", "reshape_as"):
+        other = argument(args, kwargs, 1, "other")
+        meet(tracer, (label, out.shape), (tracer.label(other), other.shape))
     _note_sites(tracer, label, out.shape)
     tracer.set(out, label)
 

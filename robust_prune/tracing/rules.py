@@ -56,9 +56,9 @@ def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
     x = argument(args, kwargs, 0, "input")
     weight = argument(args, kwargs, 1, "weight")
     bias = argument(args, kwargs, 2, "bias")
-    count(tracer, weight, out.numel() // out.shape[-1] // out.shape[0])
     _known(tracer, weight)
     labels, atoms = tracer.labels, tracer.labels.atoms
+    labels.out_dims[id(weight)] = 0
     rows, columns = labels.axis(weight, 0), labels.axis(weight, 1)
     _join_bias(tracer, bias, rows)
     label = tracer.label(x)
@@ -71,7 +71,7 @@ def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
         labels.fix(rows, f"mixes tokens in {tracer.owner}")
         for dim in elsewhere:
             where = tracer.vector(label.narrow(-1, 0, 1), dim, x.shape[dim])
-            labels.repeats.setdefault(id(weight), []).append(where)
+            labels.uses[id(weight)][-1][1].append(where)
         tracer.set(out, label.narrow(-1, 0, 1))
         return
     atoms.join(columns, tracer.vector(label, -1, x.shape[-1]))
@@ -84,13 +84,13 @@ def _conv(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) ->
     weight = argument(args, kwargs, 1, "weight")
     bias = argument(args, kwargs, 2, "bias")
     groups = int(argument(args, kwargs, 6, "groups", default=1))
-    count(tracer, weight, out[0, 0].numel())
     _known(tracer, weight)
     labels, atoms = tracer.labels, tracer.labels.atoms
+    labels.out_dims[id(weight)] = 0
     rows = labels.axis(weight, 0)
     _join_bias(tracer, bias, rows)
     incoming = tracer.vector(tracer.label(x), -out.ndim + 1, x.shape[1])
-    if groups == x.shape[1]:
+    if groups == x.shape[1] > 1:
         # depthwise: a channel in is `multiplier` channels out
         atoms.join(rows.view(groups, -1), incoming.view(groups, 1))
     else:
@@ -106,11 +106,11 @@ def _conv_transpose(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: 
     weight = argument(args, kwargs, 1, "weight")
     bias = argument(args, kwargs, 2, "bias")
     groups = int(argument(args, kwargs, 6, "groups", default=1))
-    count(tracer, weight, x[0, 0].numel())
     _known(tracer, weight)
     if groups != 1:
         raise UntraceableError("a grouped transposed convolution")
     labels, atoms = tracer.labels, tracer.labels.atoms
+    labels.out_dims[id(weight)] = 1
     columns = labels.axis(weight, 1)
     _join_bias(tracer, bias, columns)
     atoms.join(labels.axis(weight, 0), tracer.vector(tracer.label(x), 1, x.shape[1]))
@@ -129,12 +129,6 @@ def _join_bias(tracer: Tracer, bias: Tensor | None, rows: Tensor) -> None:
         tracer.labels.atoms.join(tracer.labels.axis(bias, 0), rows)
     else:  # put together from several parameters
         tracer.labels.atoms.join(tracer.vector(tracer.label(bias), 0, len(rows)), rows)
-
-
-def count(tracer: Tracer, weight: Tensor, positions: int) -> None:
-    """Remember at how many positions of an image a weight is applied."""
-    counts = tracer.labels.positions
-    counts[id(weight)] = counts.get(id(weight), 0) + positions
 
 
 @rule("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
@@ -221,12 +215,12 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
         if missing < 0:
             raise UntraceableError("an input of more dimensions than the output")
         label, shape = label.view([1] * missing + list(label.shape)), (1,) * missing + shape
-        base = (label, shape) if base is None else _meet(tracer, base, (label, shape))
+        base = (label, shape) if base is None else meet(tracer, base, (label, shape))
         result = base[0]
     tracer.set(out, result)
 
 
-def _meet(
+def meet(
     tracer: Tracer,
     first: tuple[Tensor, tuple[int, ...]],
     second: tuple[Tensor, tuple[int, ...]],
@@ -238,8 +232,10 @@ def _meet(
     a_stretched = any(a_shape[d] == 1 < shape[d] for d in b_varies)
     b_stretched = any(b_shape[d] == 1 < shape[d] for d in a_varies)
     if b_stretched and not b_varies:
+        tracer.labels.fix(b.reshape(-1), "a single channel that is spread over others")
         return a, shape
     if a_stretched and not a_varies:
+        tracer.labels.fix(a.reshape(-1), "a single channel that is spread over others")
         return b, shape
     if a_stretched or b_stretched:
         raise UntraceableError("an outer product of channels")

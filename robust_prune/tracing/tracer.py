@@ -10,7 +10,7 @@ correctness.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robust_prune.errors import ModelError
 from robust_prune.tracing.atoms import FIXED, Atoms, compress
+from robust_prune.tracing.uses import weights_applied
 
 
 class UntraceableError(Exception):
@@ -45,8 +47,8 @@ class Labels:
     axes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     entries: dict[int, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
-    positions: dict[int, int] = field(default_factory=dict)
-    repeats: dict[int, list[Tensor]] = field(default_factory=dict)
+    uses: dict[int, list[tuple[int, list[Tensor]]]] = field(default_factory=dict)
+    out_dims: dict[int, int] = field(default_factory=dict)
     scaled: list[tuple[str, Tensor]] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
     reasons: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -79,6 +81,7 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(p): p for p in net.parameters()}
         self.buffers = {id(b): b for b in net.buffers()}
         self.stack: list[str] = []
+        self.modules = dict(net.named_modules())
 
     @property
     def owner(self) -> str:
@@ -96,13 +99,18 @@ class Tracer(TorchFunctionMode):
         name = name_of(func)
         out = func(*args, **kwargs)
         outputs = tensors_in((out,))
-        if outputs:
+        for weight, positions in weights_applied(name, args, kwargs, out):
+            if id(weight) in self.parameters:
+                self.labels.uses.setdefault(id(weight), []).append((positions, []))
+        if name == "setitem":
+            self.fix(f"is written to by position in {self.owner}", *args)
+        elif outputs:
             rule = self.rules.get(name)
             try:
                 if rule is None:
                     raise UntraceableError(name)
                 rule(self, name, args, kwargs, out)
-            except (UntraceableError, RuntimeError, IndexError, TypeError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 (what a rule can't follow has to stay)
                 reason = str(error) if isinstance(error, UntraceableError) else name
                 where = f" in {self.owner}" if self.owner else ""
                 self.fix(f"meets {reason}{where}", *args, *kwargs.values(), *outputs)
@@ -152,6 +160,14 @@ class Tracer(TorchFunctionMode):
                 label = self.label(tensor)
             self.labels.fix(label.reshape(-1), reason)
 
+    def counts(self, value: int) -> bool:
+        """Return whether the running module keeps this number, so that pruning can change it."""
+        for name, number in vars(self.modules[self.owner]).items():
+            numbers = number if isinstance(number, (tuple, list)) else (number,)
+            if not name.startswith("_") and any(type(n) is int and n == value for n in numbers):
+                return True
+        return False
+
     def _entries(self, parameter: Tensor) -> Tensor:
         """Return one atom for every entry of a parameter that is used outside of layers."""
         key = id(parameter)
@@ -170,6 +186,8 @@ def tensors_in(values: Sequence[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
+        elif isinstance(value, Mapping):
+            found += tensors_in(list(value.values()))
         elif isinstance(value, (list, tuple)):
             found += tensors_in(value)
     return found
@@ -187,6 +205,12 @@ def name_of(func: Any) -> str:
 def following(net: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep the tracer's stack of running modules."""
     names = {module: name for name, module in net.named_modules()}
+    scripted = [n for m, n in names.items() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelError(
+            f"{scripted[0] or 'the network'} is a scripted module, which can't be looked into; use "
+            "the module that it was scripted from"
+        )
 
     def enter(module: nn.Module, inputs: Any) -> None:
         tracer.stack.append(names[module])
