@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm import layers
+from timm.layers import grn
 from torch import Tensor, nn
 
 from robust_prune import builders
@@ -124,10 +126,10 @@ def test_the_groups_of_a_mobilevit_block() -> None:
     by_name = {group.name: group for group in graph.groups}
     block = by_name["stages.2.1.conv_1x1"]  # the transformer's width, one group
     assert block.width == 64
-    layers = {
+    inner = {
         f"stages.2.1.transformer.{i}.{part}" for i in (0, 1) for part in ("attn.proj", "mlp.fc2")
     }
-    assert layers < set(block.members)
+    assert inner < set(block.members)
     assert {"stages.2.1.transformer.0.attn.qkv", "stages.2.1.conv_proj.conv"} < set(block.readers)
     heads = by_name["stages.2.1.transformer.0.attn.qkv"]  # the same dims of every head, in q, k, v
     assert (heads.width, heads.units, heads.blocks) == (192, 16, 12)
@@ -332,6 +334,47 @@ def test_modules_with_ways_of_their_own(make: object, groups: set[str]) -> None:
         masked = copy.deepcopy(mask_(copy.deepcopy(model), plan)).double()
         expected = pruned.double()(images.double())
         torch.testing.assert_close(masked(images.double()), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "prunable"),
+    [
+        (lambda: layers.RmsNorm2d(12), True),
+        (lambda: layers.RmsNormAct2d(12), True),
+        (lambda: layers.SimpleNorm2d(12), True),
+        (lambda: layers.LayerNorm2d(12), True),
+        (lambda: layers.GroupNormAct(12, 4), True),
+        (lambda: grn.GlobalResponseNorm(12, channels_last=False), True),
+        (lambda: layers.StdConv2d(12, 12, 3), True),
+        (lambda: layers.StdConv2dSame(12, 12, 3, stride=2), True),
+        (lambda: layers.ScaledStdConv2d(12, 12, 3), True),
+        (lambda: layers.ScaledStdConv2dSame(12, 12, 3, stride=2), True),
+        (lambda: layers.SqueezeExcite(12), True),
+        (lambda: layers.EcaModule(12), False),  # its kernel slides over the channels
+        (lambda: layers.BlurPool2d(12), False),
+        (lambda: nn.PReLU(12), True),
+        (lambda: nn.InstanceNorm2d(12, affine=True), True),
+        (lambda: nn.InstanceNorm2d(12), True),
+        (lambda: nn.ConvTranspose2d(12, 12, 2, stride=2), True),
+        (lambda: nn.Conv2d(12, 24, 3, groups=12), True),
+        (lambda: nn.Conv2d(12, 12, 3, groups=3), True),
+    ],
+)
+def test_layers_of_timm_and_torch(make: object, prunable: bool) -> None:
+    torch.manual_seed(0)
+    layer = make()  # type: ignore[operator]
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.3, 0.5)
+    model = Odd(layer)
+    if isinstance(layer, nn.Conv2d) and layer.out_channels == 24:
+        model.second = nn.Conv2d(24, 8, 3)
+    model.eval()
+    graph = ModelGraph(model, (3, 9, 9))
+    assert ("first" in {g.name for g in graph.groups}) == prunable
+    for seed in range(4):
+        plan = random_plan(graph, 0.04 + 0.03 * seed, seed=seed)
+        pruned = prune_(copy.deepcopy(model), plan)
+        assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
 
 
 def test_grey_images_have_a_prunable_stem() -> None:
