@@ -194,8 +194,9 @@ class Compression:
             return {"done": False}
         with self._timed("self-check"):
             images = data.synthetic_images(SELF_CHECK_IMAGES, self.input_size, self.settings.seed)
-            error = verify.check_pruned(self.dense, self.model, self.plan, images)
-        return {"done": True, "images": len(images), "dtype": "float64", "error": error}
+            error, dtype = verify.check_pruned(self.dense, self.model, self.plan, images)
+        name = str(dtype).removeprefix("torch.")
+        return {"done": True, "images": len(images), "dtype": name, "error": error}
 
     def fine_tune(self) -> None:
         """Train what is left; the best epoch by validation robustness stays."""

@@ -23,7 +23,7 @@ from robust_prune.modules import ImageModel
 from robust_prune.resize import fields_of, set_fields_
 from robust_prune.tracing.adapters import _BY_CLASS, adapter
 from robust_prune.tracing.atoms import Atoms, compress
-from robust_prune.verify import masking_error
+from robust_prune.verify import check_pruned, masking_error
 from tests.test_graph import random_plan, random_widths_plan
 
 SMALL = {
@@ -603,3 +603,16 @@ def test_numbers_of_a_strangers_file_set_only_numbers() -> None:
     ):
         with pytest.raises(ModelError, match="no number called"):
             set_fields_(model.net, fields)
+
+
+def test_code_that_insists_on_float32_is_checked_in_float32() -> None:
+    torch.manual_seed(0)
+    kernel = torch.rand(12, 1, 3, 3)
+    model = Odd(lambda x: x * F.conv2d(x.mean(1, keepdim=True), kernel[:1])[..., :1, :1]).eval()
+    graph = ModelGraph(model, (3, 9, 9))
+    assert {g.name for g in graph.groups} == {"second"}
+    plan = random_plan(graph, 0.2)
+    pruned = prune_(copy.deepcopy(model), plan)
+    error, dtype = check_pruned(model, pruned, plan, torch.rand(2, 3, 9, 9))
+    assert dtype == torch.float32
+    assert error < 1e-5
