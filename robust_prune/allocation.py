@@ -151,6 +151,7 @@ def make_plan(
     unprunable: Sequence[Unprunable] = (),
     notes: Sequence[str] = (),
     ties: Sequence[tuple[str, str]] = (),
+    whole_heads: bool = False,
 ) -> PruningPlan:
     """Return the plan that keeps the best-scored units of every group.
 
@@ -177,6 +178,7 @@ def make_plan(
         unprunable=tuple(unprunable),
         notes=tuple(notes),
         ties=tuple(ties),
+        whole_heads=whole_heads,
     )
     miss = plan.reached - budget.prune_ratio
     if abs(miss) > TOLERANCE:

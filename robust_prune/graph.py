@@ -51,6 +51,7 @@ class ModelGraph:
         min_width: int = MIN_WIDTH,
         probe: bool = True,
         ties: Sequence[tuple[str, str]] = (),
+        whole_heads: bool = False,
     ) -> None:
         """Trace the model, and try on a copy that pruning its groups does what masking them does.
 
@@ -61,6 +62,8 @@ class ModelGraph:
             min_width: channels that every group keeps at least (fewer if it has fewer).
             probe: False trusts that every group can be pruned, which costs half the time.
             ties: what an earlier probe found out, from a plan.
+            whole_heads: attentions lose whole heads, which hardware likes; otherwise the same dims
+                of every head.
 
         Raises:
             ModelError: the model does not take such images, or computes its weights.
@@ -78,8 +81,10 @@ class ModelGraph:
 
         def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
             with checked(input_size), evaluating(net):
-                return Wiring.of(net, couple(net, image, protected, ties), min_width)
+                coupling = couple(net, image, protected, ties, whole_heads)
+                return Wiring.of(net, coupling, min_width)
 
+        self.whole_heads = whole_heads
         self.ties: tuple[tuple[str, str], ...] = tuple(ties)
         self._wiring = wiring = wire(self.ties)
         if probe:
@@ -414,14 +419,20 @@ def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanError: the plan was made for another network; the model is then untouched.
     """
-    ModelGraph(model, plan.input_size, probe=False, ties=plan.ties).apply_(plan)
+    _graph_of(model, plan).apply_(plan)
     return model
 
 
 def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Silence in place the channels that `plan` drops: same outputs as pruning, full size."""
-    ModelGraph(model, plan.input_size, probe=False, ties=plan.ties).mask_(plan)
+    _graph_of(model, plan).mask_(plan)
     return model
+
+
+def _graph_of(model: nn.Module, plan: PruningPlan) -> ModelGraph:
+    return ModelGraph(
+        model, plan.input_size, probe=False, ties=plan.ties, whole_heads=plan.whole_heads
+    )
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -46,6 +46,7 @@ class Settings:
     min_width: int = 2
     max_prune_ratio: float = allocating.MAX_PRUNE_RATIO
     round_to: int = 1
+    whole_heads: bool = False
     verify: bool = True
     calibration_images: int | None = None
     evaluation: Attack = "none"

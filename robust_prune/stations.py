@@ -95,6 +95,8 @@ class Compression:
                 self.input_size,
                 protect=settings.protect,
                 min_width=settings.min_width,
+                ties=settings.plan.ties if settings.plan else (),
+                whole_heads=settings.plan.whole_heads if settings.plan else settings.whole_heads,
             )
         self.graph = graph
         self.extra["reachable"] = graph.reachable
@@ -165,6 +167,7 @@ class Compression:
             max_prune_ratio=settings.max_prune_ratio,
             unprunable=graph.unprunable,
             ties=graph.ties,
+            whole_heads=graph.whole_heads,
         )
 
     def prune(self) -> None:

@@ -243,10 +243,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels stay, as plain data: it can be printed, compared, saved and replayed.
-
-    `ties`: pairs of dimensions (`tensor:dim`) that the model's code couples without saying so.
-    """
+    """Which channels stay, as plain data: it can be printed, compared, saved and replayed."""
 
     budget: Budget
     allocation: str
@@ -258,7 +255,8 @@ class PruningPlan:
     groups: tuple[GroupPlan, ...]
     unprunable: tuple[Unprunable, ...] = ()
     notes: tuple[str, ...] = ()
-    ties: tuple[tuple[str, str], ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()  # `tensor:dim` pairs that the code couples silently
+    whole_heads: bool = False
 
     @property
     def reached(self) -> float:
@@ -307,6 +305,7 @@ class PruningPlan:
                 unprunable=tuple(Unprunable(**item) for item in data.get("unprunable", ())),
                 notes=tuple(data.get("notes", ())),
                 ties=tuple((str(a), str(b)) for a, b in data.get("ties", ())),
+                whole_heads=bool(data.get("whole_heads", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is malformed: {type(error).__name__}: {error}") from None

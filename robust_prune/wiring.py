@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robust_prune.resize import Fields, narrow_, set_fields_
 from robust_prune.tracing import adapters
 from robust_prune.tracing.coupling import Count, Coupling, Slot
+from robust_prune.tracing.tracer import HEAD_NUMBERS
 from robust_prune.types import ChannelGroup, Unprunable
 
 # numbers in modules that happen to equal a width, but never are one
@@ -204,7 +205,7 @@ class Wiring:
             if isinstance(module, STANDARD):
                 continue
             for name, value in vars(module).items():
-                if name.startswith("_") or NO_WIDTH.search(name):
+                if name.startswith("_") or (NO_WIDTH.search(name) and name not in HEAD_NUMBERS):
                     continue
                 if type(value) not in (int, tuple, list):
                     continue

@@ -43,6 +43,7 @@ def random_plan(
         input_size=graph.input_size,
         unprunable=graph.unprunable,
         ties=graph.ties,
+        whole_heads=graph.whole_heads,
     )
 
 
@@ -65,6 +66,7 @@ def random_widths_plan(graph: ModelGraph, data: st.DataObject) -> PruningPlan:
         seed=0,
         input_size=graph.input_size,
         ties=graph.ties,
+        whole_heads=graph.whole_heads,
     )
 
 

@@ -616,3 +616,33 @@ def test_code_that_insists_on_float32_is_checked_in_float32() -> None:
     error, dtype = check_pruned(model, pruned, plan, torch.rand(2, 3, 9, 9))
     assert dtype == torch.float32
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "mobilevit_xxs"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_whole_heads_can_go(arch: str, fused: bool, tmp_path: Path) -> None:
+    import robust_prune as rp
+
+    model, size = build(arch)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    graph = ModelGraph(model, size, whole_heads=True)
+    heads = next(g for g in graph.groups if g.name.endswith("attn.qkv"))
+    attention = model.net.get_submodule(heads.name.removesuffix(".qkv"))
+    number, width = attention.num_heads, attention.head_dim
+    assert (heads.units, heads.width) == (number, 3 * number * width)
+    first = [i for i in range(heads.width) if heads.unit(i) == 0]
+    assert first == [part * number * width + i for part in range(3) for i in range(width)]
+    plan = random_plan(graph, 0.4)
+    dense = copy.deepcopy(model)
+    graph.apply_(plan)
+    assert attention.num_heads == plan.group(heads.name).keep_width // (3 * width)
+    assert attention.head_dim == width
+    assert masking_error(dense, model, plan, torch.rand(2, *size)) < 1e-9
+    again = rp.load(rp.save(model, tmp_path / "heads.safetensors"))
+    with torch.no_grad():
+        images = torch.rand(2, *size)
+        torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-5)
+    replayed = prune_(dense, type(plan).from_json(plan.to_json()))
+    assert replayed.net.get_submodule(heads.name).out_features == attention.qkv.out_features

@@ -69,6 +69,14 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = 1,
+    whole_heads: Annotated[
+        bool,
+        typer.Option(
+            "--whole-heads",
+            help="Attentions lose whole heads, not the same dims of every head.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = False,
     no_verify: Annotated[
         bool,
         typer.Option(
@@ -175,6 +183,7 @@ def compress(
         batch_size=batch_size,
         protect=tuple(protect or ()),
         round_to=round_to,
+        whole_heads=whole_heads,
         verify=not no_verify,
         calibration_images=calibration_images,
         evaluation=chosen.value,

@@ -70,6 +70,7 @@ def couple(
     example: Tensor,
     protected: Mapping[str, str],
     ties: Sequence[tuple[str, str]] = (),
+    whole_heads: bool = False,
 ) -> Coupling:
     """Trace a network in eval mode on one image and return its groups.
 
@@ -79,8 +80,9 @@ def couple(
         protected: why a layer's outputs must stay, by its dotted name.
         ties: pairs of dimensions, as `tensor:dim`, that have to go together although the forward
             does not say so.
+        whole_heads: an attention loses whole heads, not the same dims of every head.
     """
-    tracer = Tracer(net, {**rules.RULES, **moving.RULES, **mixing.RULES})
+    tracer = Tracer(net, {**rules.RULES, **moving.RULES, **mixing.RULES}, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = net(example)
     labels = tracer.labels

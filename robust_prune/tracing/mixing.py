@@ -12,6 +12,7 @@ from robust_prune.tracing.rules import (
     Args,
     Kwargs,
     argument,
+    meet,
     pointwise,
     rule,
     words,
@@ -34,7 +35,7 @@ def _matmul(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
         return
     if min(first.ndim, second.ndim) < 2:
         raise UntraceableError("a product of vectors")
-    _contract(tracer, first, second, out, -1, -2)
+    _contract(tracer, first, second, out)
 
 
 @rule("baddbmm", "addmm", "addbmm")
@@ -44,10 +45,11 @@ def _addmm(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -
     _matmul(tracer, "matmul", args[1:], {}, out)
 
 
-def _contract(
-    tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, first_dim: int, second_dim: int
-) -> None:
-    """Label [..., m, n] = [..., m, k] x [..., k, n]; both lose the same k, one of m, n passes."""
+def _contract(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor) -> None:
+    """Label [..., m, n] = [..., m, k] x [..., k, n]; both lose the same k, one of m, n passes.
+
+    Or both lose the same batches, which are an attention's heads.
+    """
     ndim = out.ndim
     a, b = (
         tracer.label(t).view([1] * (ndim - t.ndim) + list(tracer.label(t).shape))
@@ -55,6 +57,11 @@ def _contract(
     )
     a_varies = [d - ndim for d in tracer.varies(a)]
     b_varies = [d - ndim for d in tracer.varies(b)]
+    if (a_varies or b_varies) and all(d < -2 for d in (*a_varies, *b_varies)):
+        a_shape, b_shape = ((*[1] * (ndim - t.ndim), *t.shape[:-2], 1, 1) for t in (first, second))
+        a, b = (label.narrow(-1, 0, 1).narrow(-2, 0, 1) for label in (a, b))
+        tracer.set(out, meet(tracer, (a, a_shape), (b, b_shape))[0])
+        return
     if any(d < -2 for d in (*a_varies, *b_varies)) or max(len(a_varies), len(b_varies)) > 1:
         raise UntraceableError("channels in several dimensions")
     if -1 in a_varies or -2 in b_varies:
@@ -78,7 +85,14 @@ def _attention(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tenso
     )
     q, k, v = tracer.label(query), tracer.label(key), tracer.label(value)
     last = query.ndim - 1
-    if any(set(tracer.varies(label)) - {last} for label in (q, k, v)):
+    varies = {d for label in (q, k, v) for d in tracer.varies(label)}
+    if varies and max(varies) < last - 1:  # heads go whole
+        shape = (*query.shape[:-2], 1, 1)
+        q, k, v = (label.narrow(-1, 0, 1).narrow(-2, 0, 1) for label in (q, k, v))
+        both = meet(tracer, (q, shape), (k, (*key.shape[:-2], 1, 1)))
+        tracer.set(out, meet(tracer, both, (v, (*value.shape[:-2], 1, 1)))[0])
+        return
+    if varies - {last}:
         raise UntraceableError("channels in several dimensions")
     tracer.labels.atoms.join(
         tracer.vector(q, -1, query.shape[-1]), tracer.vector(k, -1, key.shape[-1])

@@ -222,7 +222,7 @@ def _reshape(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor)
     for before, after in _blocks(x.shape, out.shape):
         split = [d for d in after if out.shape[d] > 1]
         if len(split) > 1 and any(d in tracer.varies(tracer.label(x)) for d in before):
-            label = _keep_rectangular(tracer, label, split)
+            label = _keep_rectangular(tracer, label, split, out.shape)
     if name in ("view_as", "reshape_as"):
         other = argument(args, kwargs, 1, "other")
         meet(tracer, (label, out.shape), (tracer.label(other), other.shape))
@@ -230,10 +230,17 @@ def _reshape(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor)
     tracer.set(out, label)
 
 
-def _keep_rectangular(tracer: Tracer, label: Tensor, dims: Sequence[int]) -> Tensor:
-    """Join channels so that a dimension split into several stays a box: the last factor shrinks."""
+def _keep_rectangular(
+    tracer: Tracer, label: Tensor, dims: Sequence[int], shape: Sequence[int]
+) -> Tensor:
+    """Join channels so that a dimension split into several stays a box.
+
+    The last factor shrinks, or, where heads are units, the one that is their number.
+    """
     varying = [d for d in tracer.varies(label) if d in dims]
-    for dim in varying[:-1]:
+    # three heads look like queries, keys and values, which come first
+    shrinks = next((d for d in reversed(varying[:-1]) if shape[d] == tracer.heads), None)
+    for dim in varying[:-1] if shrinks is None else [d for d in varying if d != shrinks]:
         tracer.labels.atoms.join(label, label.narrow(dim, 0, 1))
     return label
 

@@ -27,6 +27,9 @@ class UntraceableError(Exception):
     """An operation meets channels in a way that the rules don't know."""
 
 
+HEAD_NUMBERS = ("num_heads", "heads", "n_heads", "nhead")
+
+
 @dataclass(frozen=True)
 class Site:
     """An integer that the forward of module `owner` was called with: a number of channels.
@@ -74,8 +77,9 @@ Rule = Callable[["Tracer", str, tuple[Any, ...], dict[str, Any], Any], None]
 class Tracer(TorchFunctionMode):
     """Follows the atoms through every torch function that a forward pass calls."""
 
-    def __init__(self, net: nn.Module, rules: dict[str, Rule]) -> None:
+    def __init__(self, net: nn.Module, rules: dict[str, Rule], whole_heads: bool = False) -> None:
         super().__init__()
+        self.whole_heads = whole_heads
         self.labels = Labels()
         self.rules = rules
         self.parameters = {id(p): p for p in net.parameters()}
@@ -159,6 +163,13 @@ class Tracer(TorchFunctionMode):
             else:
                 label = self.label(tensor)
             self.labels.fix(label.reshape(-1), reason)
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of the running module, where heads are units; else 0."""
+        found = vars(self.modules[self.owner]) if self.whole_heads else {}
+        numbers = [found[name] for name in HEAD_NUMBERS if type(found.get(name)) is int]
+        return max(numbers, default=0)
 
     def counts(self, value: int) -> bool:
         """Return whether the running module keeps this number, so that pruning can change it."""
