@@ -259,9 +259,12 @@ def settings() -> list[str]:
     """Return what the rows were made with."""
     import torch
 
+    from importlib.metadata import version
+
     from robust_prune.builders import versions
     from robust_prune.record import hardware
 
+    found = {**versions(), "torch-pruning": version("torch-pruning")}
     return [
         "Smallest network of each family by parameters, timm's own input size, random weights, one "
         "thread each. Ours: uniform allocation, L2, 50 % of the multiply-adds within one point, "
@@ -270,7 +273,7 @@ def settings() -> list[str]:
         "channel ratio bisected in 6 steps to 50 % of its own count within one point, forward and "
         f"backward; at most {PLAIN_LIMIT_S} s; whether it equals masking is not asked.",
         "",
-        f"`make bench-zoo`; {json.dumps(versions())}; {json.dumps(hardware(torch.device('cpu')))}",
+        f"`make bench-zoo`; {json.dumps(found)}; {json.dumps(hardware(torch.device('cpu')))}",
     ]
 
 
