@@ -257,9 +257,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def settings() -> list[str]:
     """Return what the rows were made with."""
-    import torch
-
     from importlib.metadata import version
+
+    import torch
 
     from robust_prune.builders import versions
     from robust_prune.record import hardware
