@@ -311,11 +311,26 @@ class Bare(nn.Module):
         return F.linear(hidden, self.back).permute(0, 3, 1, 2)
 
 
+class Dot(nn.Module):
+    """An attention by plain products: queries and keys lose the same channels, values their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(12, 6), nn.Linear(12, 6)
+        self.value, self.out = nn.Linear(12, 10), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        weights = (self.query(y) @ self.key(y).transpose(1, 2)).softmax(-1)
+        return self.out(weights @ self.value(y)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 @pytest.mark.parametrize(
     ("make", "groups"),
     [
         (lambda: NonLocal(12), {"first", "second"}),
         (Nested, {"first", "odd.down", "second"}),
+        (Dot, {"first", "odd.query", "odd.value", "odd.out", "second"}),
         (Folded, {"first", "second"}),
         (Computed, {"second"}),
         (Bare, {"first", "odd", "odd.back", "second"}),
