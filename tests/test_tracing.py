@@ -661,3 +661,10 @@ def test_whole_heads_can_go(arch: str, fused: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-5)
     replayed = prune_(dense, type(plan).from_json(plan.to_json()))
     assert replayed.net.get_submodule(heads.name).out_features == attention.qkv.out_features
+
+
+def test_operations_without_a_rule_fix_channels_before_any_trial() -> None:
+    model = Odd(lambda x: x + torch.sort(x, 1).values.amax((1, 2, 3), keepdim=True)).eval()
+    graph = ModelGraph(model, (3, 9, 9), probe=False)
+    assert {g.name for g in graph.groups} == {"second"}
+    assert next(u.reason for u in graph.unprunable if u.name == "first") == "meets sort"
