@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError, UsageError
+from robust_prune.graph import difference
 
 Format = Literal["onnx", "torch-export"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -80,7 +81,7 @@ def export(
                 raise ModelError(
                     f"the model can't be exported to {to}: {type(fault).__name__}: {line}"
                 ) from fault
-            error = None if run is None else max(_difference(exact, run, x) for x in images)
+            error = None if run is None else max(difference(run(x), exact(x)) for x in images)
         if error is not None and not error <= TOLERANCE:
             raise ModelError(
                 f"the exported {to} file gives other logits than the module, by {error:.1e} of "
@@ -126,14 +127,6 @@ def _pt2(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Ten
     torch.export.save(program, path)
     again: Any = torch.export.load(path).module()
     return lambda x: again(x)
-
-
-def _difference(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    expected, found = model(images), run(images)
-    if found.shape != expected.shape:
-        return float("inf")
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    return error if error == error else float("inf")
 
 
 @contextlib.contextmanager

@@ -76,7 +76,8 @@ class ModelGraph:
         for layer in layers:
             weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
         names = [name for name, _ in net.named_modules() if name]
-        protected = {n: f"protected: {n}" for n in layers if n in set(_match(protect, names))}
+        matched = _match(protect, names)
+        protected = {n: f"protected: {n}" for n in layers if n in matched}
         image = example_image(net, input_size)
 
         def wire(ties: Sequence[tuple[str, str]]) -> Wiring:

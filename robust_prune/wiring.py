@@ -234,14 +234,10 @@ class Wiring:
 
 
 def _follow(value: Any, known: Mapping[int, int]) -> Any:
-    if isinstance(value, bool):
-        return value
     if isinstance(value, int):
         return known.get(value, value)
-    if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
-        return (
-            type(value)(known.get(v, v) for v in value) if type(value) in (tuple, list) else value
-        )
+    if all(type(v) is int for v in value):
+        return type(value)(known.get(v, v) for v in value)
     return value
 
 

@@ -79,27 +79,17 @@ def adapted(net: nn.Module) -> Iterator[None]:
 @adapter("timm.StdConv2d", "timm.StdConv2dSame", "timm.ScaledStdConv2d", "timm.ScaledStdConv2dSame")
 def _standardised_convolution(module: Any, x: Tensor) -> Tensor:
     """Weight-standardised convolutions: rows are normalised, a gain per row may follow."""
-    reference = nn.Conv2d.forward(module, x) if not hasattr(module, "same_pad") else None
-    if reference is None or getattr(module, "same_pad", False):
-        size = [-(-s // t) for s, t in zip(x.shape[2:], module.stride, strict=True)]
-        kernel = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        need = [
-            max((n - 1) * t + k - s, 0)
-            for n, t, k, s in zip(size, module.stride, kernel, x.shape[2:], strict=True)
-        ]
-        if getattr(module, "same_pad", True):
-            x = F.pad(x, [0, need[1], 0, need[0]])
-        reference = F.conv2d(
-            x,
-            module.weight,
-            module.bias,
-            module.stride,
-            module.padding if not getattr(module, "same_pad", True) else 0,
-            module.dilation,
-            module.groups,
+    if getattr(module, "same_pad", False):
+        down, right = (
+            max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+            for size, kernel, stride, dilation in zip(
+                x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+            )
         )
+        x = F.pad(x, [0, right, 0, down])
+    x = nn.Conv2d.forward(module, x)
     gain = getattr(module, "gain", None)
-    return reference if gain is None else reference * gain.view(1, -1, 1, 1)
+    return x if gain is None else x * gain.view(1, -1, 1, 1)
 
 
 @adapter("timm.GlobalResponseNorm")

@@ -63,6 +63,11 @@ class Atoms:
             atoms = self._parent[up]
 
 
+def zeros(ndim: int) -> Tensor:
+    """Return the label of a tensor without channels."""
+    return torch.zeros([1] * ndim, dtype=torch.long)
+
+
 def compress(label: Tensor, *, by_value: bool = False) -> Tensor:
     """Shrink every dimension to size 1 along which a label does not change.
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from robust_prune.tracing import mixing, moving, rules
+from robust_prune.tracing import mixing, moving  # noqa: F401 (they register rules)
 from robust_prune.tracing.adapters import adapted
 from robust_prune.tracing.atoms import FIXED
+from robust_prune.tracing.rules import RULES
 from robust_prune.tracing.tracer import Labels, Tracer, following, tensors_in
 
 
@@ -82,7 +83,7 @@ def couple(
             does not say so.
         whole_heads: an attention loses whole heads, not the same dims of every head.
     """
-    tracer = Tracer(net, {**rules.RULES, **moving.RULES, **mixing.RULES}, whole_heads)
+    tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = net(example)
     labels = tracer.labels
@@ -100,8 +101,9 @@ class _Book:
     """Which tensor each atom is stored in."""
 
     def __init__(self, net: nn.Module, labels: Labels) -> None:
-        self.net, self.labels, self.atoms = net, labels, labels.atoms
+        self.labels, self.atoms = labels, labels.atoms
         self.names = {id(t): name for name, t in _tensors(net)}
+        self.stored = set(self.names.values())
         self.modules = dict(net.named_modules())
         self.out_dims = {self.names[key]: dim for key, dim in labels.out_dims.items()}
         self.where: dict[int, tuple[tuple[str, int], int]] | None = None
@@ -235,7 +237,7 @@ class _Book:
             indices, units = torch.tensor(pairs).T
             rows.setdefault(group, []).append(self._at(key, indices, units))
             bias = f"{key[0].removesuffix('weight')}bias"
-            if bias in self.names.values():
+            if bias in self.stored:
                 rows[group].append(self._at((bias, 0), indices, units))
         return rows
 

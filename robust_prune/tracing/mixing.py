@@ -7,18 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_prune.tracing.rules import RULES as RULES
-from robust_prune.tracing.rules import (
-    Args,
-    Kwargs,
-    argument,
-    meet,
-    pointwise,
-    rule,
-    words,
-    zeros,
-)
+from robust_prune.tracing.atoms import zeros
+from robust_prune.tracing.rules import Args, Kwargs, meet, pointwise, rule, words
 from robust_prune.tracing.tracer import Tracer, UntraceableError, tensors_in
+from robust_prune.tracing.uses import argument
 
 
 @rule("matmul", "rmatmul", "bmm", "mm", "imatmul")

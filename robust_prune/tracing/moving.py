@@ -9,29 +9,26 @@ import torch
 from torch import Tensor
 
 from robust_prune.tracing.atoms import compress
-from robust_prune.tracing.rules import RULES as RULES
-from robust_prune.tracing.rules import (
-    Args,
-    Kwargs,
-    argument,
-    full,
-    meet,
-    note_site,
-    rule,
-    words,
-)
+from robust_prune.tracing.rules import Args, Kwargs, full, meet, note_site, rule, words
 from robust_prune.tracing.tracer import Tracer, UntraceableError, tensors_in
+from robust_prune.tracing.uses import argument
+
+VIEWS = words(
+    """
+    permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand
+    expand_as select narrow unbind get_T get_mT broadcast_to
+    """
+)
 
 
 @rule(
+    *VIEWS,
     *words(
         """
-    permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand
-    expand_as getitem select narrow unbind flip roll rot90 get_T get_mT index_select repeat
-    tile repeat_interleave broadcast_to
-    adjoint take_along_dim get_H get_mH
+    getitem flip roll rot90 index_select repeat tile repeat_interleave adjoint
+    take_along_dim get_H get_mH
     """
-    )
+    ),
 )
 def _move(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
     if name in ("roll", "index_select", "take_along_dim", "getitem", "narrow", "select"):
@@ -75,16 +72,6 @@ def _concatenate(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Ten
         shape[dim] = size
         whole.append(label.expand(shape))
     tracer.set(out, compress(torch.cat(whole, dim), by_value=True))
-
-
-VIEWS = frozenset(
-    words(
-        """
-    permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand
-    expand_as select narrow unbind get_T get_mT broadcast_to chunk split
-    """
-    )
-)
 
 
 def _keep_order(tracer: Tracer, name: str, args: Args, kwargs: Kwargs) -> None:

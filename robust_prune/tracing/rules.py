@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from robust_prune.tracing.atoms import zeros
 from robust_prune.tracing.tracer import Rule, Site, Tracer, UntraceableError, tensors_in
+from robust_prune.tracing.uses import argument
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -31,18 +32,6 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def argument(args: Args, kwargs: Kwargs, position: int, *names: str, default: Any = None) -> Any:
-    """Return an argument given by position or by one of its names."""
-    if len(args) > position:
-        return args[position]
-    return next((kwargs[name] for name in names if name in kwargs), default)
-
-
-def zeros(ndim: int) -> Tensor:
-    """Return the label of a tensor without channels."""
-    return torch.zeros([1] * ndim, dtype=torch.long)
-
-
 def full(tracer: Tracer, tensor: Tensor) -> Tensor:
     """Return a label at its tensor's full size, without copying."""
     return tracer.label(tensor).expand(tensor.shape)
@@ -53,10 +42,7 @@ def full(tracer: Tracer, tensor: Tensor) -> Tensor:
 
 @rule("linear")
 def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    x = argument(args, kwargs, 0, "input")
-    weight = argument(args, kwargs, 1, "weight")
-    bias = argument(args, kwargs, 2, "bias")
-    _known(tracer, weight)
+    x, weight, bias = _operands(tracer, args, kwargs)
     labels, atoms = tracer.labels, tracer.labels.atoms
     labels.out_dims[id(weight)] = 0
     rows, columns = labels.axis(weight, 0), labels.axis(weight, 1)
@@ -80,11 +66,8 @@ def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    x = argument(args, kwargs, 0, "input")
-    weight = argument(args, kwargs, 1, "weight")
-    bias = argument(args, kwargs, 2, "bias")
+    x, weight, bias = _operands(tracer, args, kwargs)
     groups = int(argument(args, kwargs, 6, "groups", default=1))
-    _known(tracer, weight)
     labels, atoms = tracer.labels, tracer.labels.atoms
     labels.out_dims[id(weight)] = 0
     rows = labels.axis(weight, 0)
@@ -102,11 +85,8 @@ def _conv(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) ->
 
 @rule("conv_transpose2d")
 def _conv_transpose(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    x = argument(args, kwargs, 0, "input")
-    weight = argument(args, kwargs, 1, "weight")
-    bias = argument(args, kwargs, 2, "bias")
+    x, weight, bias = _operands(tracer, args, kwargs)
     groups = int(argument(args, kwargs, 6, "groups", default=1))
-    _known(tracer, weight)
     if groups != 1:
         raise UntraceableError("a grouped transposed convolution")
     labels, atoms = tracer.labels, tracer.labels.atoms
@@ -117,9 +97,13 @@ def _conv_transpose(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: 
     tracer.set(out, columns.view(1, -1, 1, 1))
 
 
-def _known(tracer: Tracer, weight: Tensor) -> None:
+def _operands(tracer: Tracer, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = (
+        argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias"))
+    )
     if id(weight) not in tracer.parameters:
         raise UntraceableError("a weight that is no parameter")
+    return x, weight, bias
 
 
 def _join_bias(tracer: Tracer, bias: Tensor | None, rows: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
-from robust_prune.tracing.atoms import FIXED, Atoms, compress
+from robust_prune.tracing.atoms import FIXED, Atoms, compress, zeros
 from robust_prune.tracing.uses import weights_applied
 
 
@@ -124,11 +124,9 @@ class Tracer(TorchFunctionMode):
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
         if id(tensor) in self.parameters:
             return self._entries(tensor)
-        if id(tensor) in self.buffers:
-            return torch.zeros([1] * tensor.ndim, dtype=torch.long)
         found: Tensor | None = getattr(tensor, "_atoms", None)
-        if found is None:
-            return torch.zeros([1] * tensor.ndim, dtype=torch.long)
+        if found is None or id(tensor) in self.buffers:
+            return zeros(tensor.ndim)
         return found
 
     def set(self, tensor: Tensor, label: Tensor) -> None:
@@ -158,8 +156,7 @@ class Tracer(TorchFunctionMode):
         """Make the channels of all tensors among the values stay, and remember why."""
         for tensor in tensors_in(values):
             if id(tensor) in self.parameters:
-                none = torch.zeros([1] * tensor.ndim, dtype=torch.long)
-                label = self.labels.entries.setdefault(id(tensor), none)
+                label = self.labels.entries.setdefault(id(tensor), zeros(tensor.ndim))
             else:
                 label = self.label(tensor)
             self.labels.fix(label.reshape(-1), reason)
@@ -192,7 +189,7 @@ class Tracer(TorchFunctionMode):
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among values, looking into lists and tuples."""
+    """Return the tensors among values, looking into lists, tuples and mappings."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

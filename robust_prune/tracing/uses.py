@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+
+def argument(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    position: int,
+    *names: str,
+    default: Any = None,
+) -> Any:
+    """Return an argument given by position or by one of its names."""
+    if len(args) > position:
+        return args[position]
+    return next((kwargs[name] for name in names if name in kwargs), default)
 
 
 def weights_applied(
@@ -16,12 +30,7 @@ def weights_applied(
     A weight's multiply-adds are its entries times the positions; for a transposed convolution
     these are the positions of its input.
     """
-
-    def get(position: int, *names: str) -> Any:
-        if len(args) > position:
-            return args[position]
-        return next((kwargs[n] for n in names if n in kwargs), None)
-
+    get = partial(argument, args, kwargs)
     if name == "multi_head_attention_forward":
         query, embed = get(0, "query"), get(3, "embed_dim_to_check")
         tokens = query.numel() // embed
