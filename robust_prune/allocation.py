@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from robust_prune.curves import Curve
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.types import (
     Budget,
@@ -14,11 +15,12 @@ from robust_prune.types import (
     Cost,
     GroupPlan,
     PruningPlan,
+    Target,
     Unprunable,
 )
 
-Allocation = Literal["mrs", "inverted", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = ("mrs", "inverted", "uniform")
+Allocation = Literal["curve", "mrs", "inverted", "uniform"]
+ALLOCATIONS: tuple[Allocation, ...] = ("curve", "mrs", "inverted", "uniform")
 MAX_PRUNE_RATIO = 0.95
 SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
@@ -90,14 +92,7 @@ def allocate(
         }
 
     low, high = 0.0, max_prune_ratio / min(willingness[g.name] for g in groups)
-    floor = cost_of(widths_at(high)).of(target)
-    if floor > goal:
-        most = 1 - floor / dense
-        raise BudgetError(
-            f"removing {100 * budget.prune_ratio:.1f} % of the {target} is out of reach: at most "
-            f"{100 * most:.1f} % can go while every group keeps its minimum and protected layers "
-            f"stay; use --ratio {math.floor(1000 * most) / 1000:g} or less, or protect fewer layers"
-        )
+    _check_reach(cost_of, budget, widths_at(high))
     for _ in range(60):
         middle = (low + high) / 2
         if cost_of(widths_at(middle)).of(target) > goal:
@@ -105,6 +100,95 @@ def allocate(
         else:
             high = middle
     return _closest_between(groups, cost_of, target, goal, widths_at(low), widths_at(high))
+
+
+def allocate_by_curves(
+    groups: Sequence[ChannelGroup],
+    cost_of: CostOf,
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    *,
+    max_prune_ratio: float = MAX_PRUNE_RATIO,
+    round_to: int = 1,
+) -> Widths:
+    """Return the widths that meet the budget for the least sum of predicted loss rises.
+
+    From the dense model on, the group whose next step costs the least rise per unit of cost
+    gives it, along the convex hull of its curve. What a step saves depends on its neighbours'
+    widths, so it is counted on the whole model, anew after every few steps.
+
+    Raises:
+        BudgetError: the budget is out of reach.
+    """
+    target = budget.target
+    goal = cost_of({}).of(target) * (1 - budget.prune_ratio)
+    floor = {g.name: _width(g, max_prune_ratio, round_to) for g in groups}
+    _check_reach(cost_of, budget, floor)
+    hulls = {name: curve.hull() for name, curve in curves.items()}
+    widths = {g.name: g.width for g in groups}
+    steps = {
+        g.name: _step(g, round_to) * max(1, g.units // _step(g, round_to) // 24) for g in groups
+    }
+
+    def next_width(g: ChannelGroup) -> int:
+        units = widths[g.name] // g.blocks - steps[g.name]
+        return max(units * g.blocks, floor[g.name])
+
+    def price(g: ChannelGroup) -> float:
+        """Loss rise per cost saved of the group's next step."""
+        after = next_width(g)
+        if after >= widths[g.name]:
+            return math.inf
+        saved = now - cost_of({**widths, g.name: after}).of(target)
+        rise = hulls[g.name].at(1 - after / g.width) - hulls[g.name].at(
+            1 - widths[g.name] / g.width
+        )
+        return rise / saved if saved > 0 else math.inf
+
+    now = cost_of(widths).of(target)
+    while now > goal:
+        ranked = sorted((price(g), i) for i, g in enumerate(groups))
+        for cost_per, i in ranked[: 1 + len(groups) // 8]:
+            g = groups[i]
+            if math.isinf(cost_per):
+                break
+            before, widths[g.name] = dict(widths), next_width(g)
+            now = cost_of(widths).of(target)
+            if now <= goal:
+                return _unit_by_unit(g, cost_of, target, goal, before, widths, round_to)
+    return widths
+
+
+def _check_reach(cost_of: CostOf, budget: Budget, narrowest: Widths) -> None:
+    """Raise BudgetError if even these widths cost more than the budget leaves."""
+    most = 1 - cost_of(narrowest).of(budget.target) / cost_of({}).of(budget.target)
+    if most < budget.prune_ratio:
+        raise BudgetError(
+            f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is out of reach: at "
+            f"most {100 * most:.1f} % can go while every group keeps its minimum and protected "
+            f"layers stay; use --ratio {math.floor(1000 * most) / 1000:g} or less, or protect "
+            "fewer layers"
+        )
+
+
+def _unit_by_unit(
+    group: ChannelGroup,
+    cost_of: CostOf,
+    target: Target,
+    goal: float,
+    above: Widths,
+    below: Widths,
+    round_to: int,
+) -> Widths:
+    """Return the width of one group, between two, that comes closest to the goal."""
+    step = _step(group, round_to) * group.blocks
+    tried = range(below[group.name], above[group.name] + 1, step)
+    return {
+        **below,
+        group.name: min(
+            tried, key=lambda w: abs(cost_of({**below, group.name: w}).of(target) - goal)
+        ),
+    }
 
 
 def _closest_between(
@@ -129,10 +213,15 @@ def _closest_between(
 
 
 def _width(group: ChannelGroup, prune_ratio: float, round_to: int = 1) -> int:
-    step = math.lcm(group.blocks, round_to) // group.blocks
+    step = _step(group, round_to)
     least = math.ceil(group.min_units / step) * step
     units = max(least, step * round(group.units * (1 - prune_ratio) / step))
     return min(units, group.units) * group.blocks
+
+
+def _step(group: ChannelGroup, round_to: int) -> int:
+    """How many units go at a time, so that widths stay multiples of `round_to`."""
+    return math.lcm(group.blocks, round_to) // group.blocks
 
 
 def make_plan(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robust_prune import data
 from robust_prune.adversaries.autoattack import autoattack
-from robust_prune.adversaries.pgd import pgd
+from robust_prune.adversaries.pgd import survivors
 from robust_prune.costs import count_cost
 from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import (
@@ -185,7 +185,12 @@ def _pgd(
         seed=seed,
         batch_size=batch_size,
     )
-    details = {"steps": PGD_STEPS, "step_size": threat.eps / 4, "restarts": 1}
+    details = {
+        "steps": PGD_STEPS,
+        "step_size": threat.eps / 4,
+        "restarts": 1,
+        "counts": "any iterate",
+    }
     return _measurement("pgd", correct, start, details)
 
 
@@ -199,28 +204,26 @@ def pgd_correct(
     seed: int,
     batch_size: int = 256,
 ) -> Tensor:
-    """Return [N] booleans: right on the clean image and on its PGD image."""
+    """Return [N] booleans: right on the clean image and on every iterate of PGD."""
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    parts = []
-    with evaluating(model), requires_grad(model, False):
-        for clean, target in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
-            clean, target = clean.to(device), target.to(device)
-            moved = pgd(
-                model,
-                clean,
-                target,
-                threat=threat,
-                steps=steps,
-                step_size=threat.eps / 4,
-                generator=generator,
-            )
-            with torch.no_grad():
-                right = (model(clean).argmax(1) == target) & (model(moved).argmax(1) == target)
-            parts.append(right.cpu())
-    return torch.cat(parts)
+    with evaluating(model), requires_grad(model, False), torch.no_grad():
+        return torch.cat(
+            [
+                survivors(
+                    model,
+                    clean.to(device),
+                    target.to(device),
+                    threat=threat,
+                    steps=steps,
+                    step_size=threat.eps / 4,
+                    generator=generator,
+                ).cpu()
+                for clean, target in zip(
+                    torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+                )
+            ]
+        )
 
 
 def _autoattack(

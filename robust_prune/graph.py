@@ -188,13 +188,22 @@ class ModelGraph:
         Raises:
             PlanError: the plan does not fit; the model is untouched.
         """
+        self._cut_(self.model, plan)
+
+    def pruned(self, plan: PruningPlan) -> nn.Module:
+        """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
+        copied = copy.deepcopy(self.model)
+        self._cut_(copied, plan)
+        return copied
+
+    def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
         self.check(plan)
-        net = network_of(self.model)
+        net = network_of(model)
         self._wiring.remove_(net, self.dropped(plan))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)
-        counted = count_cost(self.model, plan.input_size)
+        counted = count_cost(model, plan.input_size)
         if (counted.macs, counted.params) != (plan.pruned.macs, plan.pruned.params):
             raise PlanError(
                 f"the pruned model has {counted.macs:,} multiply-adds and {counted.params:,} "

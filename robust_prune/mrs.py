@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,10 @@ class AdversarialSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def first(self, n: int) -> AdversarialSet:
+        """Return the first `n` of the images; they are in random order."""
+        return replace(self, images=self.images[:n], labels=self.labels[:n])
 
 
 def adversarial_set(
@@ -229,7 +233,7 @@ def ascent(
     """
     values: dict[str, float] = {}
     with evaluating(model), requires_grad(model, False):
-        base = _loss(model, adversarial)
+        base = adversarial_loss(model, adversarial)
         for name, layer in weighted_layers(model).items():
             values[name] = _climb(model, weight_of(layer), adversarial, base, rho, epochs)
             if on_module is not None:
@@ -262,7 +266,7 @@ def _climb(
                     moved = weight - origin + step * gradient / gradient.norm()
                     shrink = min(1.0, radius / max(float(moved.norm()), 1e-30))
                     weight.copy_(origin + shrink * moved)
-            best = max(best, _loss(model, adversarial) - base)
+            best = max(best, adversarial_loss(model, adversarial) - base)
     finally:
         with torch.no_grad():
             weight.copy_(origin)
@@ -271,7 +275,8 @@ def _climb(
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, adversarial: AdversarialSet) -> float:
+def adversarial_loss(model: nn.Module, adversarial: AdversarialSet) -> float:
+    """Return the mean cross-entropy, in nats, of the model in the mode it is in."""
     total = sum(
         float(F.cross_entropy(model(images), labels, reduction="sum"))
         for images, labels in adversarial.batches()

@@ -34,7 +34,7 @@ class Settings:
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
     threat: ThreatModel = LINF_8
-    allocation: str = "mrs"
+    allocation: str = "curve"
     score: scores.Score = "taylor"
     method: mrs.Method = "first-order"
     finetune: str | Method | None = None
@@ -47,6 +47,7 @@ class Settings:
     max_prune_ratio: float = allocating.MAX_PRUNE_RATIO
     round_to: int = 1
     whole_heads: bool = False
+    reconstruct: bool = True
     verify: bool = True
     calibration_images: int | None = None
     evaluation: Attack = "none"

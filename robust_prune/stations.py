@@ -5,14 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robust_prune import allocation as allocating
-from robust_prune import builders, calibration, data, evaluation, mrs, report, scores, verify
+from robust_prune import (
+    builders,
+    calibration,
+    data,
+    evaluation,
+    mrs,
+    report,
+    scores,
+    search,
+    verify,
+)
+from robust_prune.curves import structural_curves
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
@@ -26,6 +38,7 @@ from robust_prune.modules import (
     image_channels,
     make_contiguous_,
 )
+from robust_prune.reconstruction import Reconstruction, kept_rows
 from robust_prune.record import describe_model, hardware, plain_history, plain_settings
 from robust_prune.settings import CALIBRATION_IMAGES, CompressResult, Events, Settings
 from robust_prune.types import (
@@ -37,6 +50,8 @@ from robust_prune.types import (
 CPU_MACS = 10**13  # some minutes of a few cores
 BATCHNORM_IMAGES = 2048
 SELF_CHECK_IMAGES = 2
+SEARCH_IMAGES = 256
+ENOUGH_HELD_OUT = 256
 
 
 class Compression:
@@ -104,10 +119,12 @@ class Compression:
         with self._timed("adversarial set"):
             self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
             n = self._calibration_count()
-            images = calibration_images(self.model, self.splits, self.input_size, n, settings.seed)
+            self._calibration = calibration_images(
+                self.model, self.splits, self.input_size, n, settings.seed
+            )
             adversarial = mrs.adversarial_set(
                 self.model,
-                *images,
+                *self._calibration,
                 threat=settings.threat,
                 seed=settings.seed,
                 batch_size=min(64, settings.batch_size),
@@ -117,6 +134,7 @@ class Compression:
             self.sensitivity = mrs.sensitivities(
                 self.model, adversarial, method=settings.method, groups=graph.groups
             )
+        self.reconstruction = self._reconstruction(adversarial)
         with self._timed("plan"):
             self.plan = settings.plan or self._make_plan(graph, adversarial)
             if settings.plan is not None:
@@ -136,9 +154,47 @@ class Compression:
                 round_to=self.settings.round_to,
             )
 
+    def _reconstruction(self, adversarial: mrs.AdversarialSet) -> Reconstruction | None:
+        """Note what the dense model does on adversarial images and on as many clean ones."""
+        if self.splits is None or not self.settings.reconstruct:
+            return None
+        with self._timed("reconstruction"):
+            train = self.splits.train
+            clean, _ = train.take(min(len(adversarial), len(train)), self.settings.seed + 1)
+            pairs = zip(adversarial.images, clean.to(self.device), strict=False)
+            images = torch.stack([image for pair in pairs for image in pair])
+            return Reconstruction.of(self.model, images)
+
     def _make_plan(self, graph: ModelGraph, adversarial: mrs.AdversarialSet) -> PruningPlan:
         settings = self.settings
         by_group = self.sensitivity.of_groups()
+        values = scores.channel_scores(
+            self.model,
+            graph,
+            score=settings.score,
+            adversarial=adversarial,
+        )
+
+        def plan(widths: Mapping[str, int]) -> PruningPlan:
+            return allocating.make_plan(
+                graph.groups,
+                widths,
+                {name: v.tolist() for name, v in values.items()},
+                graph.cost,
+                settings.budget,
+                allocation=settings.allocation,
+                score=settings.score,
+                seed=settings.seed,
+                input_size=self.input_size,
+                mrs=by_group,
+                max_prune_ratio=settings.max_prune_ratio,
+                unprunable=graph.unprunable,
+                ties=graph.ties,
+                whole_heads=graph.whole_heads,
+            )
+
+        if settings.allocation == "curve":
+            return self._search(graph, adversarial, values, plan)
         widths = allocating.allocate(
             graph.groups,
             graph.cost,
@@ -147,35 +203,80 @@ class Compression:
             max_prune_ratio=settings.max_prune_ratio,
             round_to=settings.round_to,
         )
-        values = scores.channel_scores(
-            self.model,
+        return plan(widths)
+
+    def _search(
+        self,
+        graph: ModelGraph,
+        adversarial: mrs.AdversarialSet,
+        values: Mapping[str, Tensor],
+        plan: Callable[[Mapping[str, int]], PruningPlan],
+    ) -> PruningPlan:
+        """Measure curves, allocate by them, and take the best of the models really pruned."""
+        settings = self.settings
+        self.events.stage(f"structural sensitivity of {len(graph.groups)} groups")
+        curves = structural_curves(self.model, graph, values, adversarial)
+        plans = [
+            plan(widths)
+            for widths in search.candidates(
+                graph,
+                settings.budget,
+                curves,
+                max_prune_ratio=settings.max_prune_ratio,
+                round_to=settings.round_to,
+            )
+        ]
+        self.events.stage(f"attacking {len(plans)} candidates")
+        n = min(SEARCH_IMAGES, len(adversarial))
+        images, labels = self._calibration[0][:n], self._calibration[1][:n]
+
+        def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
+            if self.reconstruction is not None:
+                self.reconstruction.apply_(pruned, kept_rows(graph, plan))
+            elif self.splits is not None:
+                calibration.recalibrate_batchnorm_(
+                    pruned, self.splits.train.batches(64, seed=settings.seed, limit=n)
+                )
+
+        best, losses = search.best_composed(
             graph,
-            score=settings.score,
-            adversarial=adversarial,
-        )
-        return allocating.make_plan(
-            graph.groups,
-            widths,
-            {name: v.tolist() for name, v in values.items()},
-            graph.cost,
-            settings.budget,
-            allocation=settings.allocation,
-            score=settings.score,
+            plans,
+            images,
+            labels,
+            threat=settings.threat,
             seed=settings.seed,
-            input_size=self.input_size,
-            mrs=by_group,
-            max_prune_ratio=settings.max_prune_ratio,
-            unprunable=graph.unprunable,
-            ties=graph.ties,
-            whole_heads=graph.whole_heads,
+            batch_size=min(64, settings.batch_size),
+            repair_=repair_,
         )
+        self.extra["curves"] = [curves[group.name] for group in graph.groups]
+        self.extra["search"] = {
+            "attack": f"PGD-{search.STEPS}",
+            "images": n,
+            "chosen": best,
+            "candidates": [
+                {
+                    "loss": loss,
+                    "params": p.pruned.params,
+                    "widths": [g.keep_width for g in p.groups],
+                }
+                for loss, p in zip(losses, plans, strict=True)
+            ],
+        }
+        return plans[best]
 
     def prune(self) -> None:
         """Remove the channels, then measure batch-norm statistics anew."""
         self.events.stage(f"pruning {len(self.plan.groups)} groups")
+        rows = kept_rows(self.graph, self.plan)
         with self._timed("prune"):
             self.graph.apply_(self.plan)
         self.extra["self_check"] = self._self_check()
+        if self.reconstruction is not None:
+            with self._timed("reconstruction"):
+                fits = self.reconstruction.apply_(self.model, rows)
+            images = len(self.reconstruction.images)
+            self.extra["reconstruction"] = {"images": images, "layers": fits}
+            self.reconstruction = None
         for line in self.plan.notes:
             self._note(line)
         if self.splits is not None:
@@ -327,20 +428,23 @@ class Compression:
         try:
             yield
         finally:
-            self.seconds[name] = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def calibration_images(
     model: nn.Module, splits: DataSplits | None, size: tuple[int, int, int], n: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return images and labels to measure sensitivity on: of training, never of test.
+    """Return images and labels to measure sensitivity on: held out of training, never of test.
 
-    Without data the images are synthetic, and labelled by the model itself.
+    Where few are held out they are training images. Without data the images are synthetic, and
+    labelled by the model itself.
     """
     if splits is None:
         images = data.synthetic_images(n, size, seed)
         return images, evaluation.predict(model, images, 64)
-    images, labels = splits.train.take(min(n, len(splits.train)), seed)
+    held_out = splits.validation
+    source = splits.train if held_out is None or len(held_out) < ENOUGH_HELD_OUT else held_out
+    images, labels = source.take(min(n, len(source)), seed)
     check_outputs(model, images, labels, splits.classes or None)
     return images, labels
 

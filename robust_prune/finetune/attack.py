@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import Loss
 from robust_prune.adversaries.pgd import pgd
-from robust_prune.modules import evaluating
+from robust_prune.modules import evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
 
@@ -29,7 +29,7 @@ class Attack:
         self, model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
     ) -> Tensor:
         """Return adversarial images [N, C, H, W]; the model's mode is put back."""
-        with evaluating(model):
+        with evaluating(model), requires_grad(model, False):
             return pgd(
                 model,
                 images,

@@ -26,7 +26,11 @@ VALIDATION_STEPS = 10
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What a run does; everything that its result depends on beside the model and the data."""
+    """What a run does; everything that its result depends on beside the model and the data.
+
+    `amp` runs forward passes in bfloat16 where torch's autocast does; weights, loss and
+    validation stay in float32.
+    """
 
     method: str | Method
     epochs: int
@@ -40,6 +44,7 @@ class TrainingConfig:
     clean_epochs: int = 0
     validation_images: int = 512
     augment: bool = True
+    amp: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -217,11 +222,12 @@ class _Run:
             if len(images) < 2:
                 continue  # batch norm needs two
             images, labels = images.to(self.device), labels.to(self.device)
-            loss = (
-                nn.functional.cross_entropy(self.model(images), labels)
-                if clean
-                else self.method(self.model, images, labels, attack)
-            )
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+                loss = (
+                    nn.functional.cross_entropy(self.model(images), labels)
+                    if clean
+                    else self.method(self.model, images, labels, attack)
+                )
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.projections import random_start, steepest
 from robust_prune.finetune.attack import Attack
-from robust_prune.modules import evaluating
+from robust_prune.modules import evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
 
@@ -26,7 +26,7 @@ def n_fgsm(model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) -> 
         else (ThreatModel(threat.norm, 2 * threat.eps))
     )
     noisy = (images + random_start(images, wide, attack.generator)).requires_grad_(True)
-    with evaluating(model):
+    with evaluating(model), requires_grad(model, False):
         loss = F.cross_entropy(model(noisy), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, noisy)
     moved = noisy.detach() + threat.eps * steepest(gradient, threat)

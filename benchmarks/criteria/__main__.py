@@ -1,0 +1,109 @@
+"""Which criterion loses least robustness at the same cost.
+
+    python -m benchmarks.criteria --level smoke
+    python -m benchmarks.criteria --level cpu --data DIR [--warm DIR] --out RECORD
+
+Dense models are trained first and kept in --cache. A run that stops is taken up where it was:
+every model measured is a line of OUT/cells.jsonl. --network measures one network alone, so that
+several processes can share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.criteria import estimators, protocol, summary
+from benchmarks.criteria.dense import dense_model
+from benchmarks.criteria.levels import LEVELS, Level
+from robust_prune.builders import versions
+from robust_prune.data import open_data
+from robust_prune.record import hardware
+
+CACHE = Path.home() / ".cache" / "robust-prune" / "benchmarks"
+
+
+def main() -> None:
+    """Run a level, or what is left of it, and print its tables."""
+    options = _options()
+    level = LEVELS[options.level]
+    out: Path = options.out or Path(tempfile.mkdtemp(prefix="criteria-"))
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.summary:
+        _run(level, options, out)
+    cells = [c for path in sorted(out.glob("cells*.jsonl")) for c in protocol.read(path)]
+    text = "\n".join(
+        (
+            summary.tables(cells),
+            "## Against torch-pruning's best arm\n",
+            summary.targets(cells),
+            estimators.table(out),
+        )
+    )
+    (out / "summary.md").write_text(text)
+    summary.plot(cells, out / "robustness.png")
+    print(text)
+    print(f"wrote {out}/summary.md and robustness.png")
+
+
+def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
+    tag = f"-{options.network}" if options.network else ""
+    log = (out / f"log{tag}.txt").open("a")
+
+    def tell(line: str) -> None:
+        for stream in (sys.stdout, log):
+            print(line, file=stream, flush=True)
+
+    settings: dict[str, Any] = {
+        "level": options.level,
+        "threat": str(level.threat),
+        "calibration_images": level.calibration_images,
+        "stages": [asdict(stage) for stage in level.stages],
+        "versions": versions(),
+        "hardware": hardware(torch.device(options.device)),
+        "dense": {},
+    }
+    for source in level.data:
+        folder = source or options.data
+        if folder is None:
+            tell("no --data folder: that data set is left out")
+            continue
+        splits = open_data(folder, input_size=level.size)
+        for network in level.networks:
+            if options.network not in ("", network.name):
+                continue
+            model, trained = dense_model(
+                network, splits, level.threat, options.cache, options.warm, options.device, tell
+            )
+            label = network.name if len(level.data) == 1 else f"{network.name}/{splits.name}"
+            settings["dense"][label] = trained
+            (out / f"settings{tag}.json").write_text(json.dumps(settings, indent=1) + "\n")
+            bench = protocol.Bench(
+                label, model, splits, level.threat, level.calibration_images, level.batch_size
+            )
+            estimators.run(bench, out, level.estimator_images, tell)
+            protocol.run(bench, level.stages, out / f"cells{tag}.jsonl", tell)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--level", choices=sorted(LEVELS), default="smoke")
+    parser.add_argument("--data", help="image folder for levels whose data has no name")
+    parser.add_argument("--warm", type=Path, help="folder of weights to start training from")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where dense models are kept")
+    parser.add_argument("--out", type=Path, help="folder of the record; default a new one in /tmp")
+    parser.add_argument("--network", default="", help="measure this network alone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--summary", action="store_true", help="only print what is recorded")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

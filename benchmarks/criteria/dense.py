@@ -1,0 +1,66 @@
+"""The robust dense models that everything is compared on: trained once, kept in a cache folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.criteria.networks import Network
+from robust_prune.data import DataSplits
+from robust_prune.errors import DataError
+from robust_prune.finetune.loop import EpochRecord, TrainingConfig, train_
+from robust_prune.modules import ImageModel
+from robust_prune.types import ThreatModel
+
+
+def dense_model(
+    network: Network,
+    splits: DataSplits,
+    threat: ThreatModel,
+    cache: Path,
+    warm: Path | None,
+    device: str,
+    tell: Callable[[str], None],
+    seed: int = 0,
+) -> tuple[ImageModel, dict[str, Any]]:
+    """Return the trained network and how it was trained; train it where the cache has none."""
+    path = cache / f"{network.name}-{Path(splits.name).name}-{seed}.pt"
+    log = path.with_suffix(".json")
+    if path.exists():
+        model = network.create(splits.classes, splits.input_size, seed)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.to(device).eval(), json.loads(log.read_text())
+    if splits.validation is None:
+        raise DataError(f"{splits.name}: too few images to keep some back for validation")
+    model, started_from = network.start(splits.classes, splits.input_size, warm, seed)
+    model.to(device)
+    config = TrainingConfig(threat=threat, seed=seed, **network.training)
+
+    def tell_epoch(record: EpochRecord) -> None:
+        tell(
+            f"{network.name}: epoch {record.epoch}/{config.epochs}, loss {record.loss:.3f}, "
+            f"validation clean {100 * record.clean:.1f} PGD-10 {100 * record.robust:.1f}, "
+            f"{record.seconds:.0f} s"
+        )
+
+    history = train_(model, splits.train, splits.validation, config, on_epoch=tell_epoch)
+    told = {
+        "network": network.name,
+        "started_from": started_from,
+        "settings": {**asdict(config), "threat": str(threat)},
+        "best_epoch": history.best_epoch,
+        "validation": history.validation,
+        "epochs": [asdict(record) for record in history.epochs],
+        "notes": list(history.notes),
+    }
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    torch.save(model.state_dict(), draft)
+    log.write_text(json.dumps(told, indent=1) + "\n")
+    draft.replace(path)
+    return model, told

@@ -1,0 +1,118 @@
+"""MRS estimators side by side, and which of them knows what pruning a group really costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.criteria.protocol import Bench
+from robust_prune import mrs, search
+from robust_prune.allocation import make_plan
+from robust_prune.calibration import recalibrate_batchnorm_
+from robust_prune.curves import structural_curves
+from robust_prune.graph import ModelGraph
+from robust_prune.scores import channel_scores
+from robust_prune.types import Budget, PruningPlan
+
+EPOCHS = 10
+BATCHNORM_IMAGES = 512
+
+
+def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
+    """Measure a network's estimators once; the record is `estimators-NETWORK.json`."""
+    path = out / f"estimators-{bench.network.replace('/', '-')}.json"
+    if path.exists():
+        return
+    model, splits = bench.model, bench.splits
+    assert splits.validation is not None
+    graph = ModelGraph(model, splits.input_size)
+    images, labels = splits.validation.take(min(n, len(splits.validation)), 0)
+    adversarial = mrs.adversarial_set(model, images, labels, threat=bench.threat, batch_size=64)
+    scores = channel_scores(model, graph, score="l2")
+    found: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    for method in mrs.METHODS:
+        sensitivity = mrs.sensitivities(
+            model,
+            adversarial,
+            method=method,
+            epochs=EPOCHS,
+            groups=graph.groups,
+        )
+        found[method], seconds[method] = sensitivity.of_groups(), sensitivity.seconds
+    start = time.perf_counter()
+    curves = structural_curves(model, graph, scores, adversarial)
+    seconds["structural"] = time.perf_counter() - start
+    found["structural"] = {name: curve.at(0.5) for name, curve in curves.items()}
+
+    plans = [
+        make_plan(
+            graph.groups,
+            {
+                g.name: g.width // 2 // g.blocks * g.blocks if g is half else g.width
+                for g in graph.groups
+            },
+            {name: s.tolist() for name, s in scores.items()},
+            graph.cost,
+            Budget("channels", 0.5),
+            allocation="half of one group",
+            score="l2",
+            seed=0,
+            input_size=splits.input_size,
+            ties=graph.ties,
+        )
+        for half in graph.groups
+    ]
+
+    def repair_(pruned: object, plan: PruningPlan) -> None:
+        recalibrate_batchnorm_(
+            pruned,  # type: ignore[arg-type]
+            splits.train.batches(64, seed=0, limit=BATCHNORM_IMAGES),
+        )
+
+    _, losses = search.best_composed(
+        graph, plans, images, labels, threat=bench.threat, seed=0, repair_=repair_
+    )
+    found["measured"] = {g.name: loss for g, loss in zip(graph.groups, losses, strict=True)}
+    record = {"network": bench.network, "images": len(images), "seconds": seconds, "groups": found}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    tell(f"{bench.network}: estimators on {len(graph.groups)} groups, seconds {seconds}")
+
+
+def table(out: Path) -> str:
+    """Return Spearman rank correlations as Markdown."""
+    lines = [
+        "## MRS estimators: Spearman's rank correlation over groups",
+        "",
+        "Measured: the loss under PGD-5 of the model with half of the group really removed.",
+        "",
+        "| network | groups | ascent, first-order | ascent, structural | first-order, structural | "
+        "measured, ascent | measured, first-order | measured, structural | seconds (ascent, "
+        "first-order, structural) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(out.glob("estimators-*.json")):
+        record = json.loads(path.read_text())
+        groups, seconds = record["groups"], record["seconds"]
+        pairs = (
+            ("ascent", "first-order"),
+            ("ascent", "structural"),
+            ("first-order", "structural"),
+            ("measured", "ascent"),
+            ("measured", "first-order"),
+            ("measured", "structural"),
+        )
+        values = " | ".join(f"{spearman(groups[a], groups[b]):.2f}" for a, b in pairs)
+        times = ", ".join(f"{seconds[m]:.1f}" for m in ("ascent", "first-order", "structural"))
+        lines.append(f"| {record['network']} | {len(groups['measured'])} | {values} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
+def spearman(first: dict[str, float], second: dict[str, float]) -> float:
+    """Return Spearman's rank correlation."""
+    from scipy.stats import spearmanr
+
+    names = list(first)
+    return float(spearmanr([first[n] for n in names], [second[n] for n in names]).statistic)

@@ -1,0 +1,192 @@
+"""From cells to tables, paired tests, the targets, and the plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.criteria.protocol import WITHOUT_FIT, Cell
+from robust_prune.types import PairedTest, Proportion
+
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
+Attack = str
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Return Markdown: one table for each network, stage and ratio, arms by robust accuracy."""
+    parts = []
+    for network in dict.fromkeys(c.network for c in cells):
+        for stage in dict.fromkeys(c.stage for c in cells if c.network == network):
+            mine = [c for c in cells if c.network == network and c.stage == stage]
+            for ratio in sorted({c.ratio for c in mine if c.ratio}):
+                parts.append(_table(network, stage, ratio, mine))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(network: str, stage: str, ratio: float, cells: Sequence[Cell]) -> str:
+    here = _by_arm([c for c in cells if c.ratio == ratio])
+    dense = _by_arm([c for c in cells if c.arm == "dense"])
+    attack = "autoattack" if any(c.autoattack for c in cells) else "pgd"
+    best = best_peer(here, "pgd")
+    lines = [
+        f"### {network}, {stage}, {100 * ratio:.0f} % of the multiply-adds removed",
+        "",
+        "| arm | seeds | MACs (M) | parameters | clean % | PGD-20 % | AutoAttack % | p (PGD-20) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ranked = sorted(here.items(), key=lambda item: -accuracy(item[1], "pgd"))
+    for arm, runs in [*dense.items(), *ranked]:
+        if all(c.error for c in runs):
+            lines.append(f"| {arm} | {len(runs)} | {runs[0].error[:80]} | | | | | |")
+            continue
+        good = [c for c in runs if not c.error]
+        p = "" if best in ("", arm) or arm == "dense" else _p(compare(good, here[best], "pgd"))
+        lines.append(
+            f"| {arm}{' (best peer)' if arm == best else ''} | {len(good)} | "
+            f"{statistics.mean(c.macs for c in good) / 1e6:.2f} | "
+            f"{statistics.mean(c.params for c in good):,.0f} | {_spread(good, 'clean')} | "
+            f"{_spread(good, 'pgd')} | "
+            f"{_spread(good, 'autoattack') if attack == 'autoattack' else ''} | {p} |"
+        )
+    return "\n".join(lines)
+
+
+def targets(cells: Sequence[Cell], ours: str = "curve-l2") -> str:
+    """Return one line for each comparison that the project has set itself."""
+    lines = []
+    for stage, least, attack in (
+        ("untuned", 5.0, "pgd"),
+        ("little", 3.0, "pgd"),
+        ("full", 1.5, "autoattack"),
+    ):
+        gains, pooled = [], PairedTest(0, 0)
+        for network in dict.fromkeys(c.network for c in cells):
+            mine = [c for c in cells if c.network == network and c.stage == stage and not c.error]
+            dense = _by_arm([c for c in cells if c.network == network and c.arm == "dense"])
+            for ratio in sorted({c.ratio for c in mine if c.ratio}):
+                here = _by_arm([c for c in mine if c.ratio == ratio])
+                best = best_peer(here, attack)
+                if ours not in here or not best:
+                    continue
+                we, they = accuracy(here[ours], attack), accuracy(here[best], attack)
+                test = compare(here[ours], here[best], attack)
+                pooled = PairedTest(
+                    pooled.first_only + test.first_only, pooled.second_only + test.second_only
+                )
+                gains.append(we - they)
+                top = accuracy(dense["dense"], attack) if "dense" in dense else math.nan
+                lines.append(
+                    f"- {stage}, {network}, -{100 * ratio:.0f} %: {ours} {we:.1f} against {best} "
+                    f"{they:.1f} ({attack}, dense {top:.1f}): {we - they:+.1f} points, "
+                    f"{_p(test)}; parameters {_params(here[ours])} against {_params(here[best])}"
+                )
+        if gains:
+            lines.append(
+                f"- **{stage}: {statistics.mean(gains):+.1f} points on average over {len(gains)} "
+                f"cells** (target {least:g}), pooled {_p(pooled)}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def best_peer(by_arm: Mapping[str, Sequence[Cell]], attack: Attack) -> str:
+    """Return torch-pruning's best arm, by the mean over its seeds."""
+    peers = [a for a, runs in by_arm.items() if a.startswith("tp-") and not runs[0].error]
+    return max(peers, key=lambda a: accuracy(by_arm[a], attack), default="")
+
+
+def compare(ours: Sequence[Cell], theirs: Sequence[Cell], attack: Attack) -> PairedTest:
+    """McNemar on the same images, seed by seed, discordant pairs added up over the seeds.
+
+    The seeds share their test images, so that pooled p-values are a little too small.
+    """
+    first = second = 0
+    others = {c.seed: getattr(c, attack) for c in theirs}
+    for cell in ours:
+        mine, other = getattr(cell, attack), others.get(cell.seed, "")
+        if len(mine) == len(other):
+            first += sum(a > b for a, b in zip(mine, other, strict=True))
+            second += sum(a < b for a, b in zip(mine, other, strict=True))
+    return PairedTest(first, second)
+
+
+def accuracy(runs: Sequence[Cell], attack: Attack) -> float:
+    """Return the mean accuracy over seeds, in percent."""
+    values = [_percent(getattr(c, attack)) for c in runs if not c.error and getattr(c, attack)]
+    return statistics.mean(values) if values else math.nan
+
+
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """Draw robust accuracy before fine-tuning against multiply-adds, every arm, by network."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    screen = [c for c in cells if c.stage == "screen" and not c.error]
+    networks = list(dict.fromkeys(c.network for c in screen))
+    figure, all_axes = plt.subplots(
+        1, len(networks), figsize=(5.2 * len(networks) + 2.4, 4.6), squeeze=False
+    )
+    for axes, network in zip(all_axes[0], networks, strict=True):
+        _draw(axes, [c for c in screen if c.network == network])
+        axes.set_title(network)
+    all_axes[0][0].set_ylabel("PGD-20 accuracy before fine-tuning (%)")
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw(axes: Any, cells: Sequence[Cell]) -> None:
+    dense = next(c for c in cells if c.arm == "dense")
+    axes.axhline(_percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
+    for arm, runs in _by_arm([c for c in cells if c.arm != "dense"]).items():
+        points = sorted((c.macs / dense.macs, _percent(c.pgd)) for c in runs)
+        peer = arm.startswith("tp-")
+        axes.plot(
+            [100 * x for x, _ in points],
+            [y for _, y in points],
+            marker="." if peer else "o",
+            ms=4,
+            lw=2.2 if arm == "curve-l2" else 0.9,
+            ls="--" if peer else (":" if arm.endswith(WITHOUT_FIT) else "-"),
+            label=arm,
+        )
+    axes.set_xlabel("multiply-adds left (%)")
+    axes.grid(alpha=0.3)
+
+
+def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.arm, []).append(cell)
+    return found
+
+
+def _spread(runs: Sequence[Cell], attack: Attack) -> str:
+    """One seed: the Wilson interval over images. More: the t interval over seeds."""
+    found = [getattr(c, attack) for c in runs if getattr(c, attack)]
+    if not found:
+        return ""
+    if len(found) == 1:
+        low, high = Proportion(found[0].count("1"), len(found[0])).interval
+        return f"{_percent(found[0]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    values = [_percent(f) for f in found]
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+
+
+def _percent(verdicts: str) -> float:
+    return 100 * verdicts.count("1") / max(len(verdicts), 1)
+
+
+def _params(runs: Sequence[Cell]) -> str:
+    return f"{statistics.mean(c.params for c in runs):,.0f}"
+
+
+def _p(test: PairedTest) -> str:
+    return f"p = {test.p_value:.2g}" if test.p_value >= 1e-4 else "p < 1e-4"

@@ -1,0 +1,311 @@
+"""Weights that make up for removed channels: least squares on the dense model's activations."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import device_of, evaluating, network_of
+from robust_prune.types import PruningPlan
+
+RIDGE = 0.1  # of the mean squared input
+POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
+MOST_INPUTS = 4608  # in-channels times kernel size; beyond, the normal equations get too large
+ACTIVATION_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer's relative squared error against its dense outputs, before and after the fit."""
+
+    layer: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer read and gave at sampled positions of the dense model's forward pass.
+
+    `outputs` is [rows, out]; `gram` [in, in] is the mean of x x^T of its inputs, where an input is
+    an in-channel at a place of the kernel. `free` says that a bias or a batch norm behind the layer
+    takes up means; they are taken off both then.
+    """
+
+    positions: Tensor | None
+    outputs: Tensor
+    gram: Tensor
+    free: bool
+
+
+@torch.no_grad()
+def dense_moments(model: nn.Module, images: Tensor) -> dict[str, Moments]:
+    """Run the dense model once and keep by layer what `reconstruct_` aims at.
+
+    Args:
+        model: left as it was.
+        images: [N, C, H, W] in [0, 1]; adversarial and clean ones.
+
+    Returns:
+        Layers that one call with plain weights computes: no grouped convolutions, no weights
+        used twice, and at most `MOST_INPUTS` inputs.
+    """
+    found: dict[str, Moments] = {}
+    means: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(0)
+    latest: list[tuple[str, weakref.ref[Tensor]]] = []
+
+    def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        positions = _draw_positions(layer, y, generator)
+        rows, outputs = _inputs(layer, x, positions), _outputs(layer, y, positions)
+        means[name] = rows.mean(0)
+        gram = rows.T @ rows / len(rows)
+        found[name] = Moments(positions, outputs, gram, layer.bias is not None)
+        latest[:] = [(name, weakref.ref(y))]
+
+    def normalise(_: str, norm: nn.Module, x: Tensor) -> None:
+        for name, output in latest:
+            if output() is x:
+                found[name] = replace(found[name], free=True)
+
+    with (
+        evaluating(model),
+        _watching(_fittable(model), after=look),
+        _watching(_batch_norms(model), before=normalise),
+    ):
+        model(images.to(device_of(model)))
+    return {
+        name: replace(m, gram=m.gram - torch.outer(means[name], means[name])) if m.free else m
+        for name, m in found.items()
+        if calls[name] == 1
+    }
+
+
+@torch.no_grad()
+def reconstruct_(
+    model: nn.Module,
+    dense: Mapping[str, Moments],
+    rows: Mapping[str, Tensor],
+    images: Tensor,
+    *,
+    ridge: float = RIDGE,
+) -> tuple[Fit, ...]:
+    """Fit the weights of a pruned model, in place, to the dense model's activations.
+
+    Layer by layer, in the order of the forward pass, W' minimises over the sampled rows
+
+        mean ||y - W' x'||^2 + ridge * mean(x'^2) * ||W' - W||^2
+
+    with y what the dense layer gave (of the output channels that are left), x' what the pruned
+    layer now reads, errors of the layers before it included, and W its weights as they are.
+    Where a bias or a batch norm takes up means, they are taken off both first: biases are set so
+    that the means agree, and batch-norm statistics are those of these images. One forward pass in
+    all.
+
+    Source: least squares as in He et al., "Channel pruning for accelerating very deep neural
+    networks", ICCV 2017; ours: all layers, ridge towards the weights, adversarial images.
+
+    Args:
+        model: pruned; left in the mode it was in.
+        dense: `dense_moments` on the same images.
+        rows: `kept_rows` of the plan.
+        images: [N, C, H, W] in [0, 1].
+        ridge: how strongly weights stay; larger for fewer images.
+
+    Returns:
+        The relative squared errors of every layer that was fitted, in forward order.
+    """
+    fits: list[Fit] = []
+    layers = {n: m for n, m in _fittable(model).items() if n in dense}
+
+    def fit(name: str, layer: nn.Module, x: Tensor) -> None:
+        target = dense[name]
+        y = target.outputs[:, rows[name]] if name in rows else target.outputs
+        x = _inputs(layer, x, target.positions)
+        fits.append(_fit_(name, layer, x, y, ridge, target.free))
+
+    def renew(name: str, norm: nn.Module, x: Tensor) -> None:
+        assert isinstance(norm, _BatchNorm)
+        if norm.running_mean is not None and norm.running_var is not None:
+            dims = [d for d in range(x.ndim) if d != 1]
+            norm.running_mean.copy_(x.mean(dims))
+            norm.running_var.copy_(x.var(dims))
+
+    with (
+        evaluating(model),
+        _watching(layers, before=fit),
+        _watching(_batch_norms(model), before=renew),
+    ):
+        model(images.to(device_of(model)))
+    return tuple(fits)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer."""
+
+    images: Tensor
+    dense: Mapping[str, Moments]
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
+        """Run the dense model on as many of these images as one pass can take."""
+        images = images[: images_that_fit(model, images[:1], len(images))]
+        return cls(images, dense_moments(model, images))
+
+    def apply_(self, pruned: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Fit, ...]:
+        """Fit the weights of the pruned model; see `reconstruct_`."""
+        return reconstruct_(pruned, self.dense, rows, self.images)
+
+
+def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Tensor]:
+    """Return by layer which of the dense layer's outputs are left."""
+    sizes = {n: p.shape for n, p in network_of(graph.model).named_parameters()}
+    kept: dict[str, Tensor] = {}
+    for group, gone in graph.dropped(plan).items():
+        for slot in graph.slots(group):
+            if slot.role == "out" and slot.tensor == f"{slot.layer}.weight":
+                whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
+                kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
+    return {layer: mask.nonzero().squeeze(1) for layer, mask in kept.items()}
+
+
+@torch.no_grad()
+def images_that_fit(model: nn.Module, image: Tensor, most: int) -> int:
+    """Return how many images one pass can take while its largest activation stays under 1 GiB."""
+    largest = [image.numel()]
+
+    def look(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        # the patches of a convolution are unfolded, a part of the images at a time
+        largest[0] = max(largest[0], x.numel(), y.numel())
+
+    with evaluating(model), _watching(_fittable(model), after=look):
+        model(image.to(device_of(model)))
+    return max(1, min(most, ACTIVATION_BYTES // (4 * largest[0])))
+
+
+def _fittable(model: nn.Module) -> dict[str, nn.Module]:
+    net = network_of(model)
+    weights = [id(p) for _, m in net.named_modules() for p in m.parameters(recurse=False)]
+    found: dict[str, nn.Module] = {}
+    for name, layer in net.named_modules():
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weights.count(id(weight)) > 1:
+            continue
+        plain = type(layer).forward is nn.Linear.forward or (
+            type(layer).forward is nn.Conv2d.forward
+            and isinstance(layer, nn.Conv2d)
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+        if plain and weight[0].numel() <= MOST_INPUTS:
+            found[name] = layer
+    return found
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool) -> Fit:
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    old = layer.weight.flatten(1)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    if free:
+        x, y = x - x_mean, y - y_mean
+    n = len(x)
+    gram, cross = (x.T @ x / n).double(), (y.T @ x / n).double()
+    energy = float(y.square().mean(0).sum()) or 1.0
+    strength = ridge * float(gram.diagonal().mean())
+    system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    before = float((y - x @ old.T).square().mean(0).sum())
+    if strength > 0:
+        new = torch.linalg.solve(system, (cross + strength * old.double()).T).T.to(old)
+        layer.weight.copy_(new.view_as(layer.weight))
+    after = float((y - x @ layer.weight.flatten(1).T).square().mean(0).sum())
+    if layer.bias is not None:
+        layer.bias.copy_(y_mean - layer.weight.flatten(1) @ x_mean)
+    return Fit(name, before / energy, after / energy)
+
+
+def _draw_positions(layer: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Draw which positions of an output to look at: of its map, or of its rows."""
+    if isinstance(layer, nn.Conv2d):
+        places = y.shape[-1] * y.shape[-2]
+    else:
+        places = y[0].numel() // y.shape[-1]
+    if places <= POSITIONS:
+        return None
+    return torch.randperm(places, generator=generator)[:POSITIONS].sort().values.to(y.device)
+
+
+def _outputs(layer: nn.Module, y: Tensor, positions: Tensor | None) -> Tensor:
+    """Return [rows, out]."""
+    y = y.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else _tokens(y)
+    y = y if positions is None else y[:, positions]
+    return y.reshape(-1, y.shape[-1]).clone()
+
+
+def _inputs(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return [rows, in]: what the outputs at these positions are made of."""
+    if not isinstance(layer, nn.Conv2d):
+        x = _tokens(x)
+        x = x if positions is None else x[:, positions]
+        return x.reshape(-1, x.shape[-1])
+    parts = []
+    for part in torch.split(x, 64):
+        patches = F.unfold(
+            part,
+            layer.kernel_size,
+            dilation=layer.dilation,
+            padding=layer.padding,  # type: ignore[arg-type]
+            stride=layer.stride,
+        )
+        patches = patches if positions is None else patches[:, :, positions]
+        parts.append(patches.transpose(1, 2).reshape(-1, patches.shape[1]))
+    return torch.cat(parts)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+@contextmanager
+def _watching(
+    modules: Mapping[str, nn.Module],
+    *,
+    before: Callable[[str, nn.Module, Tensor], None] | None = None,
+    after: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Call a function with the name, the module and its input (and output) at every call."""
+    handles: list[Any] = []
+    for name, module in modules.items():
+        if before is not None:
+
+            def enter(m: nn.Module, inputs: Sequence[Tensor], name: str = name) -> None:
+                before(name, m, inputs[0])
+
+            handles.append(module.register_forward_pre_hook(enter))
+        if after is not None:
+
+            def leave(m: nn.Module, inputs: Sequence[Tensor], y: Tensor, name: str = name) -> None:
+                after(name, m, inputs[0], y)
+
+            handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
