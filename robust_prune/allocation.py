@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from robust_prune.types import (
 
 Allocation = Literal["curve", "mrs", "inverted", "uniform"]
 ALLOCATIONS: tuple[Allocation, ...] = ("curve", "mrs", "inverted", "uniform")
+RULES = ALLOCATIONS[1:]  # from one number for each group
 MAX_PRUNE_RATIO = 0.95
 SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
@@ -39,8 +41,8 @@ def weights(rule: str, mrs: Mapping[str, float]) -> dict[str, float]:
     `inverted` turns s_g upside down and `uniform` sets it to 0; both are controls. The scaling is
     ours.
     """
-    if rule not in ALLOCATIONS:
-        raise UsageError(f"allocation {rule!r} is not known; use one of {', '.join(ALLOCATIONS)}")
+    if rule not in RULES:
+        raise UsageError(f"rule {rule!r} is not known; use one of {', '.join(RULES)}")
     if rule == "uniform" or not mrs:
         return dict.fromkeys(mrs, 1.0)
     floor = max(max(mrs.values()) * SMALLEST_SHARE, 1e-30)
@@ -114,8 +116,10 @@ def allocate_by_curves(
     """Return the widths that meet the budget for the least sum of predicted loss rises.
 
     From the dense model on, the group whose next step costs the least rise per unit of cost
-    gives it, along the convex hull of its curve. What a step saves depends on its neighbours'
-    widths, so it is counted on the whole model, anew after every few steps.
+    gives it, along the convex hull of its curve. What a step saves is counted on the whole model,
+    with its neighbours as narrow as they are by then. Prices only rise on the way (hulls get
+    steeper, narrower neighbours save less), so that a price still lowest when counted anew is the
+    lowest of all, and the others can wait.
 
     Raises:
         BudgetError: the budget is out of reach.
@@ -146,16 +150,20 @@ def allocate_by_curves(
         return rise / saved if saved > 0 else math.inf
 
     now = cost_of(widths).of(target)
+    queue = [(price(g), i) for i, g in enumerate(groups)]
+    heapq.heapify(queue)
     while now > goal:
-        ranked = sorted((price(g), i) for i, g in enumerate(groups))
-        for cost_per, i in ranked[: 1 + len(groups) // 8]:
-            g = groups[i]
-            if math.isinf(cost_per):
-                break
-            before, widths[g.name] = dict(widths), next_width(g)
-            now = cost_of(widths).of(target)
-            if now <= goal:
-                return _unit_by_unit(g, cost_of, target, goal, before, widths, round_to)
+        _, i = heapq.heappop(queue)
+        g = groups[i]
+        fresh = price(g), i
+        if queue and fresh > queue[0]:
+            heapq.heappush(queue, fresh)
+            continue
+        before, widths = widths, {**widths, g.name: next_width(g)}
+        now = cost_of(widths).of(target)
+        if now <= goal:
+            return _unit_by_unit(g, cost_of, target, goal, before, widths, round_to)
+        heapq.heappush(queue, (price(g), i))
     return widths
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,17 +104,17 @@ def structural_curves(
 
 
 def structural(
-    model: nn.Module,
     graph: ModelGraph,
     curves: Mapping[str, Curve],
     adversarial: AdversarialSet,
-    seconds: float,
+    seconds: float = 0.0,
 ) -> Sensitivity:
     """Return structural MRS: the rise of the adversarial loss when half of a group goes.
 
     It belongs to groups; `modules` stays empty.
     """
-    start = time.perf_counter()
+    with evaluating(graph.model):
+        loss = adversarial_loss(graph.model, adversarial)
     return Sensitivity(
         method="structural",
         rho=0.5,
@@ -123,8 +122,8 @@ def structural(
         attack=adversarial.attack,
         n=len(adversarial),
         seed=adversarial.seed,
-        adversarial_loss=adversarial_loss(model, adversarial),
-        seconds=seconds + time.perf_counter() - start,
+        adversarial_loss=loss,
+        seconds=seconds,
         modules=(),
         groups=tuple(
             GroupSensitivity(g.name, g.width, max(curves[g.name].at(0.5), 0.0), g.name)
@@ -142,13 +141,13 @@ def masked(
 ) -> Iterator[None]:
     """Let nothing read the units of a group that are `gone` [units], and put weights back."""
     net = network_of(model)
-    tensors = dict(net.named_parameters())
+    tensors = {name: p.detach() for name, p in net.named_parameters()}
     dropped: dict[str, tuple[int, Tensor]] = {}
     for slot in (*(s for s in graph.slots(group) if s.role == "in"), *graph.gates(group)):
         entries = slot.indices[gone[slot.units]]
         _, before = dropped.get(slot.tensor, (slot.dim, entries[:0]))
         dropped[slot.tensor] = slot.dim, torch.cat([before, entries])
-    kept = {name: tensors[name].detach().clone() for name in dropped}
+    kept = {name: tensors[name].clone() for name in dropped}
     try:
         for name, (dim, entries) in dropped.items():
             tensors[name].index_fill_(dim, entries.to(tensors[name].device), 0.0)

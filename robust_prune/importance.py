@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from robust_prune import allocation, data
+from robust_prune.curves import Curve, structural_curves
 from robust_prune.errors import UsageError
 from robust_prune.graph import MIN_WIDTH, ModelGraph
 from robust_prune.modules import network_of
@@ -19,15 +20,51 @@ from robust_prune.scores import Score, channel_scores
 from robust_prune.types import Sensitivity, ThreatModel
 
 ALWAYS_KEPT = 1e3
+MOST_BY_CURVE = 0.8  # single curves do not add up: none is trusted to the end
+
+
+def _prices(
+    graph: ModelGraph, curves: Mapping[str, Curve]
+) -> Mapping[str, Callable[[int, Tensor], Tensor]]:
+    """Return by group: (units now, their shares) to loss rise per multiply-add saved.
+
+    Prices are divided by the largest, and rise with the share where the curve is straight.
+    """
+    dense = graph.cost().macs
+    slopes: dict[str, tuple[Tensor, Tensor, int]] = {}
+    for group in graph.groups:
+        hull = curves[group.name].hull()
+        saved = dense - graph.cost({group.name: group.width - group.blocks}).macs
+        edges = torch.tensor([0.0, *hull.shares]).double()
+        rises = torch.tensor([0.0, *hull.rises]).double()
+        per_unit = rises.diff() / edges.diff() / group.units
+        slopes[group.name] = per_unit / max(saved, 1), edges[1:-1], group.units
+    top = max((float(s.max()) for s, _, _ in slopes.values()), default=0.0) or 1.0
+
+    def price(name: str) -> Callable[[int, Tensor], Tensor]:
+        slope, inner, units = slopes[name]
+
+        def at(now: int, shares: Tensor) -> Tensor:
+            gone = 1 - now * (1 - shares) / units  # of the units that there were
+            return slope[torch.bucketize(gone, inner)] / top + 1e-4 * gone
+
+        return at
+
+    return {group.name: price(group.name) for group in graph.groups}
 
 
 class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
     """Adaptive ratios and adversarial channel scores, behind torch-pruning's interface.
 
-    With `global_pruning=True` a pruner removes what lies under one threshold t. The score of a
-    channel is (its rank inside its group / group size) / willingness of the group, so that every
-    group loses the share t * willingness: the same ratios as `compress(allocation="mrs")` takes.
-    Without global pruning only the ranks inside a group count.
+    With `global_pruning=True` a pruner removes what lies under one threshold t, over all groups.
+    By the rule `curve` the score of a channel is what its removal costs: the slope of its group's
+    structural curve (rise of the adversarial loss against channels removed, lowest-scored first)
+    per multiply-add saved, so that one threshold is one exchange rate of loss against cost, and no
+    group loses more than 80 %. By `mrs` it is (rank inside the group / group size) / willingness,
+    so that every group loses the share t * willingness, the ratios of `compress(allocation="mrs")`;
+    `inverted` and `uniform` are its controls. Without global pruning only ranks inside a group
+    count. What `compress` does beyond this, trying candidates and reconstructing layers, needs
+    `compress`.
 
         importance = MRSImportance(model, (images, labels), threat=ThreatModel.linf("8/255"))
         tp.pruner.BasePruner(model, images[:1], importance=importance, global_pruning=True,
@@ -40,23 +77,23 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         data_: Any,
         *,
         threat: ThreatModel | None = None,
-        rule: str = "mrs",
-        score: Score = "taylor",
+        rule: str = "curve",
+        score: Score = "l2",
         method: Method = "first-order",
         n: int = 512,
         steps: int = 10,
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        """Measure MRS once, on the model as it is.
+        """Measure MRS, and curves where the rule asks for them, once, on the model as it is.
 
         Args:
             model: the module to be pruned, on images in [0, 1].
             data_: (images, labels) tensors, a loader, or any iterable of such batches, from
                 training or held-out images.
             threat: default Linf 8/255.
-            rule: `mrs`, `inverted` or `uniform`.
-            score: `taylor` on the adversarial images, or `l2`.
+            rule: `curve`, `mrs`, `inverted` or `uniform`.
+            score: `l2`, or `taylor` on the adversarial images.
             method: `first-order` or `ascent`.
             n: images to measure on.
             steps: PGD steps for the adversarial set.
@@ -82,9 +119,14 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         self.sensitivity: Sensitivity = sensitivities(
             model, self._adversarial, method=method, groups=graph.groups
         )
-        self.willingness: Mapping[str, float] = allocation.weights(
-            rule, self.sensitivity.of_groups()
-        )
+        self.willingness: Mapping[str, float] = {}
+        self.curves: Mapping[str, Curve] = {}
+        if rule == "curve":
+            scores = channel_scores(model, graph, score=score, adversarial=self._adversarial)
+            self.curves = structural_curves(model, graph, scores, self._adversarial)
+            self._prices = _prices(graph, self.curves)
+        else:
+            self.willingness = allocation.weights(rule, self.sensitivity.of_groups())
         self._order = {group.name: i for i, group in enumerate(graph.groups)}
 
     def __repr__(self) -> str:
@@ -132,9 +174,13 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         ranks[units.argsort(stable=True)] = torch.arange(n, dtype=torch.float64)
         # half a rank off, and a hair per group: torch-pruning removes ties, all of them
         offset = 0.5 + 1e-3 * self._order[name] / (1 + len(self._order))
-        values = (ranks + offset) / n / self.willingness[name]
+        if self.rule == "curve":
+            values, most = self._prices[name](n, (ranks + offset) / n), MOST_BY_CURVE
+        else:
+            values = (ranks + offset) / n / self.willingness[name]
+            most = allocation.MAX_PRUNE_RATIO
         # a group that lies wholly under the threshold would be skipped, so its best stay above
-        least = min(n, max(MIN_WIDTH, math.ceil((1 - allocation.MAX_PRUNE_RATIO) * n)))
+        least = min(n, max(MIN_WIDTH, math.ceil((1 - most) * n)))
         values[ranks >= n - least] += ALWAYS_KEPT
         return values
 

@@ -34,8 +34,8 @@ from robust_prune.types import (
     ThreatModel,
 )
 
-Method = Literal["first-order", "ascent"]
-METHODS: tuple[Method, ...] = ("first-order", "ascent")
+Method = Literal["first-order", "ascent", "structural"]
+METHODS: tuple[Method, ...] = ("first-order", "ascent", "structural")
 RHO = 0.1
 
 
@@ -118,7 +118,8 @@ def sensitivities(
     Args:
         model: left as it was.
         adversarial: the fixed set.
-        method: `first-order` gives all layers from one pass, `ascent` climbs layer by layer.
+        method: `first-order` gives all layers from one pass, `ascent` climbs layer by layer;
+            `structural` is `curves.structural`.
         rho: radius of the disturbance, relative to the norm of the layer's weights.
         epochs: passes of the ascent over the set, per layer.
         groups: a group takes the largest MRS of the members that lose output channels.
@@ -132,6 +133,8 @@ def sensitivities(
     """
     if method not in METHODS:
         raise UsageError(f"MRS method {method!r} is not known; use one of {', '.join(METHODS)}")
+    if method == "structural":
+        raise UsageError("structural MRS is measured on channel groups: use curves.structural")
     if not 0 < rho < 10:
         raise UsageError(f"rho {rho:g} must lie between 0 and 10; 0.1 is RiFT's")
     start = time.perf_counter()

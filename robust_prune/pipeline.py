@@ -25,7 +25,7 @@ from robust_prune.modules import (
     seeded,
 )
 from robust_prune.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Events, Settings
-from robust_prune.stations import Compression, calibration_images, image_size_of
+from robust_prune.stations import Compression, calibration_images, image_size_of, measure_mrs
 from robust_prune.types import (
     Budget,
     ModelSpec,
@@ -43,8 +43,8 @@ def compress(
     prune_ratio: float = 0.5,
     target: Target = "macs",
     threat: ThreatModel = LINF_8,
-    allocation: str = "mrs",
-    score: scores.Score = "taylor",
+    allocation: str = "curve",
+    score: scores.Score = "l2",
     finetune: str | Method | None = None,
     epochs: int = 0,
     protect: Sequence[str] = (),
@@ -65,8 +65,9 @@ def compress(
         prune_ratio: share of `target` to remove, in (0, 1).
         target: `macs`, `params` or `channels`.
         threat: norm and eps of the attacks.
-        allocation: `mrs`, or the controls `inverted` and `uniform`.
-        score: `taylor` on adversarial images, or `l2`.
+        allocation: `curve` (the measured loss of each group), `mrs` (the paper's rule), or the
+            controls `inverted` and `uniform`.
+        score: `l2`, or `taylor` on adversarial images.
         finetune: `trades`, `pgd-at`, `n-fgsm`, `package.module:function`, or a function
             (model, images, labels, attack) -> loss; None for no fine-tuning.
         epochs: of fine-tuning.
@@ -142,7 +143,8 @@ def sensitivity(
         source: a data set name or folder, a loader, or an iterable of (images, labels); training
             images, never test images.
         threat: norm and eps of the PGD-10 that makes the adversarial set.
-        method: `first-order` (one pass for all layers) or `ascent` (the reference).
+        method: `first-order` (one pass for all layers), `ascent` (the reference), or `structural`
+            (what pruning does: the rise when half of a group is masked, by group alone).
         rho: radius of the disturbance relative to each layer's weight norm.
         n: images to measure on.
         seed: of the draw and the attack.
@@ -158,9 +160,7 @@ def sensitivity(
     adversarial = mrs.adversarial_set(
         model, images, labels, threat=threat, seed=seed, batch_size=64
     )
-    return mrs.sensitivities(
-        model, adversarial, method=method, rho=rho, groups=graph.groups, on_module=on_module
-    )
+    return measure_mrs(graph, adversarial, method, rho=rho, on_module=on_module)
 
 
 def train_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,32 @@ def check_line(record: Mapping[str, Any]) -> str:
     return line
 
 
+def fit_line(record: Mapping[str, Any]) -> str:
+    """Return what reconstruction did to the layers that are left."""
+    fitted = record.get("reconstruction")
+    if not fitted or not fitted["layers"]:
+        return "no weights were reconstructed"
+    before, after = (
+        statistics.median(layer[key] for layer in fitted["layers"]) for key in ("before", "after")
+    )
+    return (
+        f"weights of {len(fitted['layers'])} layers were fitted to the dense model's activations "
+        f"on {fitted['images']} images, adversarial and clean: median relative squared error "
+        f"{before:.3f} -> {after:.3f}"
+    )
+
+
+def search_line(record: Mapping[str, Any]) -> str:
+    """Return which allocation was chosen, and over which."""
+    search = record["search"]
+    losses = ", ".join(f"{c['loss']:.3f}" for c in search["candidates"])
+    return (
+        f"candidates from equal shares to free curves, pruned and attacked by {search['attack']} "
+        f"on {search['images']} images: losses {losses} nats; number {search['chosen'] + 1} was "
+        "taken"
+    )
+
+
 def to_html(record: Mapping[str, Any]) -> str:
     """Return one page with tables and pictures inside, no script and nothing to fetch."""
     plan = record["plan"]
@@ -126,14 +153,21 @@ def to_html(record: Mapping[str, Any]) -> str:
     parts += [
         "<h2>Channels</h2>",
         f"<p>{html.escape(check_line(record))}</p>",
+        f"<p>{html.escape(fit_line(record))}</p>",
         _svg(lambda axes: _plot_channels(axes, plan["groups"]), _tall(len(plan["groups"]))),
         "<h2>Module robustness sensitivity</h2>",
         f"<p>{html.escape(_mrs_line(record['sensitivity']))}</p>",
         _svg(
-            lambda axes: plot_mrs(axes, record["sensitivity"]["modules"]),
-            _tall(len(record["sensitivity"]["modules"])),
+            lambda axes: plot_mrs(axes, mrs_rows(record["sensitivity"])),
+            _tall(len(mrs_rows(record["sensitivity"]))),
         ),
     ]
+    if record.get("curves"):
+        parts += [
+            "<h2>Structural sensitivity</h2>",
+            f"<p>{html.escape(search_line(record))}</p>",
+            _svg(lambda axes: _plot_curves(axes, record["curves"]), (6.4, 4.0)),
+        ]
     if record.get("finetune"):
         parts += ["<h2>Fine-tuning</h2>", _training_table(record["finetune"])]
     parts += ["<h2>What to know</h2>", _list([*record["notes"], *flags(record), *_fixed(plan)])]
@@ -150,20 +184,45 @@ def save_mrs_plot(sensitivity: Mapping[str, Any], path: Path) -> None:
     """Draw MRS by layer into a PNG, SVG or PDF file, by its suffix."""
     from robust_prune.checkpoint import atomic
 
-    figure = _figure(_tall(len(sensitivity["modules"])))
-    plot_mrs(figure.add_subplot(), sensitivity["modules"])
+    rows = mrs_rows(sensitivity)
+    figure = _figure(_tall(len(rows)))
+    plot_mrs(figure.add_subplot(), rows)
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
 
 
-def plot_mrs(axes: Any, modules: Sequence[Mapping[str, Any]]) -> None:
-    """Draw one bar per layer, on a logarithmic axis."""
-    names = [m["name"] for m in modules]
-    values = [max(m["mrs"], 1e-9) for m in modules]
+def mrs_rows(sensitivity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return what has an MRS: the layers, or the groups where it is measured on groups."""
+    rows: Sequence[Mapping[str, Any]] = sensitivity["modules"] or sensitivity["groups"]
+    return rows
+
+
+def plot_mrs(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw one bar per layer or group, on a logarithmic axis."""
+    names = [m["name"] for m in rows]
+    values = [max(m["mrs"], 1e-9) for m in rows]
     axes.barh(range(len(names)), values, color=ACCENT, height=0.7)
     axes.set_xscale("log")
     axes.set_xlabel("MRS: rise of the adversarial loss (nats)")
     _name_rows(axes, names)
+
+
+def _plot_curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Draw every group's curve, the steepest ones named."""
+    ranked = sorted(curves, key=lambda c: -max(c["rises"]))
+    named = {c["group"] for c in ranked[:8]}
+    for curve in curves:
+        shown = curve["group"] in named
+        axes.plot(
+            [0, *(100 * s for s in curve["shares"])],
+            [0, *curve["rises"]],
+            lw=1.4 if shown else 0.6,
+            color=None if shown else DENSE,
+            label=curve["group"] if shown else None,
+        )
+    axes.set_xlabel("channels of the group removed (%)")
+    axes.set_ylabel("rise of the adversarial loss (nats)")
+    axes.legend(frameon=False, fontsize=7, title="steepest", title_fontsize=7)
 
 
 def _plot_channels(axes: Any, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -274,7 +333,7 @@ def _training_table(history: Mapping[str, Any]) -> str:
 
 def _mrs_line(s: Mapping[str, Any]) -> str:
     return (
-        f"{s['method']}, rho {s['rho']:g}, {s['n']} training images, {s['attack']}, seed "
+        f"{s['method']}, rho {s['rho']:g}, {s['n']} images, {s['attack']}, seed "
         f"{s['seed']}; adversarial loss {s['adversarial_loss']:.4f} nats; {s['seconds']:.1f} s. "
         "A group of layers takes the largest value of its members."
     )

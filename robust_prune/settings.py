@@ -35,7 +35,7 @@ class Settings:
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
     threat: ThreatModel = LINF_8
     allocation: str = "curve"
-    score: scores.Score = "taylor"
+    score: scores.Score = "l2"
     method: mrs.Method = "first-order"
     finetune: str | Method | None = None
     epochs: int = 0

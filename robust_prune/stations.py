@@ -24,7 +24,7 @@ from robust_prune import (
     search,
     verify,
 )
-from robust_prune.curves import structural_curves
+from robust_prune.curves import Curve, structural, structural_curves
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
@@ -44,6 +44,7 @@ from robust_prune.settings import CALIBRATION_IMAGES, CompressResult, Events, Se
 from robust_prune.types import (
     Evaluation,
     PruningPlan,
+    Sensitivity,
     to_plain,
 )
 
@@ -129,14 +130,22 @@ class Compression:
                 seed=settings.seed,
                 batch_size=min(64, settings.batch_size),
             )
+        with self._timed("scores"):
+            values = scores.channel_scores(
+                self.model, graph, score=settings.score, adversarial=adversarial
+            )
+        curves: Mapping[str, Curve] = {}
+        if settings.plan is None and settings.allocation == "curve":
+            with self._timed("curves"):
+                self.events.stage(f"structural sensitivity of {len(graph.groups)} groups")
+                curves = structural_curves(self.model, graph, values, adversarial)
+            self.extra["curves"] = list(curves.values())
         with self._timed("sensitivity"):
             self.events.stage(f"module robustness sensitivity: {settings.method}")
-            self.sensitivity = mrs.sensitivities(
-                self.model, adversarial, method=settings.method, groups=graph.groups
-            )
+            self.sensitivity = measure_mrs(graph, adversarial, settings.method, values)
         self.reconstruction = self._reconstruction(adversarial)
         with self._timed("plan"):
-            self.plan = settings.plan or self._make_plan(graph, adversarial)
+            self.plan = settings.plan or self._make_plan(graph, values, curves)
             if settings.plan is not None:
                 graph.check(settings.plan)
                 self._note(f"replayed plan {settings.plan.digest}")
@@ -165,15 +174,11 @@ class Compression:
             images = torch.stack([image for pair in pairs for image in pair])
             return Reconstruction.of(self.model, images)
 
-    def _make_plan(self, graph: ModelGraph, adversarial: mrs.AdversarialSet) -> PruningPlan:
+    def _make_plan(
+        self, graph: ModelGraph, values: Mapping[str, Tensor], curves: Mapping[str, Curve]
+    ) -> PruningPlan:
         settings = self.settings
         by_group = self.sensitivity.of_groups()
-        values = scores.channel_scores(
-            self.model,
-            graph,
-            score=settings.score,
-            adversarial=adversarial,
-        )
 
         def plan(widths: Mapping[str, int]) -> PruningPlan:
             return allocating.make_plan(
@@ -194,7 +199,7 @@ class Compression:
             )
 
         if settings.allocation == "curve":
-            return self._search(graph, adversarial, values, plan)
+            return self._search(graph, curves, plan)
         widths = allocating.allocate(
             graph.groups,
             graph.cost,
@@ -208,14 +213,11 @@ class Compression:
     def _search(
         self,
         graph: ModelGraph,
-        adversarial: mrs.AdversarialSet,
-        values: Mapping[str, Tensor],
+        curves: Mapping[str, Curve],
         plan: Callable[[Mapping[str, int]], PruningPlan],
     ) -> PruningPlan:
-        """Measure curves, allocate by them, and take the best of the models really pruned."""
+        """Allocate by curves, and take the best of the models really pruned."""
         settings = self.settings
-        self.events.stage(f"structural sensitivity of {len(graph.groups)} groups")
-        curves = structural_curves(self.model, graph, values, adversarial)
         plans = [
             plan(widths)
             for widths in search.candidates(
@@ -227,15 +229,14 @@ class Compression:
             )
         ]
         self.events.stage(f"attacking {len(plans)} candidates")
-        n = min(SEARCH_IMAGES, len(adversarial))
-        images, labels = self._calibration[0][:n], self._calibration[1][:n]
+        images, labels = (part[:SEARCH_IMAGES] for part in self._calibration)
 
         def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
             if self.reconstruction is not None:
                 self.reconstruction.apply_(pruned, kept_rows(graph, plan))
             elif self.splits is not None:
                 calibration.recalibrate_batchnorm_(
-                    pruned, self.splits.train.batches(64, seed=settings.seed, limit=n)
+                    pruned, self.splits.train.batches(64, seed=settings.seed, limit=len(labels))
                 )
 
         best, losses = search.best_composed(
@@ -248,10 +249,9 @@ class Compression:
             batch_size=min(64, settings.batch_size),
             repair_=repair_,
         )
-        self.extra["curves"] = [curves[group.name] for group in graph.groups]
         self.extra["search"] = {
             "attack": f"PGD-{search.STEPS}",
-            "images": n,
+            "images": len(labels),
             "chosen": best,
             "candidates": [
                 {
@@ -429,6 +429,23 @@ class Compression:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure_mrs(
+    graph: ModelGraph,
+    adversarial: mrs.AdversarialSet,
+    method: mrs.Method,
+    values: Mapping[str, Tensor] | None = None,
+    **more: Any,
+) -> Sensitivity:
+    """Measure MRS by any of its estimators; `structural` needs scores `values`, else takes l2."""
+    model = graph.model
+    if method != "structural":
+        return mrs.sensitivities(model, adversarial, method=method, groups=graph.groups, **more)
+    start = time.perf_counter()
+    values = values or scores.channel_scores(model, graph, score="l2")
+    curves = structural_curves(model, graph, values, adversarial, shares=(0.5,))
+    return structural(graph, curves, adversarial, time.perf_counter() - start)
 
 
 def calibration_images(

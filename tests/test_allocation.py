@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_prune.allocation import (
-    ALLOCATIONS,
     MAX_PRUNE_RATIO,
+    RULES,
     SPREAD,
     allocate,
     make_plan,
@@ -28,7 +28,7 @@ NAMES = [group.name for group in WIDE.groups]
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(ALLOCATIONS),
+    st.sampled_from(RULES),
     st.sampled_from(["macs", "params", "channels"]),
     st.floats(0.05, 0.6),
     st.lists(st.floats(1e-3, 10), min_size=len(NAMES), max_size=len(NAMES)),
@@ -79,7 +79,7 @@ def test_an_infeasible_budget_says_what_is_possible() -> None:
 
 
 def test_unknown_rules_and_ratios_are_errors() -> None:
-    with pytest.raises(UsageError, match="allocation 'best'"):
+    with pytest.raises(UsageError, match="rule 'best'"):
         weights("best", {"a": 1.0})
     for ratio in (0.0, 1.0, -0.1, 50):
         with pytest.raises(UsageError, match="between 0 and 1"):

@@ -123,10 +123,10 @@ CPU = Level(
     size=(3, 32, 32),
     threat=ThreatModel.linf("8/255"),
     stages=(
-        Stage("screen", (0.25, 0.5, 0.75), (0,), ARMS, n=1000),
+        Stage("screen", (0.75, 0.5, 0.25), (0,), ARMS, n=500),
         Stage(
             "untuned",
-            (0.5, 0.75),
+            (0.75, 0.5),
             SEEDS,
             ("dense", "curve-l2"),
             n=5000,
@@ -135,13 +135,13 @@ CPU = Level(
         ),
         Stage(
             "little",
-            (0.5, 0.75),
+            (0.75, 0.5),
             SEEDS,
             ("curve-l2",),
             n=5000,
             tuning=Tuning(epochs=1, images=2000),
-            finalists=2,
-            judged_by="screen",
+            finalists=1,
+            judged_by="untuned",
         ),
         Stage(
             "full",
@@ -150,12 +150,13 @@ CPU = Level(
             ("dense", "curve-l2"),
             n=5000,
             tuning=Tuning(epochs=5, amp=True),
-            autoattack=500,
+            autoattack=200,
             finalists=1,
             judged_by="little",
         ),
     ),
     calibration_images=256,
+    estimator_images=64,
 )
 
 GPU = Level(

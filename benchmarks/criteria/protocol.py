@@ -31,7 +31,7 @@ OURS = {
 WITHOUT_FIT = "-unfitted"  # the same plan without the reconstruction
 PLAIN = {
     f"{rule}{WITHOUT_FIT}": {**OURS[rule], "reconstruct": False}
-    for rule in ("curve-l2", "uniform-l2", "mrs-l2", "mrs-taylor", "inverted-l2")
+    for rule in ("curve-l2", "uniform-l2", "mrs-l2")
 }
 ARMS = ("dense", *(p.name for p in peers.PEERS), *OURS, *PLAIN)
 
@@ -226,7 +226,8 @@ def cells_of(stage: Stage, done: Sequence[Cell]) -> Iterator[tuple[str, float, i
             if c.stage == stage.judged_by and c.ratio == ratio and c.arm.startswith("tp-")
         ]
         ranked = sorted((c for c in judged if not c.error), key=lambda c: -c.robust)
-        for arm in (*dict.fromkeys((*arms, *(c.arm for c in ranked[: stage.finalists]))),):
+        best = list(dict.fromkeys(c.arm for c in ranked))[: stage.finalists]
+        for arm in dict.fromkeys((*arms, *best)):
             for seed in stage.seeds:
                 yield arm, ratio, seed
     if "dense" in stage.arms:

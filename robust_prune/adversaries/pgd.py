@@ -86,18 +86,18 @@ def survivors(
     start = project(random_start(images, threat, generator), images, threat)
     left = right.nonzero().squeeze(1)
     delta = start[left]
-    for step in range(steps + 1):
+    for _ in range(steps):
         if len(left) == 0:
-            break
-        delta = delta.detach().requires_grad_(step < steps)
-        with torch.set_grad_enabled(step < steps):
+            return right
+        delta.requires_grad_(True)
+        with torch.enable_grad():
             logits = model(images[left] + delta)
-        holds = logits.argmax(1) == labels[left]
-        right[left[~holds]] = False
-        if step < steps:
             loss = cross_entropy(labels[left])(logits).sum()
-            (gradient,) = torch.autograd.grad(loss, delta)
-            moved = delta.detach() + step_size * steepest(gradient, threat)
-            delta = project(moved, images[left], threat)[holds]
-        left = left[holds]
+        (gradient,) = torch.autograd.grad(loss, delta)
+        moved = delta.detach() + step_size * steepest(gradient, threat)
+        holds = logits.detach().argmax(1) == labels[left]
+        right[left[~holds]] = False
+        delta, left = project(moved, images[left], threat)[holds], left[holds]
+    if len(left):
+        right[left] = model(images[left] + delta).argmax(1) == labels[left]
     return right

@@ -32,11 +32,15 @@ def compress(
     ] = "macs",
     allocation: Annotated[
         str,
-        typer.Option(help="mrs, or the controls uniform and inverted.", rich_help_panel=PRUNING),
-    ] = "mrs",
+        typer.Option(
+            help="curve (measured loss of each group, the default), mrs (the paper's rule), or the "
+            "controls uniform and inverted.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = "curve",
     score: Annotated[
-        str, typer.Option(help="Channel score: taylor or l2.", rich_help_panel=PRUNING)
-    ] = "taylor",
+        str, typer.Option(help="Channel score: l2 or taylor.", rich_help_panel=PRUNING)
+    ] = "l2",
     mrs: Annotated[
         o.MRSMethod, typer.Option(help="Estimator of MRS.", rich_help_panel=PRUNING)
     ] = o.MRSMethod.first_order,
@@ -74,6 +78,14 @@ def compress(
         typer.Option(
             "--whole-heads",
             help="Attentions lose whole heads, not the same dims of every head.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = False,
+    no_reconstruct: Annotated[
+        bool,
+        typer.Option(
+            "--no-reconstruct",
+            help="Leave weights as they are instead of fitting them to the dense activations.",
             rich_help_panel=PRUNING,
         ),
     ] = False,
@@ -184,6 +196,7 @@ def compress(
         protect=tuple(protect or ()),
         round_to=round_to,
         whole_heads=whole_heads,
+        reconstruct=not no_reconstruct,
         verify=not no_verify,
         calibration_images=calibration_images,
         evaluation=chosen.value,

@@ -42,6 +42,7 @@ class MRSMethod(str, Enum):
 
     first_order = "first-order"
     ascent = "ascent"
+    structural = "structural"
 
 
 ModelPath = Annotated[

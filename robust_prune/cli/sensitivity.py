@@ -65,21 +65,19 @@ def sensitivity(
         on_module=lambda name: output.line(f"  {name}"),
     )
     group_of = {group.decided_by: group for group in result.groups}
-    top = max(m.mrs for m in result.modules) or 1.0
+    of_layers = bool(result.modules)
+    rows: list[tuple[str, str, float, str]] = [
+        (m.name, f"{m.params:,}", m.mrs, group_of[m.name].name if m.name in group_of else "")
+        for m in result.modules
+    ] or [(g.name, f"{g.width:,}", g.mrs, "") for g in result.groups]
+    top = max(value for _, _, value, _ in rows) or 1.0
     output.table(
-        f"MRS ({result.method}, rho {rho:g}, {result.n} images, {result.attack} {result.threat}, "
-        f"seed {seed}); adversarial loss {result.adversarial_loss:.4f} nats",
-        ("layer", "parameters", "MRS (nats)", "", "decides group"),
-        [
-            (
-                m.name,
-                f"{m.params:,}",
-                f"{m.mrs:.4g}",
-                _bar(m.mrs, top),
-                group_of[m.name].name if m.name in group_of else "",
-            )
-            for m in result.modules
-        ],
+        f"MRS ({result.method}, rho {result.rho:g}, {result.n} images, {result.attack} "
+        f"{result.threat}, seed {seed}); adversarial loss {result.adversarial_loss:.4f} nats",
+        ("layer", "parameters", "MRS (nats)", "", "decides group")
+        if of_layers
+        else ("group", "channels", "MRS (nats)", "", ""),
+        [(name, size, f"{v:.4g}", _bar(v, top), decides) for name, size, v, decides in rows],
     )
     plain = to_plain(result)
     report.save_mrs_plot(plain, picture)
