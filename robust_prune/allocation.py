@@ -27,6 +27,7 @@ MAX_PRUNE_RATIO = 0.95
 SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01
+CLOSE = 0.002
 
 Widths = dict[str, int]
 CostOf = Callable[[Mapping[str, int]], Cost]
@@ -101,7 +102,9 @@ def allocate(
             low = middle
         else:
             high = middle
-    return _closest_between(groups, cost_of, target, goal, widths_at(low), widths_at(high))
+    found = _closest_between(groups, cost_of, target, goal, widths_at(low), widths_at(high))
+    floor = widths_at(math.inf)
+    return _fit(groups, cost_of, target, goal, found, floor, round_to, TOLERANCE)
 
 
 def allocate_by_curves(
@@ -159,12 +162,10 @@ def allocate_by_curves(
         if queue and fresh > queue[0]:
             heapq.heappush(queue, fresh)
             continue
-        before, widths = widths, {**widths, g.name: next_width(g)}
+        widths[g.name] = next_width(g)
         now = cost_of(widths).of(target)
-        if now <= goal:
-            return _unit_by_unit(g, cost_of, target, goal, before, widths, round_to)
         heapq.heappush(queue, (price(g), i))
-    return widths
+    return _fit(groups, cost_of, target, goal, widths, floor, round_to, CLOSE)
 
 
 def _check_reach(cost_of: CostOf, budget: Budget, narrowest: Widths) -> None:
@@ -179,24 +180,35 @@ def _check_reach(cost_of: CostOf, budget: Budget, narrowest: Widths) -> None:
         )
 
 
-def _unit_by_unit(
-    group: ChannelGroup,
+def _fit(
+    groups: Sequence[ChannelGroup],
     cost_of: CostOf,
     target: Target,
     goal: float,
-    above: Widths,
-    below: Widths,
+    widths: Widths,
+    floor: Widths,
     round_to: int,
+    close: float,
 ) -> Widths:
-    """Return the width of one group, between two, that comes closest to the goal."""
-    step = _step(group, round_to) * group.blocks
-    tried = range(below[group.name], above[group.name] + 1, step)
-    return {
-        **below,
-        group.name: min(
-            tried, key=lambda w: abs(cost_of({**below, group.name: w}).of(target) - goal)
-        ),
-    }
+    """Move single units, of any group, until the cost is close to the goal or comes no closer."""
+
+    def miss(tried: Widths) -> float:
+        return abs(cost_of(tried).of(target) - goal)
+
+    best, enough = miss(widths), close * cost_of({}).of(target)
+    while best > enough:
+        steps = {g.name: _step(g, round_to) * g.blocks for g in groups}
+        tried = [
+            {**widths, g.name: width}
+            for g in groups
+            for width in (widths[g.name] - steps[g.name], widths[g.name] + steps[g.name])
+            if floor[g.name] <= width <= g.width
+        ]
+        closest = min(tried, key=miss, default=widths)
+        if miss(closest) >= best:
+            break
+        widths, best = closest, miss(closest)
+    return widths
 
 
 def _closest_between(

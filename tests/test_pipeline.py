@@ -98,13 +98,13 @@ def test_the_same_seed_gives_the_same_result_and_a_plan_replays_it_bit_for_bit()
         assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
 
 
-def test_mrs_and_inverted_and_uniform_are_three_different_plans() -> None:
+def test_every_allocation_is_another_plan() -> None:
     model, data = tiny_resnet(), (torch.rand(32, 3, 32, 32), torch.arange(32) % 10)
     widths = {
         rule: tuple(g.keep_width for g in compress(model, data, allocation=rule).plan.groups)
-        for rule in ("mrs", "inverted", "uniform")
+        for rule in ("curve", "mrs", "inverted", "uniform")
     }
-    assert len(set(widths.values())) == 3
+    assert len(set(widths.values())) == 4
 
 
 def test_without_data_it_says_so_and_still_delivers() -> None:
@@ -303,7 +303,7 @@ def test_the_report_holds_what_a_claim_needs(tmp_path: Path) -> None:
     )
     assert paired["first_only"] == sum(a > b for a, b in zip(dense, pruned, strict=True))
     page = report.to_html(record)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4  # accuracy, channels, MRS, curves
     assert "http://" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robust_prune import scores
 from robust_prune.errors import UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.mrs import AdversarialSet
@@ -101,3 +102,68 @@ def test_taylor_of_an_attentions_dims_is_the_derivative_of_gates_on_queries_and_
     handle.remove()
     (slope,) = torch.autograd.grad(loss, gate)
     torch.testing.assert_close(found, slope.square())
+
+
+@pytest.mark.parametrize("arch", ["own", "resnet", "mobilevit_xxs"])
+def test_fisher_is_half_of_taylor_image_by_image(arch: str) -> None:
+    models = {
+        "own": lambda: randomize_(OwnNet(width=8)),
+        "resnet": lambda: tiny_resnet(num_classes=5),
+        "mobilevit_xxs": lambda: build("mobilevit_xxs")[0],
+    }
+    model = models[arch]().double().eval()
+    size = 64 if arch == "mobilevit_xxs" else 32
+    images, labels = torch.rand(4, 3, size, size).double(), torch.randint(0, 5, (4,))
+    whole = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 3)
+    single = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 1)
+    graph = ModelGraph(model, (3, size, size))
+    found = scores_of(graph, model, "fisher", adversarial=whole)
+    expected = scores_of(graph, model, "taylor", adversarial=single)
+    compared = 0
+    for group in graph.groups:
+        if not graph.gates(group.name):
+            torch.testing.assert_close(found[group.name], 0.5 * expected[group.name])
+            compared += 1
+    assert compared >= 2
+    assert not images.requires_grad
+
+
+def test_reconstruction_is_the_error_that_least_squares_can_not_mend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "DAMPING", 0.0)
+    torch.manual_seed(1)
+    model = randomize_(OwnNet(width=8)).double().eval()
+    model.hidden.bias.data += 1  # no unit is dead
+    images, labels = torch.rand(64, 3, 16, 16).double(), torch.randint(0, 5, (64,))
+    adversarial = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 64)
+    graph = ModelGraph(model, (3, 16, 16))
+    found = scores_of(graph, model, "reconstruction", adversarial=adversarial)["hidden"]
+    seen: list[torch.Tensor] = []
+    handle = model.out.register_forward_hook(lambda m, i, o: seen.extend((i[0], o)))
+    model(images)
+    handle.remove()
+    x = (seen[0] - seen[0].mean(0)).detach()
+    y = (seen[1] - seen[1].mean(0)).detach()
+    for unit in range(20):
+        rest = [u for u in range(20) if u != unit]
+        solved = torch.linalg.lstsq(x[:, rest], y).solution
+        lost = (y - x[:, rest] @ solved).square().sum() / y.square().sum()
+        assert float(found[unit]) == pytest.approx(float(lost), rel=1e-6)
+
+
+@pytest.mark.parametrize("score", ["fisher", "reconstruction"])
+def test_measured_scores_leave_the_model_alone_and_need_images(score: str) -> None:
+    model = tiny_resnet()
+    graph = ModelGraph(model, (3, 32, 32))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    adversarial = AdversarialSet(
+        torch.rand(4, 3, 32, 32), torch.arange(4), ThreatModel.linf(0.03), "given", 0, 2
+    )
+    found = scores_of(graph, model, score, adversarial=adversarial)
+    assert all(found[g.name].shape == (g.units,) for g in graph.groups)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(UsageError, match="needs adversarial"):
+        scores_of(graph, model, score)

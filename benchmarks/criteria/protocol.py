@@ -29,6 +29,10 @@ OURS = {
     for score in ("l2", "taylor")
 }
 WITHOUT_FIT = "-unfitted"  # the same plan without the reconstruction
+OURS |= {
+    f"curve-{score}": {"allocation": "curve", "score": score}
+    for score in ("fisher", "reconstruction")
+}
 PLAIN = {
     f"{rule}{WITHOUT_FIT}": {**OURS[rule], "reconstruct": False}
     for rule in ("curve-l2", "uniform-l2", "mrs-l2")
