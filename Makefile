@@ -20,6 +20,7 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.criteria --level smoke
 
 bench-zoo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.zoo

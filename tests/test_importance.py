@@ -9,7 +9,9 @@ import timm
 import torch
 import torch_pruning as tp
 
+import robust_prune.importance
 from robust_prune import MRSImportance, ThreatModel
+from robust_prune.curves import Curve
 from robust_prune.errors import UsageError
 from robust_prune.graph import ModelGraph
 from tests.conftest import TINY, tiny_resnet
@@ -25,6 +27,40 @@ def prepared(**more: object) -> tuple[torch.nn.Module, torch.Tensor, MRSImportan
         net, (images, labels), threat=ThreatModel.linf("8/255"), steps=2, n=32, **more
     )
     return net, images, importance
+
+
+def test_by_curves_the_cheapest_loss_per_multiply_add_goes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free, dear = "layer3.0.conv1", "layer2.0.conv1"
+    rises = {free: 0.0, dear: 50.0}
+
+    def curves(model: object, graph: ModelGraph, *args: object) -> dict[str, Curve]:
+        return {
+            g.name: Curve(g.name, (0.5, 1.0), _line(rises.get(g.name, 1.0))) for g in graph.groups
+        }
+
+    monkeypatch.setattr(robust_prune.importance, "structural_curves", curves)
+    net, images, importance = prepared()
+    assert "rule=curve" in repr(importance)
+    before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    tp.pruner.BasePruner(
+        net,
+        images[:1],
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=0.3,
+        ignored_layers=[net.fc],
+    ).step()
+    after = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    assert after[free] == pytest.approx(0.2 * before[free], abs=1)
+    assert after[dear] == before[dear]
+    assert sum(after.values()) == pytest.approx(0.7 * sum(before.values()), abs=3)
+    assert net(images).shape == (32, 10)
+
+
+def _line(rise: float) -> tuple[float, float]:
+    return rise / 2, rise
 
 
 @pytest.mark.parametrize("rule", ["mrs", "uniform", "inverted"])

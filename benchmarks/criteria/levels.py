@@ -123,7 +123,7 @@ CPU = Level(
     size=(3, 32, 32),
     threat=ThreatModel.linf("8/255"),
     stages=(
-        Stage("screen", (0.75, 0.5, 0.25), (0,), ARMS, n=500),
+        Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
         Stage(
             "untuned",
             (0.75, 0.5),
@@ -154,6 +154,7 @@ CPU = Level(
             finalists=1,
             judged_by="little",
         ),
+        Stage("light", (0.25,), (0,), ARMS, n=500),
     ),
     calibration_images=256,
     estimator_images=64,
