@@ -45,6 +45,7 @@ def main() -> None:
             "## Against torch-pruning's best arm\n",
             summary.targets(cells),
             estimators.table(out),
+            estimators.efforts(out),
         )
     )
     (out / "summary.md").write_text(text)
@@ -89,6 +90,7 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
                 label, model, splits, level.threat, level.calibration_images, level.batch_size
             )
             estimators.run(bench, out, level.estimator_images, tell)
+            estimators.run_effort(bench, out, tell)
             protocol.run(bench, level.stages, out / f"cells{tag}.jsonl", tell)
 
 

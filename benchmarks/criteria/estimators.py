@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from benchmarks.criteria.protocol import Bench
-from robust_prune import mrs, search
+from robust_prune import mrs, pipeline, search
 from robust_prune.allocation import make_plan
 from robust_prune.calibration import recalibrate_batchnorm_
 from robust_prune.curves import structural_curves
+from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.pgd_at import pgd_at
 from robust_prune.graph import ModelGraph
 from robust_prune.scores import channel_scores
+from robust_prune.settings import Settings
 from robust_prune.types import Budget, PruningPlan
 
 EPOCHS = 10
 BATCHNORM_IMAGES = 512
+EPOCH_IMAGES, TIMED_IMAGES = 10_000, 1024
+PLANNING = ("adversarial set", "scores", "curves", "sensitivity", "reconstruction", "plan")
 
 
 def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
@@ -33,7 +41,8 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
     scores = channel_scores(model, graph, score="l2")
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    for method in mrs.METHODS:
+    methods: tuple[mrs.Method, ...] = ("first-order", "ascent")
+    for method in methods:
         sensitivity = mrs.sensitivities(
             model,
             adversarial,
@@ -79,6 +88,51 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
     record = {"network": bench.network, "images": len(images), "seconds": seconds, "groups": found}
     path.write_text(json.dumps(record, indent=1) + "\n")
     tell(f"{bench.network}: estimators on {len(graph.groups)} groups, seconds {seconds}")
+
+
+def run_effort(bench: Bench, out: Path, tell: Callable[[str], None]) -> None:
+    """Time planning against PGD-2 adversarial training; the record is `effort-NETWORK.json`.
+
+    An epoch of 10,000 images is timed on 1,024, without augmentation and validation.
+    """
+    path = out / f"effort-{bench.network.replace('/', '-')}.json"
+    if path.exists():
+        return
+    settings = Settings(
+        budget=Budget("macs", 0.5),
+        threat=bench.threat,
+        calibration_images=bench.calibration_images,
+        batch_size=bench.batch_size,
+    )
+    seconds = pipeline.run(bench.model, bench.splits, settings).report["seconds"]
+    planning = sum(seconds[name] for name in PLANNING)
+    model = copy.deepcopy(bench.model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    attack = Attack(bench.threat, 2, torch.Generator().manual_seed(0))
+    seen, start = 0, time.perf_counter()
+    for images, labels in bench.splits.train.batches(bench.batch_size, limit=TIMED_IMAGES):
+        optimizer.zero_grad()
+        pgd_at(model, images, labels, attack).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        seen += len(images)
+    epoch = (time.perf_counter() - start) * EPOCH_IMAGES / seen
+    record = {"network": bench.network, "planning": planning, "epoch": epoch, "stations": seconds}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    tell(f"{bench.network}: planning {planning:.1f} s, an epoch of PGD-2 {epoch:.1f} s")
+
+
+def efforts(out: Path) -> str:
+    """Return seconds of planning and of an epoch as Markdown."""
+    lines = [
+        "## Seconds: measuring and planning, against an epoch of PGD-2 on 10,000 images",
+        "",
+        "| network | planning | epoch |",
+        "|---|---|---|",
+    ]
+    for path in sorted(out.glob("effort-*.json")):
+        record = json.loads(path.read_text())
+        lines.append(f"| {record['network']} | {record['planning']:.1f} | {record['epoch']:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(out: Path) -> str:

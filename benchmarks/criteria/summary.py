@@ -125,7 +125,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    screen = [c for c in cells if c.stage == "screen" and not c.error]
+    screen = [c for c in cells if c.stage in ("screen", "light") and not c.error]
     networks = list(dict.fromkeys(c.network for c in screen))
     figure, all_axes = plt.subplots(
         1, len(networks), figsize=(5.2 * len(networks) + 2.4, 4.6), squeeze=False
