@@ -28,6 +28,7 @@ SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01
 CLOSE = 0.002
+EVEN = 1e-4  # nats: shares what costs nothing evenly among equals
 
 Widths = dict[str, int]
 CostOf = Callable[[Mapping[str, int]], Cost]
@@ -133,12 +134,12 @@ def allocate_by_curves(
     _check_reach(cost_of, budget, floor)
     hulls = {name: curve.hull() for name, curve in curves.items()}
     widths = {g.name: g.width for g in groups}
-    steps = {
-        g.name: _step(g, round_to) * max(1, g.units // _step(g, round_to) // 24) for g in groups
-    }
+    steps = {g.name: _step(g, round_to) for g in groups}
+    strides = {g.name: steps[g.name] * max(1, g.units // steps[g.name] // 24) for g in groups}
 
     def next_width(g: ChannelGroup) -> int:
-        units = widths[g.name] // g.blocks - steps[g.name]
+        units = widths[g.name] // g.blocks - strides[g.name]
+        units -= units % steps[g.name]  # dense widths need be no multiples
         return max(units * g.blocks, floor[g.name])
 
     def price(g: ChannelGroup) -> float:
@@ -147,18 +148,20 @@ def allocate_by_curves(
         if after >= widths[g.name]:
             return math.inf
         saved = now - cost_of({**widths, g.name: after}).of(target)
-        rise = hulls[g.name].at(1 - after / g.width) - hulls[g.name].at(
-            1 - widths[g.name] / g.width
-        )
+        share, before = 1 - after / g.width, 1 - widths[g.name] / g.width
+        rise = hulls[g.name].at(share) - hulls[g.name].at(before)
+        rise += EVEN * (share**2 - before**2)
         return rise / saved if saved > 0 else math.inf
 
     now = cost_of(widths).of(target)
     queue = [(price(g), i) for i, g in enumerate(groups)]
     heapq.heapify(queue)
-    while now > goal:
+    while now > goal and queue:
         _, i = heapq.heappop(queue)
         g = groups[i]
         fresh = price(g), i
+        if math.isinf(fresh[0]):
+            continue  # it has given what it can
         if queue and fresh > queue[0]:
             heapq.heappush(queue, fresh)
             continue
@@ -202,7 +205,7 @@ def _fit(
             {**widths, g.name: width}
             for g in groups
             for width in (widths[g.name] - steps[g.name], widths[g.name] + steps[g.name])
-            if floor[g.name] <= width <= g.width
+            if floor[g.name] <= width <= g.width and width % steps[g.name] == 0
         ]
         closest = min(tried, key=miss, default=widths)
         if miss(closest) >= best:

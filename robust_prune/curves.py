@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import evaluating, network_of, requires_grad
-from robust_prune.mrs import AdversarialSet, adversarial_loss
+from robust_prune.mrs import AdversarialSet, Method, adversarial_loss, sensitivities
+from robust_prune.scores import channel_scores
 from robust_prune.types import GroupSensitivity, Sensitivity
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 IMAGE_PASSES = 20_000  # what all points together may cost
 FEWEST_IMAGES, MOST_IMAGES = 32, 384
+LARGEST_RISE = 1e6  # for a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,17 @@ class Curve:
     rises: tuple[float, ...]
 
     def at(self, share: float) -> float:
-        """Return the rise at a share of units in [0, 1], between the points by straight lines."""
+        """Return the rise at a share of units in [0, 1], by straight lines between the points.
+
+        The last line goes on beyond the last point.
+        """
         points = [(0.0, 0.0), *zip(self.shares, self.rises, strict=True)]
+        x, y, slope = 0.0, 0.0, 0.0
         for (x, y), (next_x, next_y) in itertools.pairwise(points):
+            slope = (next_y - y) / (next_x - x)
             if share <= next_x:
-                return y + (next_y - y) * (share - x) / (next_x - x)
-        return points[-1][1]
+                break
+        return y + slope * (share - x)
 
     def hull(self) -> Curve:
         """Return the convex curve below this one that never falls, for trading by slopes.
@@ -83,6 +93,12 @@ def structural_curves(
     n = max(FEWEST_IMAGES, min(MOST_IMAGES, IMAGE_PASSES // points))
     used = adversarial.first(n)
     curves: dict[str, Curve] = {}
+
+    def rise() -> float:
+        """The loss above the base; infinite where masking makes it so."""
+        found = adversarial_loss(model, used) - base
+        return found if found == found else math.inf
+
     with evaluating(model), requires_grad(model, False):
         base = adversarial_loss(model, used)
         for group in graph.groups:
@@ -94,7 +110,7 @@ def structural_curves(
                     gone = torch.zeros(group.units, dtype=torch.bool)
                     gone[order[:count]] = True
                     with masked(model, graph, group.name, gone):
-                        done[count] = adversarial_loss(model, used) - base
+                        done[count] = min(rise(), LARGEST_RISE)
             curves[group.name] = Curve(
                 group.name,
                 tuple(count / group.units for count in sorted(done)),
@@ -130,6 +146,23 @@ def structural(
             for g in graph.groups
         ),
     )
+
+
+def measure_mrs(
+    graph: ModelGraph,
+    adversarial: AdversarialSet,
+    method: Method,
+    scores: Mapping[str, Tensor] | None = None,
+    **more: Any,
+) -> Sensitivity:
+    """Measure MRS by any of its estimators; `structural` takes l2 scores where none are given."""
+    model = graph.model
+    if method != "structural":
+        return sensitivities(model, adversarial, method=method, groups=graph.groups, **more)
+    start = time.perf_counter()
+    scores = scores or channel_scores(model, graph, score="l2")
+    curves = structural_curves(model, graph, scores, adversarial, shares=(0.5,))
+    return structural(graph, curves, adversarial, time.perf_counter() - start)
 
 
 @contextmanager

@@ -182,6 +182,10 @@ class ModelGraph:
                 found[item.name] = gone
         return found
 
+    def scaled_rows(self, plan: PruningPlan) -> dict[str, list[tuple[Tensor, float]]]:
+        """Return by tensor the rows (dense indices) that pruning multiplies, and by what."""
+        return self._wiring.scaled_rows(self.dropped(plan))
+
     def apply_(self, plan: PruningPlan) -> None:
         """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
 

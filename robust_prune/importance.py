@@ -93,13 +93,15 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
                 training or held-out images.
             threat: default Linf 8/255.
             rule: `curve`, `mrs`, `inverted` or `uniform`.
-            score: `l2`, or `taylor` on the adversarial images.
+            score: `l2`, or `taylor`, `fisher` or `reconstruction` on the adversarial images.
             method: `first-order` or `ascent`.
             n: images to measure on.
             steps: PGD steps for the adversarial set.
             seed: for drawing images and starting PGD.
             batch_size: images at a time.
         """
+        if method == "structural":
+            raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
         images, labels = data.as_split(data_).take(n, seed)
         self.rule, self.score = rule, score
         self._model = model

@@ -14,6 +14,7 @@ from torch import nn
 
 from robust_prune import builders, models, mrs, report, scores
 from robust_prune.checkpoint import write_text
+from robust_prune.curves import measure_mrs
 from robust_prune.data import DataSplits, open_for
 from robust_prune.errors import DataError, Interrupted, UsageError
 from robust_prune.evaluation import Attack
@@ -25,7 +26,7 @@ from robust_prune.modules import (
     seeded,
 )
 from robust_prune.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Events, Settings
-from robust_prune.stations import Compression, calibration_images, image_size_of, measure_mrs
+from robust_prune.stations import Compression, calibration_images, image_size_of
 from robust_prune.types import (
     Budget,
     ModelSpec,
@@ -67,7 +68,7 @@ def compress(
         threat: norm and eps of the attacks.
         allocation: `curve` (the measured loss of each group), `mrs` (the paper's rule), or the
             controls `inverted` and `uniform`.
-        score: `l2`, or `taylor` on adversarial images.
+        score: `l2`, or `taylor`, `fisher` or `reconstruction` on adversarial images.
         finetune: `trades`, `pgd-at`, `n-fgsm`, `package.module:function`, or a function
             (model, images, labels, attack) -> loss; None for no fine-tuning.
         epochs: of fine-tuning.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ RIDGE = 0.1  # of the mean squared input
 POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
 MOST_INPUTS = 4608  # in-channels times kernel size; beyond, the normal equations get too large
 ACTIVATION_BYTES = 1 << 30
+PATCH_BYTES = 1 << 28
+Rows = tuple[Tensor, Tensor]  # indices of outputs, and the factor of each
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,29 @@ class Fit:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a layer read and gave at sampled positions of the dense model's forward pass.
+    """What a layer gave at sampled positions of the dense model's forward pass.
 
-    `outputs` is [rows, out]; `gram` [in, in] is the mean of x x^T of its inputs, where an input is
-    an in-channel at a place of the kernel. `free` says that a bias or a batch norm behind the layer
-    takes up means; they are taken off both then.
+    `positions` are drawn from the `places` of a map or a row of tokens; None takes all. `outputs`
+    is [rows, out]. `gram` [in, in] is the mean of x x^T of what it read, where an input is an
+    in-channel at a place of the kernel; empty where it was not asked for. `free` says that a bias
+    or a batch norm behind the layer takes up means; they are taken off both then.
     """
 
     positions: Tensor | None
+    places: int
     outputs: Tensor
     gram: Tensor
     free: bool
 
 
 @torch.no_grad()
-def dense_moments(model: nn.Module, images: Tensor) -> dict[str, Moments]:
+def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> dict[str, Moments]:
     """Run the dense model once and keep by layer what `reconstruct_` aims at.
 
     Args:
         model: left as it was.
         images: [N, C, H, W] in [0, 1]; adversarial and clean ones.
+        grams: keep second moments of inputs, too.
 
     Returns:
         Layers that one call with plain weights computes: no grouped convolutions, no weights
@@ -67,11 +72,18 @@ def dense_moments(model: nn.Module, images: Tensor) -> dict[str, Moments]:
 
     def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
-        positions = _draw_positions(layer, y, generator)
-        rows, outputs = _inputs(layer, x, positions), _outputs(layer, y, positions)
-        means[name] = rows.mean(0)
-        gram = rows.T @ rows / len(rows)
-        found[name] = Moments(positions, outputs, gram, layer.bias is not None)
+        places = _places(layer, y)
+        positions = None
+        if places > POSITIONS:
+            drawn = torch.randperm(places, generator=generator)[:POSITIONS]
+            positions = drawn.sort().values.to(y.device)
+        gram = y.new_empty(0)
+        if grams:
+            rows = _inputs(layer, x, positions)
+            means[name] = rows.mean(0)
+            gram = rows.T @ rows / len(rows)
+        outputs = _outputs(layer, y, positions)
+        found[name] = Moments(positions, places, outputs, gram, layer.bias is not None)
         latest[:] = [(name, weakref.ref(y))]
 
     def normalise(_: str, norm: nn.Module, x: Tensor) -> None:
@@ -86,7 +98,9 @@ def dense_moments(model: nn.Module, images: Tensor) -> dict[str, Moments]:
     ):
         model(images.to(device_of(model)))
     return {
-        name: replace(m, gram=m.gram - torch.outer(means[name], means[name])) if m.free else m
+        name: replace(m, gram=m.gram - torch.outer(means[name], means[name]))
+        if grams and m.free
+        else m
         for name, m in found.items()
         if calls[name] == 1
     }
@@ -96,7 +110,7 @@ def dense_moments(model: nn.Module, images: Tensor) -> dict[str, Moments]:
 def reconstruct_(
     model: nn.Module,
     dense: Mapping[str, Moments],
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, Rows],
     images: Tensor,
     *,
     ridge: float = RIDGE,
@@ -119,7 +133,7 @@ def reconstruct_(
     Args:
         model: pruned; left in the mode it was in.
         dense: `dense_moments` on the same images.
-        rows: `kept_rows` of the plan.
+        rows: `kept_rows` of the plan, made before pruning.
         images: [N, C, H, W] in [0, 1].
         ridge: how strongly weights stay; larger for fewer images.
 
@@ -130,8 +144,12 @@ def reconstruct_(
     layers = {n: m for n, m in _fittable(model).items() if n in dense}
 
     def fit(name: str, layer: nn.Module, x: Tensor) -> None:
-        target = dense[name]
-        y = target.outputs[:, rows[name]] if name in rows else target.outputs
+        target, y = dense[name], dense[name].outputs
+        if name in rows:
+            kept, factors = (part.to(y.device) for part in rows[name])
+            y = y[:, kept] * factors.to(y)
+        if isinstance(layer, nn.Linear) and _places(layer, x) != target.places:
+            return  # its rows are channels that are gone: it mixes tokens
         x = _inputs(layer, x, target.positions)
         fits.append(_fit_(name, layer, x, y, ridge, target.free))
 
@@ -164,13 +182,16 @@ class Reconstruction:
         images = images[: images_that_fit(model, images[:1], len(images))]
         return cls(images, dense_moments(model, images))
 
-    def apply_(self, pruned: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Fit, ...]:
+    def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
         return reconstruct_(pruned, self.dense, rows, self.images)
 
 
-def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Tensor]:
-    """Return by layer which of the dense layer's outputs are left."""
+def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
+    """Return by layer which of the dense layer's outputs are left, and what they are multiplied by.
+
+    The graph's model must not be pruned yet.
+    """
     sizes = {n: p.shape for n, p in network_of(graph.model).named_parameters()}
     kept: dict[str, Tensor] = {}
     for group, gone in graph.dropped(plan).items():
@@ -178,7 +199,14 @@ def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Tensor]:
             if slot.role == "out" and slot.tensor == f"{slot.layer}.weight":
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
-    return {layer: mask.nonzero().squeeze(1) for layer, mask in kept.items()}
+    scaled = graph.scaled_rows(plan)
+    rows = {}
+    for layer, mask in kept.items():
+        factors = torch.ones(len(mask))
+        for indices, factor in scaled.get(f"{layer}.weight", ()):
+            factors[indices] = factor
+        rows[layer] = mask.nonzero().squeeze(1), factors[mask]
+    return rows
 
 
 @torch.no_grad()
@@ -240,15 +268,11 @@ def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free:
     return Fit(name, before / energy, after / energy)
 
 
-def _draw_positions(layer: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Draw which positions of an output to look at: of its map, or of its rows."""
+def _places(layer: nn.Module, y: Tensor) -> int:
+    """Return at how many places a layer's output (or a linear layer's input) has channels."""
     if isinstance(layer, nn.Conv2d):
-        places = y.shape[-1] * y.shape[-2]
-    else:
-        places = y[0].numel() // y.shape[-1]
-    if places <= POSITIONS:
-        return None
-    return torch.randperm(places, generator=generator)[:POSITIONS].sort().values.to(y.device)
+        return y.shape[-1] * y.shape[-2]
+    return y[0].numel() // y.shape[-1]
 
 
 def _outputs(layer: nn.Module, y: Tensor, positions: Tensor | None) -> Tensor:
@@ -265,7 +289,8 @@ def _inputs(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
         x = x if positions is None else x[:, positions]
         return x.reshape(-1, x.shape[-1])
     parts = []
-    for part in torch.split(x, 64):
+    patch_bytes = 4 * x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
+    for part in torch.split(x, max(1, PATCH_BYTES // patch_bytes)):
         patches = F.unfold(
             part,
             layer.kernel_size,
@@ -282,6 +307,15 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, x.shape[-1])
 
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _first(args: Args, kwargs: Kwargs) -> Tensor:
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
+
+
 @contextmanager
 def _watching(
     modules: Mapping[str, nn.Module],
@@ -294,16 +328,18 @@ def _watching(
     for name, module in modules.items():
         if before is not None:
 
-            def enter(m: nn.Module, inputs: Sequence[Tensor], name: str = name) -> None:
-                before(name, m, inputs[0])
+            def enter(m: nn.Module, args: Args, kwargs: Kwargs, name: str = name) -> None:
+                before(name, m, _first(args, kwargs))
 
-            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         if after is not None:
 
-            def leave(m: nn.Module, inputs: Sequence[Tensor], y: Tensor, name: str = name) -> None:
-                after(name, m, inputs[0], y)
+            def leave(
+                m: nn.Module, args: Args, kwargs: Kwargs, y: Tensor, name: str = name
+            ) -> None:
+                after(name, m, _first(args, kwargs), y)
 
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         yield
     finally:

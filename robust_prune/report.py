@@ -332,10 +332,12 @@ def _training_table(history: Mapping[str, Any]) -> str:
 
 
 def _mrs_line(s: Mapping[str, Any]) -> str:
+    structural = s["method"] == "structural"
     return (
-        f"{s['method']}, rho {s['rho']:g}, {s['n']} images, {s['attack']}, seed "
-        f"{s['seed']}; adversarial loss {s['adversarial_loss']:.4f} nats; {s['seconds']:.1f} s. "
-        "A group of layers takes the largest value of its members."
+        f"{s['method']}, {'half of each group' if structural else 'rho ' + format(s['rho'], 'g')}, "
+        f"{s['n']} images, {s['attack']}, seed {s['seed']}; adversarial loss "
+        f"{s['adversarial_loss']:.4f} nats; {s['seconds']:.1f} s."
+        f"{'' if structural else ' A group of layers takes the largest value of its members.'}"
     )
 
 

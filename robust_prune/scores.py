@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +132,8 @@ def fisher(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> 
     derivative of each image's own loss, which is sum(x * dL/dx) over what the readers read.
     Source: LeCun et al., "Optimal brain damage", NeurIPS 1989; Theis et al., "Faster gaze
     prediction with dense networks and Fisher pruning", 2018, arXiv 1801.05787, Eq. 7; ours:
-    adversarial images, and all readers of a group together. Where a module's input holds no
-    gradient of its own for an image (rows of queries), the score of `taylor` is taken.
+    adversarial images, and all readers of a group together. Groups whose readers read nothing of a
+    single image (queries, tables of positions) get the score of `taylor`.
     """
     net = network_of(model)
     readers = {
@@ -141,30 +141,33 @@ def fisher(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> 
     }
     modules = {s.layer: net.get_submodule(s.layer) for slots in readers.values() for s in slots}
     scores = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in graph.groups}
-    read: dict[str, Tensor] = {}
+    read: list[tuple[str, Tensor]] = []
+    seen: set[str] = set()
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = inputs[0].clone()  # of its own: other readers' gradients stay apart
+    def look(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = (args[0] if args else next(iter(kwargs.values()))).clone()
             x = x if x.requires_grad else x.requires_grad_(True)
-            read[name] = x
-            return (x, *inputs[1:])
+            read.append((name, x))  # a tensor of its own: other readers' gradients stay apart
+            return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
 
         return hook
 
-    handles = [m.register_forward_pre_hook(look(name)) for name, m in modules.items()]
+    handles = [
+        m.register_forward_pre_hook(look(name), with_kwargs=True) for name, m in modules.items()
+    ]
     try:
         with evaluating(model), requires_grad(model, False):
             for images, labels in adversarial.batches():
                 read.clear()
                 loss = F.cross_entropy(model(images), labels, reduction="sum")
-                names = list(read)
-                gradients = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
-                changes = {
-                    name: _by_image(modules[name], read[name].detach() * gradient, len(images))
-                    for name, gradient in zip(names, gradients, strict=True)
-                    if gradient is not None
-                }
+                gradients = torch.autograd.grad(loss, [x for _, x in read], allow_unused=True)
+                changes: dict[str, Tensor] = {}
+                for (name, x), gradient in zip(read, gradients, strict=True):
+                    if gradient is not None and len(x) % len(images) == 0:
+                        by_image = _by_image(modules[name], x.detach() * gradient, len(images))
+                        changes[name] = changes.get(name, 0) + by_image
+                seen |= set(changes)
                 for name, slots in readers.items():
                     change = torch.zeros(len(images), len(scores[name]), dtype=torch.float64)
                     for slot in slots:
@@ -175,9 +178,10 @@ def fisher(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> 
     finally:
         for handle in handles:
             handle.remove()
-    if any(not slots for slots in readers.values()):
+    blind = [n for n, slots in readers.items() if not seen.intersection(s.layer for s in slots)]
+    if blind:
         first_order = taylor(model, graph, adversarial)
-        scores |= {name: first_order[name] for name, slots in readers.items() if not slots}
+        scores |= {name: first_order[name] for name in blind}
     return scores
 
 
@@ -201,7 +205,7 @@ def reconstruction(
     Source: Hassibi and Stork, "Optimal brain surgeon", NeurIPS 1992, for blocks of inputs, with
     the layer's own least-squares Hessian; ours: adversarial images.
     """
-    moments = dense_moments(model, adversarial.images)
+    moments = dense_moments(model, adversarial.images, grams=True)
     tensors = {name: p.detach() for name, p in network_of(model).named_parameters()}
     plain = l2(model, graph)
     inverses: dict[str, Tensor] = {}

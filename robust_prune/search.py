@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from robust_prune.allocation import (
     allocate_by_curves,
 )
 from robust_prune.curves import Curve
+from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of, evaluating, requires_grad
 from robust_prune.types import Budget, PruningPlan, ThreatModel
@@ -53,16 +55,17 @@ def candidates(
     least = max(_most(graph, uniform), 0.0)
     found = [uniform]
     for cap in CAPS[1:]:
-        widths = allocate_by_curves(
-            graph.groups,
-            graph.cost,
-            budget,
-            curves,
-            max_prune_ratio=min(least + cap * (max_prune_ratio - least), max_prune_ratio),
-            round_to=round_to,
-        )
-        if widths not in found:
-            found.append(widths)
+        with contextlib.suppress(BudgetError):  # rounding may leave the uniform one just above it
+            widths = allocate_by_curves(
+                graph.groups,
+                graph.cost,
+                budget,
+                curves,
+                max_prune_ratio=min(least + cap * (max_prune_ratio - least), max_prune_ratio),
+                round_to=round_to,
+            )
+            if widths not in found:
+                found.append(widths)
     return found
 
 
@@ -87,7 +90,7 @@ def best_composed(
     Args:
         graph: of the dense model; both stay as they are.
         plans: to compare, each for this model.
-        images: held-out images [N, C, H, W] in [0, 1].
+        images: [N, C, H, W] in [0, 1], held out of training; the attacks on them are new.
         labels: [N].
         threat: norm and eps.
         seed: of the attack's random start.

@@ -24,7 +24,7 @@ from robust_prune import (
     search,
     verify,
 )
-from robust_prune.curves import Curve, structural, structural_curves
+from robust_prune.curves import Curve, measure_mrs, structural_curves
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
@@ -44,7 +44,6 @@ from robust_prune.settings import CALIBRATION_IMAGES, CompressResult, Events, Se
 from robust_prune.types import (
     Evaluation,
     PruningPlan,
-    Sensitivity,
     to_plain,
 )
 
@@ -234,10 +233,9 @@ class Compression:
         def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
             if self.reconstruction is not None:
                 self.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            elif self.splits is not None:
-                calibration.recalibrate_batchnorm_(
-                    pruned, self.splits.train.batches(64, seed=settings.seed, limit=len(labels))
-                )
+            if self.splits is not None:
+                batches = self.splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
+                calibration.recalibrate_batchnorm_(pruned, batches)
 
         best, losses = search.best_composed(
             graph,
@@ -429,23 +427,6 @@ class Compression:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def measure_mrs(
-    graph: ModelGraph,
-    adversarial: mrs.AdversarialSet,
-    method: mrs.Method,
-    values: Mapping[str, Tensor] | None = None,
-    **more: Any,
-) -> Sensitivity:
-    """Measure MRS by any of its estimators; `structural` needs scores `values`, else takes l2."""
-    model = graph.model
-    if method != "structural":
-        return mrs.sensitivities(model, adversarial, method=method, groups=graph.groups, **more)
-    start = time.perf_counter()
-    values = values or scores.channel_scores(model, graph, score="l2")
-    curves = structural_curves(model, graph, values, adversarial, shares=(0.5,))
-    return structural(graph, curves, adversarial, time.perf_counter() - start)
 
 
 def calibration_images(

@@ -136,14 +136,6 @@ class Wiring:
     def remove_(self, net: nn.Module, dropped: Mapping[str, Tensor]) -> None:
         """Remove units of groups from a network, by True [units] for those that go."""
         set_fields = self._fields(dict(net.named_modules()), dropped)
-        rows: dict[str, dict[tuple[int, ...], float]] = {}
-        for _, slots, g in self.coupling.scaled:
-            gone = dropped.get(self.names.get(g, ""))
-            for slot in slots:
-                if gone is not None:
-                    # an attention divides by the root of its head's width
-                    share = float((~gone[slot.units]).double().mean())
-                    rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share**0.5
         sizes = {n: tuple(t.shape) for n, t in (*net.named_parameters(), *net.named_buffers())}
         keep: dict[tuple[str, int], Tensor] = {}
         for name, gone in dropped.items():
@@ -154,12 +146,22 @@ class Wiring:
                 )
                 mask[slot.indices[gone[slot.units]]] = False
         kept = {key: mask.nonzero().squeeze(1) for key, mask in keep.items()}
-        narrow_(
-            net,
-            kept,
-            {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()},
-        )
+        narrow_(net, kept, self.scaled_rows(dropped))
         set_fields_(net, set_fields)
+
+    def scaled_rows(self, dropped: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, float]]]:
+        """Return by tensor which rows pruning multiplies, and by what.
+
+        An attention divides by the root of its head's width, which the rows of queries make up for.
+        """
+        rows: dict[str, dict[tuple[int, ...], float]] = {}
+        for _, slots, g in self.coupling.scaled:
+            gone = dropped.get(self.names.get(g, ""))
+            for slot in slots:
+                if gone is not None:
+                    share = float((~gone[slot.units]).double().mean())
+                    rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share**0.5
+        return {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()}
 
     def normalised(self, dropped: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Return by module and full width which channels stay of those it counts."""

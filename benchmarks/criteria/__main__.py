@@ -42,7 +42,7 @@ def main() -> None:
     text = "\n".join(
         (
             summary.tables(cells),
-            "## Against torch-pruning's best arm\n",
+            "## Against the torch-pruning arm that was best before fine-tuning\n",
             summary.targets(cells),
             estimators.table(out),
             estimators.efforts(out),

@@ -15,10 +15,12 @@ from benchmarks.criteria.networks import (
     narrow_vgg,
     small_mobilevit,
 )
+from benchmarks.criteria.peers import PEERS
 from benchmarks.criteria.protocol import ARMS, Stage, Tuning
 from robust_prune.types import ThreatModel
 
 MAIN = ("curve-l2", "uniform-l2")
+FIRST = ("dense", *(peer.name for peer in PEERS), "curve-l2")  # what finalists are chosen from
 SEEDS = (0, 1, 2)
 
 
@@ -123,12 +125,12 @@ CPU = Level(
     size=(3, 32, 32),
     threat=ThreatModel.linf("8/255"),
     stages=(
-        Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
+        Stage("screen", (0.75, 0.5), (0,), FIRST, n=500),
         Stage(
             "untuned",
             (0.75, 0.5),
             SEEDS,
-            ("dense", "curve-l2"),
+            ("dense", "curve-l2", "curve-l2-unfitted"),
             n=5000,
             finalists=2,
             judged_by="screen",
@@ -143,6 +145,7 @@ CPU = Level(
             finalists=1,
             judged_by="untuned",
         ),
+        Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
         Stage(
             "full",
             (0.75,),
@@ -154,7 +157,7 @@ CPU = Level(
             finalists=1,
             judged_by="little",
         ),
-        Stage("light", (0.25,), (0,), ARMS, n=500),
+        Stage("screen", (0.25,), (0,), ARMS, n=500),
     ),
     calibration_images=256,
     estimator_images=64,
@@ -199,7 +202,7 @@ GPU = Level(
             tuning=Tuning(epochs=20, steps=10, lr=0.05, amp=True),
             autoattack=10_000,
             finalists=2,
-            judged_by="little",
+            judged_by="untuned",
         ),
     ),
 )

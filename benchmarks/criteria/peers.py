@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from robust_prune.costs import count_cost
 from robust_prune.errors import ModelError
-from robust_prune.modules import ImageModel, make_contiguous_, requires_grad
+from robust_prune.modules import ImageModel, device_of, make_contiguous_, requires_grad
 from robust_prune.mrs import AdversarialSet
 
 HESSIAN_IMAGES = 64  # one backward pass for each
-TOLERANCE = 0.002
+TOLERANCE, FARTHEST = 0.002, 0.02
 HALVINGS = 12
 
 
@@ -87,6 +87,8 @@ def prune(
         low, high = (share, high) if reached < ratio else (low, share)
     if best is None:
         raise ModelError(f"torch-pruning: {problem}")
+    if best[0] > FARTHEST:
+        raise ModelError(f"torch-pruning comes no closer than {100 * best[0]:.1f} points {problem}")
     return best[1]
 
 
@@ -101,15 +103,16 @@ def _prune_once(
 ) -> ImageModel:
     copied = copy.deepcopy(model).eval()
     importance = peer.importance()
+    example = torch.rand(2, *size, device=device_of(model))
     attentions: list[Any] = [m for m in copied.modules() if _is_attention(m)]
     with requires_grad(copied, True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _accumulate_gradients_(copied, peer, importance, adversarial, clean)
+        _accumulate_gradients_(copied, peer, adversarial, clean)
         torch.manual_seed(seed)
         heads = {m.qkv: m.num_heads for m in attentions}
         pruner = tp.pruner.BasePruner(
             copied,
-            torch.rand(1, *size),
+            example[:1],
             importance=importance,
             global_pruning=peer.everywhere,
             pruning_ratio=share,
@@ -125,26 +128,37 @@ def _prune_once(
         parameter.grad = None
     make_contiguous_(copied)
     with torch.no_grad():
-        copied(torch.rand(2, *size))
+        copied(example)
     return copied
 
 
 def _accumulate_gradients_(
-    model: nn.Module, peer: Peer, importance: Any, adversarial: AdversarialSet, clean: Tensor
+    model: nn.Module, peer: Peer, adversarial: AdversarialSet, clean: Tensor
 ) -> None:
+    """Leave in `grad` what the importance reads: gradients, or means of squared ones.
+
+    HessianImportance.accumulate_grad of torch-pruning 1.6.1 keeps the last image alone (it looks
+    for names in a dictionary of parameters), so squares are averaged here; the importance takes
+    `grad` for them when it has accumulated nothing itself.
+    """
     if not peer.gradients:
         return
     images = adversarial.images if peer.gradients == "adversarial" else clean
-    labels = adversarial.labels
-    if peer.gradients == "each":
-        for image, label in zip(images[:HESSIAN_IMAGES], labels[:HESSIAN_IMAGES], strict=True):
-            model.zero_grad()
-            F.cross_entropy(model(image[None]), label[None]).backward()  # type: ignore[no-untyped-call]
-            importance.accumulate_grad(model)
+    images, labels = images.to(device_of(model)), adversarial.labels
+    if peer.gradients != "each":
+        for part, target in zip(torch.split(images, 128), torch.split(labels, 128), strict=True):
+            loss = F.cross_entropy(model(part), target, reduction="sum") / len(labels)
+            loss.backward()  # type: ignore[no-untyped-call]
         return
-    for part, target in zip(torch.split(images, 128), torch.split(labels, 128), strict=True):
-        loss = F.cross_entropy(model(part), target, reduction="sum") / len(labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    squares = [torch.zeros_like(p) for p in parameters]
+    n = min(HESSIAN_IMAGES, len(labels))
+    for image, label in zip(images[:n], labels[:n], strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for total, gradient in zip(squares, torch.autograd.grad(loss, parameters), strict=True):
+            total += gradient.square() / n
+    for parameter, total in zip(parameters, squares, strict=True):
+        parameter.grad = total
 
 
 def _is_attention(module: Any) -> bool:

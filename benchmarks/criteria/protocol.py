@@ -20,6 +20,7 @@ from robust_prune.finetune.loop import TrainingConfig, train_
 from robust_prune.modules import ImageModel, seeded
 from robust_prune.mrs import AdversarialSet, adversarial_set
 from robust_prune.settings import Settings
+from robust_prune.stations import calibration_images
 from robust_prune.types import Budget, ThreatModel
 
 BATCHNORM_IMAGES = 2048
@@ -138,9 +139,10 @@ class Bench:
         return model
 
     def _peer_batches(self, seed: int) -> tuple[AdversarialSet, Any]:
-        key = (id(self.model), seed)
+        key = self.network, seed
         if key not in _PEER_BATCHES:
-            images, labels = self.splits.train.take(self.calibration_images, seed)
+            size, n = self.splits.input_size, self.calibration_images
+            images, labels = calibration_images(self.model, self.splits, size, n, seed)
             _PEER_BATCHES[key] = (
                 adversarial_set(self.model, images, labels, threat=self.threat, seed=seed),
                 images,
@@ -166,7 +168,7 @@ class Bench:
         train_(model, train, validation, config)
 
 
-_PEER_BATCHES: dict[tuple[int, int], tuple[AdversarialSet, Any]] = {}
+_PEER_BATCHES: dict[tuple[str, int], tuple[AdversarialSet, Any]] = {}
 
 
 def measure(bench: Bench, stage: Stage, arm: str, ratio: float, seed: int) -> Cell:

@@ -39,7 +39,10 @@ def compress(
         ),
     ] = "curve",
     score: Annotated[
-        str, typer.Option(help="Channel score: l2 or taylor.", rich_help_panel=PRUNING)
+        str,
+        typer.Option(
+            help="Channel score: l2, taylor, fisher or reconstruction.", rich_help_panel=PRUNING
+        ),
     ] = "l2",
     mrs: Annotated[
         o.MRSMethod, typer.Option(help="Estimator of MRS.", rich_help_panel=PRUNING)
