@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_prune import allocation, search
+from robust_prune.allocation import CostOf
 from robust_prune.curves import Curve, masked, structural, structural_curves
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.mrs import adversarial_loss, adversarial_set
 from robust_prune.scores import channel_scores
-from robust_prune.types import Budget, PruningPlan, ThreatModel
+from robust_prune.types import Budget, ChannelGroup, Cost, PruningPlan, ThreatModel
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
 SIZE = (3, 32, 32)
@@ -101,6 +103,7 @@ def test_a_curve_by_hand() -> None:
     assert curve.at(0.125) == pytest.approx(0.2)
     assert curve.at(0.625) == pytest.approx(0.2)
     assert curve.at(1.0) == 2.0
+    assert Curve("g", (0.5, 0.9), (0.0, 0.8)).at(1.0) == pytest.approx(1.0)  # the line goes on
     # made to rise (0.4, 0.4, 0.5, 2) and convex from below: 0 to 0.5 at 0.75 is one straight line
     hull = curve.hull()
     assert hull.shares == (0.75, 1.0)
@@ -157,6 +160,47 @@ def test_what_costs_nothing_goes_first_and_only_so_far() -> None:
         allocation.allocate_by_curves(
             WIDE.groups, WIDE.cost, Budget("macs", 0.9), curves, max_prune_ratio=0.5
         )
+
+
+def group(name: str, width: int) -> ChannelGroup:
+    return ChannelGroup(name=name, width=width, blocks=1, min_width=2, members=(name,), readers=())
+
+
+def channels_of(groups: tuple[ChannelGroup, ...]) -> CostOf:
+    def cost(widths: Mapping[str, int]) -> Cost:
+        total = sum(widths.get(g.name, g.width) for g in groups)
+        return Cost(total, total, total)
+
+    return cost
+
+
+def test_it_ends_where_nothing_is_left_to_give() -> None:
+    groups = (group("a", 40), group("b", 40))
+    curves = straight({"a": 1.0, "b": 2.0})
+    for ratio in (0.8, 0.9):
+        widths = allocation.allocate_by_curves(
+            groups, channels_of(groups), Budget("channels", ratio), curves, max_prune_ratio=ratio
+        )
+        assert widths == {g.name: round(40 * (1 - ratio)) for g in groups}
+
+
+def test_widths_become_multiples_even_where_dense_ones_are_none() -> None:
+    groups = (group("a", 20), group("b", 36), group("c", 64))
+    curves = straight({"a": 1.0, "b": 1.0, "c": 1.0})
+    for ratio in (0.3, 0.5, 0.6):
+        widths = allocation.allocate_by_curves(
+            groups, channels_of(groups), Budget("channels", ratio), curves, round_to=8
+        )
+        for g in groups:
+            assert widths[g.name] % 8 == 0 or widths[g.name] == g.width
+
+
+def test_equals_share_what_costs_nothing() -> None:
+    groups = tuple(group(name, 40) for name in "abcd")
+    widths = allocation.allocate_by_curves(
+        groups, channels_of(groups), Budget("channels", 0.25), straight(dict.fromkeys("abcd", 0.0))
+    )
+    assert widths == dict.fromkeys("abcd", 30)
 
 
 def test_candidates_go_from_uniform_to_free_at_one_cost() -> None:

@@ -128,6 +128,29 @@ def test_fisher_is_half_of_taylor_image_by_image(arch: str) -> None:
     assert not images.requires_grad
 
 
+def test_fisher_adds_up_the_calls_of_a_layer_that_is_used_twice() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 8, 3, padding=1)
+            self.shared = torch.nn.Conv2d(8, 4, 1)
+            self.out = torch.nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.first(input=x))
+            both = self.shared(input=x) + self.shared(input=torch.roll(x, 1, 2) ** 2)
+            return self.out(torch.relu(both).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Twice().double().eval()
+    images, labels = torch.rand(4, 3, 8, 8).double(), torch.randint(0, 5, (4,))
+    single = AdversarialSet(images, labels, ThreatModel.linf(0.03), "given", 0, 1)
+    graph = ModelGraph(model, (3, 8, 8))
+    found = scores_of(graph, model, "fisher", adversarial=single)
+    expected = scores_of(graph, model, "taylor", adversarial=single)
+    torch.testing.assert_close(found["first"], 0.5 * expected["first"])
+
+
 def test_reconstruction_is_the_error_that_least_squares_can_not_mend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -84,14 +84,26 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
                 network, splits, level.threat, options.cache, options.warm, options.device, tell
             )
             label = network.name if len(level.data) == 1 else f"{network.name}/{splits.name}"
+            path = out / f"settings{tag}.json"
+            _check_same(path, label, trained["digest"])
             settings["dense"][label] = trained
-            (out / f"settings{tag}.json").write_text(json.dumps(settings, indent=1) + "\n")
+            path.write_text(json.dumps(settings, indent=1) + "\n")
             bench = protocol.Bench(
                 label, model, splits, level.threat, level.calibration_images, level.batch_size
             )
             estimators.run(bench, out, level.estimator_images, tell)
             estimators.run_effort(bench, out, tell)
             protocol.run(bench, level.stages, out / f"cells{tag}.jsonl", tell)
+
+
+def _check_same(path: Path, label: str, digest: str) -> None:
+    """Stop before cells of different dense models are mixed in one record."""
+    known = json.loads(path.read_text())["dense"].get(label, {}) if path.exists() else {}
+    if known.get("digest", digest) != digest:
+        raise SystemExit(
+            f"{path.parent} was measured on another dense {label} ({known['digest']}, not {digest});"
+            " name another --out, or the --cache that holds that model"
+        )
 
 
 def _options() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.criteria.networks import Network
 from robust_prune.data import DataSplits
@@ -34,7 +36,7 @@ def dense_model(
     if path.exists():
         model = network.create(splits.classes, splits.input_size, seed)
         model.load_state_dict(torch.load(path, weights_only=True))
-        return model.to(device).eval(), json.loads(log.read_text())
+        return model.to(device).eval(), {**json.loads(log.read_text()), "digest": digest(model)}
     if splits.validation is None:
         raise DataError(f"{splits.name}: too few images to keep some back for validation")
     model, started_from = network.start(splits.classes, splits.input_size, warm, seed)
@@ -63,4 +65,13 @@ def dense_model(
     torch.save(model.state_dict(), draft)
     log.write_text(json.dumps(told, indent=1) + "\n")
     draft.replace(path)
-    return model, told
+    return model, {**told, "digest": digest(model)}
+
+
+def digest(model: nn.Module) -> str:
+    """Return a short fingerprint of all weights and statistics."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -19,7 +19,9 @@ from benchmarks.criteria.peers import PEERS
 from benchmarks.criteria.protocol import ARMS, Stage, Tuning
 from robust_prune.types import ThreatModel
 
-MAIN = ("curve-l2", "uniform-l2")
+BEST = "curve-l2"
+MAIN = (BEST, "uniform-l2")
+LITTLE = Tuning(epochs=1, images=2000)
 FIRST = ("dense", *(peer.name for peer in PEERS), "curve-l2")  # what finalists are chosen from
 SEEDS = (0, 1, 2)
 
@@ -64,35 +66,23 @@ SMOKE = Level(
     size=(1, 16, 16),
     threat=ThreatModel.linf("0.1"),
     stages=(
-        Stage("screen", (0.5, 0.75), (0,), ARMS, n=300),
-        Stage(
-            "untuned", (0.5, 0.75), (0, 1), ("dense", *MAIN), n=300, finalists=1, judged_by="screen"
-        ),
-        Stage(
-            "little",
-            (0.75,),
-            (0, 1),
-            MAIN,
-            n=300,
-            tuning=Tuning(epochs=1, images=300),
-            finalists=1,
-            judged_by="screen",
-        ),
+        Stage("screen", (0.75,), (0,), (*ARMS[:-3], "curve-l2-unfitted"), n=200),
+        Stage("untuned", (0.75,), (0, 1), ("dense", *MAIN), n=300, finalists=1, judged_by="screen"),
         Stage(
             "full",
             (0.75,),
-            (0,),
+            (0, 1),
             ("dense", "curve-l2"),
             n=300,
-            tuning=Tuning(epochs=2),
-            autoattack=40,
+            tuning=Tuning(epochs=1),
+            autoattack=30,
             finalists=1,
-            judged_by="screen",
+            judged_by="untuned",
         ),
     ),
-    calibration_images=128,
+    calibration_images=64,
     batch_size=32,
-    estimator_images=64,
+    estimator_images=32,
 )
 
 CPU = Level(
@@ -126,37 +116,22 @@ CPU = Level(
     threat=ThreatModel.linf("8/255"),
     stages=(
         Stage("screen", (0.75, 0.5), (0,), FIRST, n=500),
-        Stage(
-            "untuned",
-            (0.75, 0.5),
-            SEEDS,
-            ("dense", "curve-l2", "curve-l2-unfitted"),
-            n=5000,
-            finalists=2,
-            judged_by="screen",
-        ),
-        Stage(
-            "little",
-            (0.75, 0.5),
-            SEEDS,
-            ("curve-l2",),
-            n=5000,
-            tuning=Tuning(epochs=1, images=2000),
-            finalists=1,
-            judged_by="untuned",
-        ),
-        Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
+        Stage("untuned", (0.75,), SEEDS, ("dense", BEST), 5000, finalists=2, judged_by="screen"),
+        Stage("untuned", (0.5,), SEEDS, (BEST,), 5000, finalists=2, judged_by="screen"),
+        Stage("little", (0.75,), SEEDS, (BEST,), 5000, LITTLE, finalists=1, judged_by="untuned"),
         Stage(
             "full",
             (0.75,),
             SEEDS,
-            ("dense", "curve-l2"),
+            ("dense", BEST),
             n=5000,
             tuning=Tuning(epochs=5, amp=True),
             autoattack=200,
             finalists=1,
-            judged_by="little",
+            judged_by="untuned",
         ),
+        Stage("little", (0.5,), SEEDS, (BEST,), 5000, LITTLE, finalists=1, judged_by="untuned"),
+        Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
         Stage("screen", (0.25,), (0,), ARMS, n=500),
     ),
     calibration_images=256,

@@ -223,7 +223,7 @@ def verdicts(
 
 
 def cells_of(stage: Stage, done: Sequence[Cell]) -> Iterator[tuple[str, float, int]]:
-    """Yield (arm, ratio, seed) of a stage; the dense model has ratio 0."""
+    """Yield (arm, ratio, seed) of a stage; the dense model has ratio 0 and the first seed."""
     for ratio in stage.ratios:
         arms = [arm for arm in stage.arms if arm != "dense"]
         judged = [
@@ -237,8 +237,7 @@ def cells_of(stage: Stage, done: Sequence[Cell]) -> Iterator[tuple[str, float, i
             for seed in stage.seeds:
                 yield arm, ratio, seed
     if "dense" in stage.arms:
-        for seed in stage.seeds if stage.tuning else stage.seeds[:1]:
-            yield "dense", 0.0, seed
+        yield "dense", 0.0, stage.seeds[0]
 
 
 def run(bench: Bench, stages: Sequence[Stage], path: Path, tell: Callable[[str], None]) -> None:
