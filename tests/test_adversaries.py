@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robust_prune.adversaries.autoattack import autoattack
-from robust_prune.adversaries.pgd import pgd
+from robust_prune.adversaries.pgd import pgd, survivors
 from robust_prune.adversaries.projections import project, random_start
 from robust_prune.errors import AttackError
 from robust_prune.types import ThreatModel
@@ -43,6 +43,43 @@ def test_pgd_uses_the_whole_budget_on_a_plane_and_no_more(norm: str) -> None:
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     assert size.max() <= threat.eps * (1 + 1e-9)
     assert size.min() >= threat.eps * 0.99
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_survivors_are_right_on_every_iterate(norm: str) -> None:
+    model = tiny_resnet().double()
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(40, 3, 32, 32, generator=generator).double()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 10  # wrong from the start
+    threat = ThreatModel(norm, 0.01 if norm == "linf" else 0.4)  # type: ignore[arg-type]
+    iterates = [images] + [
+        pgd(
+            model,
+            images,
+            labels,
+            threat=threat,
+            steps=steps,
+            step_size=threat.eps / 4,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for steps in (1, 2, 3, 4, 5)
+    ]
+    with torch.no_grad():
+        right = torch.stack([model(x).argmax(1) == labels for x in iterates]).all(0)
+    found = survivors(
+        model,
+        images,
+        labels,
+        threat=threat,
+        steps=5,
+        step_size=threat.eps / 4,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(found, right)
+    assert 4 <= int(right.sum()) <= 28
+    assert not found[::5].any()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

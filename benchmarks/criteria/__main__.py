@@ -101,8 +101,8 @@ def _check_same(path: Path, label: str, digest: str) -> None:
     known = json.loads(path.read_text())["dense"].get(label, {}) if path.exists() else {}
     if known.get("digest", digest) != digest:
         raise SystemExit(
-            f"{path.parent} was measured on another dense {label} ({known['digest']}, not {digest});"
-            " name another --out, or the --cache that holds that model"
+            f"{path.parent} was measured on another dense {label} ({known['digest']}, not "
+            f"{digest}); name another --out, or the --cache that holds that model"
         )
 
 
