@@ -5,7 +5,8 @@
 
 Dense models are trained first and kept in --cache. A run that stops is taken up where it was:
 every model measured is a line of OUT/cells.jsonl. --network measures one network alone, so that
-several processes can share the work.
+several processes can share the work; --stage one stage alone, which must find the cells that its
+finalists are chosen from.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
             )
             estimators.run(bench, out, level.estimator_images, tell)
             estimators.run_effort(bench, out, tell)
-            protocol.run(bench, level.stages, out / f"cells{tag}.jsonl", tell)
+            stages = [s for s in level.stages if options.stage in ("", s.name)]
+            protocol.run(bench, stages, out / f"cells{tag}.jsonl", tell)
 
 
 def _check_same(path: Path, label: str, digest: str) -> None:
@@ -114,6 +116,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where dense models are kept")
     parser.add_argument("--out", type=Path, help="folder of the record; default a new one in /tmp")
     parser.add_argument("--network", default="", help="measure this network alone")
+    parser.add_argument("--stage", default="", help="measure this stage alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     return parser.parse_args()

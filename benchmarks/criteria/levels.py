@@ -22,6 +22,7 @@ from robust_prune.types import ThreatModel
 BEST = "curve-l2"
 MAIN = (BEST, "uniform-l2")
 LITTLE = Tuning(epochs=1, images=2000)
+FULL = Tuning(epochs=5, amp=True)
 FIRST = ("dense", *(peer.name for peer in PEERS), "curve-l2")  # what finalists are chosen from
 SEEDS = (0, 1, 2)
 
@@ -117,20 +118,11 @@ CPU = Level(
     stages=(
         Stage("screen", (0.75, 0.5), (0,), FIRST, n=500),
         Stage("untuned", (0.75,), SEEDS, ("dense", BEST), 5000, finalists=2, judged_by="screen"),
-        Stage("untuned", (0.5,), SEEDS, (BEST,), 5000, finalists=2, judged_by="screen"),
         Stage("little", (0.75,), SEEDS, (BEST,), 5000, LITTLE, finalists=1, judged_by="untuned"),
-        Stage(
-            "full",
-            (0.75,),
-            SEEDS,
-            ("dense", BEST),
-            n=5000,
-            tuning=Tuning(epochs=5, amp=True),
-            autoattack=200,
-            finalists=1,
-            judged_by="untuned",
-        ),
+        Stage("full", (0.75,), (0,), (BEST,), 5000, FULL, 100, 1, "untuned"),
+        Stage("untuned", (0.5,), SEEDS, (BEST,), 5000, finalists=2, judged_by="screen"),
         Stage("little", (0.5,), SEEDS, (BEST,), 5000, LITTLE, finalists=1, judged_by="untuned"),
+        Stage("full", (0.75,), SEEDS, ("dense", BEST), 5000, FULL, 100, 1, "untuned"),
         Stage("screen", (0.75, 0.5), (0,), ARMS, n=500),
         Stage("screen", (0.25,), (0,), ARMS, n=500),
     ),

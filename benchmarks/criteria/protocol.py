@@ -115,6 +115,12 @@ class Bench:
         """Return the arm's model with recalibrated batch norm, not fine-tuned."""
         if arm == "dense":
             return copy.deepcopy(self.model)
+        key = self.network, arm, ratio, seed
+        if key not in _PRUNED:
+            _PRUNED[key] = self._prune(arm, ratio, seed)
+        return copy.deepcopy(_PRUNED[key])
+
+    def _prune(self, arm: str, ratio: float, seed: int) -> ImageModel:
         peer = next((p for p in peers.PEERS if p.name == arm), None)
         if peer is None:
             options = {**OURS, **PLAIN}[arm]
@@ -168,6 +174,7 @@ class Bench:
         train_(model, train, validation, config)
 
 
+_PRUNED: dict[tuple[str, str, float, int], ImageModel] = {}  # later stages tune the same models
 _PEER_BATCHES: dict[tuple[str, int], tuple[AdversarialSet, Any]] = {}
 
 
