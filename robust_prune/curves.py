@@ -20,8 +20,8 @@ from robust_prune.scores import channel_scores
 from robust_prune.types import GroupSensitivity, Sensitivity
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
-IMAGE_PASSES = 20_000  # what all points together may cost
-FEWEST_IMAGES, MOST_IMAGES = 32, 384
+IMAGE_PASSES = 20_000  # what all points together may cost: a fifth of an epoch on 10,000 images
+FEWEST_IMAGES, FEW_IMAGES, MOST_IMAGES = 8, 32, 384
 LARGEST_RISE = 1e6  # for a loss that is not finite
 
 
@@ -76,6 +76,7 @@ def structural_curves(
     adversarial: AdversarialSet,
     *,
     shares: Sequence[float] = SHARES,
+    passes: int = IMAGE_PASSES,
 ) -> dict[str, Curve]:
     """Measure every group's curve by forward passes of the masked model.
 
@@ -86,11 +87,15 @@ def structural_curves(
         model: left as it was.
         graph: its groups.
         scores: by group [units]; the lowest go first.
-        adversarial: images made at the model as it is; as many as `IMAGE_PASSES` allow are used.
-        shares: of the units to remove, rising.
+        adversarial: images made at the model as it is; as many as `passes` allow are used.
+        shares: of the units to remove, rising; every other one where images would get few.
+        passes: images times forward passes, over all points.
     """
     points = max(len(graph.groups) * len(shares), 1)
-    n = max(FEWEST_IMAGES, min(MOST_IMAGES, IMAGE_PASSES // points))
+    if passes // points < FEW_IMAGES and len(shares) > 1:
+        shares = shares[1::2]
+        points = max(len(graph.groups) * len(shares), 1)
+    n = max(FEWEST_IMAGES, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)
     curves: dict[str, Curve] = {}
 

@@ -24,6 +24,7 @@ from robust_prune.types import Budget, PruningPlan, ThreatModel
 
 CAPS = (0.0, 1 / 3, 2 / 3, 1.0)
 STEPS = 5
+PASSES = 3 * STEPS + 1  # forward passes for an image, a backward one counted as two
 
 
 def candidates(

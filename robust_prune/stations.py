@@ -24,7 +24,7 @@ from robust_prune import (
     search,
     verify,
 )
-from robust_prune.curves import Curve, measure_mrs, structural_curves
+from robust_prune.curves import IMAGE_PASSES, Curve, measure_mrs, structural_curves
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
@@ -50,7 +50,7 @@ from robust_prune.types import (
 CPU_MACS = 10**13  # some minutes of a few cores
 BATCHNORM_IMAGES = 2048
 SELF_CHECK_IMAGES = 2
-SEARCH_IMAGES = 256
+SEARCH_IMAGES = 16, 256  # at least, at most
 ENOUGH_HELD_OUT = 256
 
 
@@ -136,8 +136,9 @@ class Compression:
         curves: Mapping[str, Curve] = {}
         if settings.plan is None and settings.allocation == "curve":
             with self._timed("curves"):
-                self.events.stage(f"structural sensitivity of {len(graph.groups)} groups")
-                curves = structural_curves(self.model, graph, values, adversarial)
+                self.events.stage(f"curves of {len(graph.groups)} groups")
+                passes = self._image_passes()
+                curves = structural_curves(self.model, graph, values, adversarial, passes=passes)
             self.extra["curves"] = list(curves.values())
         with self._timed("sensitivity"):
             self.events.stage(f"module robustness sensitivity: {settings.method}")
@@ -216,7 +217,7 @@ class Compression:
         plan: Callable[[Mapping[str, int]], PruningPlan],
     ) -> PruningPlan:
         """Allocate by curves, and take the best of the models really pruned."""
-        settings = self.settings
+        settings, splits = self.settings, self.splits
         plans = [
             plan(widths)
             for widths in search.candidates(
@@ -228,13 +229,15 @@ class Compression:
             )
         ]
         self.events.stage(f"attacking {len(plans)} candidates")
-        images, labels = (part[:SEARCH_IMAGES] for part in self._calibration)
+        few, many = SEARCH_IMAGES
+        n = max(few, min(many, self._image_passes() // (search.PASSES * len(plans))))
+        images, labels = (part[:n] for part in self._calibration)
 
         def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
             if self.reconstruction is not None:
                 self.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            if self.splits is not None:
-                batches = self.splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
+            if splits is not None:
+                batches = splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
                 calibration.recalibrate_batchnorm_(pruned, batches)
 
         best, losses = search.best_composed(
@@ -370,6 +373,13 @@ class Compression:
                 "ends in minutes on a CPU; --calibration-images takes another number"
             )
         return n
+
+    def _image_passes(self) -> int:
+        """How many images times forward passes curves, and the search, may each take."""
+        if self.device.type != "cpu":
+            return IMAGE_PASSES
+        macs = CPU_MACS if self.splits is not None else CPU_MACS // 10
+        return min(IMAGE_PASSES, macs // max(self.graph.cost().macs, 1))
 
     def _save(self, status: str) -> None:
         self.result = CompressResult(
