@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -238,8 +239,10 @@ def cells_of(stage: Stage, done: Sequence[Cell]) -> Iterator[tuple[str, float, i
             for c in done
             if c.stage == stage.judged_by and c.ratio == ratio and c.arm.startswith("tp-")
         ]
-        ranked = sorted((c for c in judged if not c.error), key=lambda c: -c.robust)
-        best = list(dict.fromkeys(c.arm for c in ranked))[: stage.finalists]
+        robust: dict[str, list[float]] = {}
+        for c in judged:
+            robust.setdefault(c.arm, []).append(0.0 if c.error else c.robust)
+        best = sorted(robust, key=lambda arm: -statistics.mean(robust[arm]))[: stage.finalists]
         for arm in dict.fromkeys((*arms, *best)):
             for seed in stage.seeds:
                 yield arm, ratio, seed

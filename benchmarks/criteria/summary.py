@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.criteria.protocol import WITHOUT_FIT, Cell
+from benchmarks.criteria.protocol import ARMS, WITHOUT_FIT, Cell
 from robust_prune.types import PairedTest, Proportion
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
@@ -22,13 +23,14 @@ def tables(cells: Sequence[Cell]) -> str:
         for stage in dict.fromkeys(c.stage for c in cells if c.network == network):
             mine = [c for c in cells if c.network == network and c.stage == stage]
             for ratio in sorted({c.ratio for c in mine if c.ratio}):
-                parts.append(_table(network, stage, ratio, mine))
+                parts.append(_table(network, stage, ratio, mine, _dense(network, stage, cells)))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(network: str, stage: str, ratio: float, cells: Sequence[Cell]) -> str:
+def _table(
+    network: str, stage: str, ratio: float, cells: Sequence[Cell], dense: Sequence[Cell]
+) -> str:
     here = _by_arm([c for c in cells if c.ratio == ratio])
-    dense = _by_arm([c for c in cells if c.arm == "dense"])
     attack = "autoattack" if any(c.autoattack for c in cells) else "pgd"
     best = best_peer(here, "pgd")
     lines = [
@@ -38,7 +40,7 @@ def _table(network: str, stage: str, ratio: float, cells: Sequence[Cell]) -> str
         "|---|---|---|---|---|---|---|---|",
     ]
     ranked = sorted(here.items(), key=lambda item: -accuracy(item[1], "pgd"))
-    for arm, runs in [*dense.items(), *ranked]:
+    for arm, runs in [*([("dense", dense)] if dense else []), *ranked]:
         if all(c.error for c in runs):
             lines.append(f"| {arm} | {len(runs)} | {runs[0].error[:80]} | | | | | |")
             continue
@@ -66,7 +68,7 @@ def targets(cells: Sequence[Cell], ours: str = "curve-l2") -> str:
         pooled: list[tuple[int, ...]] = []
         for network in dict.fromkeys(c.network for c in cells):
             mine = [c for c in cells if c.network == network and c.stage == stage and not c.error]
-            dense = _by_arm([c for c in cells if c.network == network and c.arm == "dense"])
+            dense = _dense(network, stage, cells)
             for ratio in sorted({c.ratio for c in mine if c.ratio}):
                 here = _by_arm([c for c in mine if c.ratio == ratio])
                 best = best_peer(here, attack)
@@ -75,7 +77,7 @@ def targets(cells: Sequence[Cell], ours: str = "curve-l2") -> str:
                 we, they = accuracy(here[ours], attack), accuracy(here[best], attack)
                 pooled += paired(here[ours], here[best], attack)
                 gains.append(we - they)
-                top = accuracy(dense["dense"], attack) if "dense" in dense else math.nan
+                top = accuracy(dense, attack)
                 lines.append(
                     f"- {stage}, {network}, -{100 * ratio:.0f} %: {ours} {we:.1f} against {best} "
                     f"{they:.1f} ({attack}, dense {top:.1f}): {we - they:+.1f} points, "
@@ -88,6 +90,13 @@ def targets(cells: Sequence[Cell], ours: str = "curve-l2") -> str:
                 f"cells** (target {least:g}), over images {_p(clustered(pooled))}"
             )
     return "\n".join(lines) + "\n"
+
+
+def _dense(network: str, stage: str, cells: Sequence[Cell]) -> Sequence[Cell]:
+    """Return the dense model's cell of a stage, or else the one on most images, not tuned."""
+    mine = [c for c in cells if c.network == network and c.arm == "dense"]
+    same = [c for c in mine if c.stage == stage]
+    return same or sorted(mine, key=lambda c: len(c.pgd))[-1:]
 
 
 def best_peer(by_arm: Mapping[str, Sequence[Cell]], attack: Attack) -> str:
@@ -154,15 +163,23 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         _draw(axes, [c for c in screen if c.network == network])
         axes.set_title(network)
     all_axes[0][0].set_ylabel("PGD-20 accuracy before fine-tuning (%)")
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center right", fontsize=7)
+    known = {
+        label: handle
+        for axes in all_axes[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(known.values()), list(known), loc="center right", fontsize=7)
     figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def _draw(axes: Any, cells: Sequence[Cell]) -> None:
+    import matplotlib as mpl
+
     dense = next(c for c in cells if c.arm == "dense")
+    palette = [*mpl.colormaps["tab20"].colors, *mpl.colormaps["Dark2"].colors]
+    colours = dict(zip(ARMS, itertools.cycle(palette), strict=False))
     axes.axhline(_percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
     for arm, runs in _by_arm([c for c in cells if c.arm != "dense"]).items():
         points = sorted((c.macs / dense.macs, _percent(c.pgd)) for c in runs)
@@ -170,6 +187,7 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
         axes.plot(
             [100 * x for x, _ in points],
             [y for _, y in points],
+            color="crimson" if arm == "curve-l2" else colours[arm],
             marker="." if peer else "o",
             ms=4,
             lw=2.2 if arm == "curve-l2" else 0.9,
@@ -177,6 +195,7 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
             label=arm,
         )
     axes.set_xlabel("multiply-adds left (%)")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
