@@ -29,6 +29,22 @@ def prepared(**more: object) -> tuple[torch.nn.Module, torch.Tensor, MRSImportan
     return net, images, importance
 
 
+def pruned_widths(
+    net: torch.nn.Module, images: torch.Tensor, importance: MRSImportance, ratio: float
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Widths before and after one global step of torch-pruning."""
+    before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    tp.pruner.BasePruner(
+        net,
+        images[:1],
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[net.fc],
+    ).step()
+    return before, {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+
+
 def test_by_curves_the_cheapest_loss_per_multiply_add_goes_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -43,16 +59,7 @@ def test_by_curves_the_cheapest_loss_per_multiply_add_goes_first(
     monkeypatch.setattr(robust_prune.importance, "structural_curves", curves)
     net, images, importance = prepared()
     assert "rule=curve" in repr(importance)
-    before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
-    tp.pruner.BasePruner(
-        net,
-        images[:1],
-        importance=importance,
-        global_pruning=True,
-        pruning_ratio=0.3,
-        ignored_layers=[net.fc],
-    ).step()
-    after = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    before, after = pruned_widths(net, images, importance, 0.3)
     assert after[free] == pytest.approx(0.2 * before[free], abs=1)
     assert after[dear] == before[dear]
     assert sum(after.values()) == pytest.approx(0.7 * sum(before.values()), abs=3)
@@ -66,16 +73,7 @@ def _line(rise: float) -> tuple[float, float]:
 @pytest.mark.parametrize("rule", ["mrs", "uniform", "inverted"])
 def test_global_pruning_removes_the_share_of_each_group_that_mrs_says(rule: str) -> None:
     net, images, importance = prepared(rule=rule)
-    before = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
-    tp.pruner.BasePruner(
-        net,
-        images[:1],
-        importance=importance,
-        global_pruning=True,
-        pruning_ratio=0.4,
-        ignored_layers=[net.fc],
-    ).step()
-    after = {g.name: g.width for g in ModelGraph(net, (3, 32, 32)).groups}
+    before, after = pruned_widths(net, images, importance, 0.4)
     removed = {name: 1 - after[name] / before[name] for name in before}
     # one threshold t: each group loses min(t * willingness, 0.95), up to one channel
     total = sum(before.values())
