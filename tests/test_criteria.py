@@ -52,6 +52,8 @@ def test_more_seeds_on_the_same_images_prove_no_more() -> None:
     one = summary.clustered(summary.paired(ours[:1], theirs, "pgd"))
     assert summary.compare(ours, theirs, "pgd") == pytest.approx(one)
     assert 0.1 < one < 0.3  # 20 against 13
+    # what one seed wins and another loses on the same images is no win
+    assert summary.clustered([(1, 1, 1, 1, 0), (-1, -1, -1, -1, 0)]) == 1.0
 
 
 def test_targets_are_judged_against_the_best_peer() -> None:
