@@ -199,8 +199,8 @@ def _fit(
         return abs(cost_of(tried).of(target) - goal)
 
     best, enough = miss(widths), close * cost_of({}).of(target)
+    steps = {g.name: _step(g, round_to) * g.blocks for g in groups}
     while best > enough:
-        steps = {g.name: _step(g, round_to) * g.blocks for g in groups}
         tried = [
             {**widths, g.name: width}
             for g in groups

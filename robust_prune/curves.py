@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,12 +97,6 @@ def structural_curves(
     n = max(FEWEST_IMAGES, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)
     curves: dict[str, Curve] = {}
-
-    def rise() -> float:
-        """The loss above the base; infinite where masking makes it so."""
-        found = adversarial_loss(model, used) - base
-        return found if found == found else math.inf
-
     with evaluating(model), requires_grad(model, False):
         base = adversarial_loss(model, used)
         for group in graph.groups:
@@ -115,7 +108,8 @@ def structural_curves(
                     gone = torch.zeros(group.units, dtype=torch.bool)
                     gone[order[:count]] = True
                     with masked(model, graph, group.name, gone):
-                        done[count] = min(rise(), LARGEST_RISE)
+                        rise = adversarial_loss(model, used) - base
+                    done[count] = rise if rise < LARGEST_RISE else LARGEST_RISE  # NaN too
             curves[group.name] = Curve(
                 group.name,
                 tuple(count / group.units for count in sorted(done)),

@@ -73,10 +73,11 @@ def adversarial_set(
     *,
     threat: ThreatModel,
     steps: int = 10,
+    step_size: float | None = None,
     seed: int = 0,
     batch_size: int = 128,
 ) -> AdversarialSet:
-    """Attack images [N, C, H, W] in [0, 1] once by PGD, in eval mode, step eps / 4.
+    """Attack images [N, C, H, W] in [0, 1] once by PGD, in eval mode, step eps / 4 by default.
 
     RiFT makes its set from test images; give training or held-out ones.
     """
@@ -94,7 +95,7 @@ def adversarial_set(
                     target.to(device),
                     threat=threat,
                     steps=steps,
-                    step_size=threat.eps / 4,
+                    step_size=step_size or threat.eps / 4,
                     generator=generator,
                 )
             )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries.pgd import pgd
 from robust_prune.allocation import (
     MAX_PRUNE_RATIO,
     Widths,
@@ -19,7 +16,8 @@ from robust_prune.allocation import (
 from robust_prune.curves import Curve
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import device_of, evaluating, requires_grad
+from robust_prune.modules import evaluating
+from robust_prune.mrs import adversarial_loss, adversarial_set
 from robust_prune.types import Budget, PruningPlan, ThreatModel
 
 CAPS = (0.0, 1 / 3, 2 / 3, 1.0)
@@ -102,29 +100,19 @@ def best_composed(
     for plan in plans:
         pruned = graph.pruned(plan)
         repair_(pruned, plan)
-        losses.append(_attacked_loss(pruned, images, labels, threat, seed, batch_size))
+        attacked = adversarial_set(
+            pruned,
+            images,
+            labels,
+            threat=threat,
+            steps=STEPS,
+            step_size=threat.eps / 2,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        with evaluating(pruned):
+            losses.append(adversarial_loss(pruned, attacked))
     return min(range(len(plans)), key=lambda i: losses[i]), losses
-
-
-def _attacked_loss(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat: ThreatModel,
-    seed: int,
-    batch_size: int,
-) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    device, total = device_of(model), 0.0
-    with evaluating(model), requires_grad(model, False):
-        for part, target in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
-            part, target = part.to(device), target.to(device)
-            moved = pgd(model, part, target, threat=threat, steps=STEPS, generator=generator)
-            with torch.no_grad():
-                total += float(F.cross_entropy(model(moved), target, reduction="sum"))
-    return total / len(labels)
 
 
 def _most(graph: ModelGraph, widths: Mapping[str, int]) -> float:

@@ -102,8 +102,8 @@ class Compression:
             raise DataError("there is no test split to evaluate on; give test images as test=")
 
     def measure_and_plan(self) -> None:
-        """Adversarial set, MRS, scores, plan."""
-        settings = self.settings
+        """Adversarial set, scores, curves, MRS, plan."""
+        settings, model = self.settings, self.model
         with self._timed("graph"):
             graph = ModelGraph(
                 self.model,
@@ -119,27 +119,27 @@ class Compression:
         with self._timed("adversarial set"):
             self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
             n = self._calibration_count()
-            self._calibration = calibration_images(
-                self.model, self.splits, self.input_size, n, settings.seed
-            )
+            size = self.input_size
+            self._calibration = calibration_images(model, self.splits, size, n, settings.seed)
             adversarial = mrs.adversarial_set(
-                self.model,
+                model,
                 *self._calibration,
                 threat=settings.threat,
                 seed=settings.seed,
                 batch_size=min(64, settings.batch_size),
             )
-        with self._timed("scores"):
-            values = scores.channel_scores(
-                self.model, graph, score=settings.score, adversarial=adversarial
-            )
+        values: Mapping[str, Tensor] = {}
         curves: Mapping[str, Curve] = {}
-        if settings.plan is None and settings.allocation == "curve":
-            with self._timed("curves"):
+        if settings.plan is None:
+            with self._timed("scores"):
+                score = settings.score
+                values = scores.channel_scores(model, graph, score=score, adversarial=adversarial)
+            if settings.allocation == "curve":
                 self.events.stage(f"curves of {len(graph.groups)} groups")
                 passes = self._image_passes()
-                curves = structural_curves(self.model, graph, values, adversarial, passes=passes)
-            self.extra["curves"] = list(curves.values())
+                with self._timed("curves"):
+                    curves = structural_curves(model, graph, values, adversarial, passes=passes)
+                self.extra["curves"] = list(curves.values())
         with self._timed("sensitivity"):
             self.events.stage(f"module robustness sensitivity: {settings.method}")
             self.sensitivity = measure_mrs(graph, adversarial, settings.method, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def test_the_same_seed_gives_the_same_result_and_a_plan_replays_it_bit_for_bit()
     for other in (two, replayed):
         mine, theirs = one.model.state_dict(), other.model.state_dict()
         assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+
+
+def test_a_plan_of_unknown_rules_is_replayed_without_scores() -> None:
+    model, data = tiny_resnet(), (torch.rand(32, 3, 32, 32), torch.arange(32) % 10)
+    plan = dataclasses.replace(
+        compress(model, data, allocation="uniform").plan, allocation="mine", score="by hand"
+    )
+    replayed = compress(model, data, plan=plan, allocation=plan.allocation, score=plan.score)
+    assert replayed.plan.digest == plan.digest
+    assert "scores" not in replayed.report["seconds"]
 
 
 def test_every_allocation_is_another_plan() -> None:

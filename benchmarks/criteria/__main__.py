@@ -114,7 +114,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", help="image folder for levels whose data has no name")
     parser.add_argument("--warm", type=Path, help="folder of weights to start training from")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where dense models are kept")
-    parser.add_argument("--out", type=Path, help="folder of the record; default a new one in /tmp")
+    parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")
     parser.add_argument("--network", default="", help="measure this network alone")
     parser.add_argument("--stage", default="", help="measure this stage alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

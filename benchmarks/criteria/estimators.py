@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.criteria.protocol import Bench
 from robust_prune import mrs, pipeline, search
@@ -75,11 +76,9 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
         for half in graph.groups
     ]
 
-    def repair_(pruned: object, plan: PruningPlan) -> None:
-        recalibrate_batchnorm_(
-            pruned,  # type: ignore[arg-type]
-            splits.train.batches(64, seed=0, limit=BATCHNORM_IMAGES),
-        )
+    def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
+        batches = splits.train.batches(64, seed=0, limit=BATCHNORM_IMAGES)
+        recalibrate_batchnorm_(pruned, batches)
 
     _, losses = search.best_composed(
         graph, plans, images, labels, threat=bench.threat, seed=0, repair_=repair_

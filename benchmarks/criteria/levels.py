@@ -16,14 +16,13 @@ from benchmarks.criteria.networks import (
     small_mobilevit,
 )
 from benchmarks.criteria.peers import PEERS
-from benchmarks.criteria.protocol import ARMS, Stage, Tuning
+from benchmarks.criteria.protocol import ARMS, BEST, PLAIN, WITHOUT_FIT, Stage, Tuning
 from robust_prune.types import ThreatModel
 
-BEST = "curve-l2"
 MAIN = (BEST, "uniform-l2")
 LITTLE = Tuning(epochs=1, images=2000)
 FULL = Tuning(epochs=5, amp=True)
-FIRST = ("dense", *(peer.name for peer in PEERS), "curve-l2")  # what finalists are chosen from
+FIRST = ("dense", *(peer.name for peer in PEERS), BEST)  # what finalists are chosen from
 SEEDS = (0, 1, 2)
 
 
@@ -67,13 +66,19 @@ SMOKE = Level(
     size=(1, 16, 16),
     threat=ThreatModel.linf("0.1"),
     stages=(
-        Stage("screen", (0.75,), (0,), (*ARMS[:-3], "curve-l2-unfitted"), n=200),
+        Stage(
+            "screen",
+            (0.75,),
+            (0,),
+            (*(arm for arm in ARMS if arm not in PLAIN), BEST + WITHOUT_FIT),
+            n=200,
+        ),
         Stage("untuned", (0.75,), (0, 1), ("dense", *MAIN), n=300, finalists=1, judged_by="screen"),
         Stage(
             "full",
             (0.75,),
             (0, 1),
-            ("dense", "curve-l2"),
+            ("dense", BEST),
             n=300,
             tuning=Tuning(epochs=1),
             autoattack=30,

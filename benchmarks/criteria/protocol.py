@@ -7,9 +7,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from benchmarks.criteria import peers
 from robust_prune import data, evaluation, pipeline
@@ -25,6 +26,7 @@ from robust_prune.stations import calibration_images
 from robust_prune.types import Budget, ThreatModel
 
 BATCHNORM_IMAGES = 2048
+BEST = "curve-l2"  # what `compress` does by default
 OURS = {
     f"{rule}-{score}": {"allocation": rule, "score": score}
     for rule in ("curve", "uniform", "mrs", "inverted")
@@ -95,11 +97,6 @@ class Cell:
         """What makes a cell the same when a run is taken up again."""
         return self.network, self.stage, self.arm, self.ratio, self.seed
 
-    @property
-    def robust(self) -> float:
-        """PGD-20 accuracy in [0, 1]."""
-        return self.pgd.count("1") / max(len(self.pgd), 1)
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -111,15 +108,18 @@ class Bench:
     threat: ThreatModel
     calibration_images: int
     batch_size: int
+    # later stages tune the same models
+    _models: dict[tuple[str, float, int], ImageModel] = field(default_factory=dict)
+    _peer_images: dict[int, tuple[AdversarialSet, Tensor]] = field(default_factory=dict)
 
     def pruned(self, arm: str, ratio: float, seed: int) -> ImageModel:
         """Return the arm's model with recalibrated batch norm, not fine-tuned."""
         if arm == "dense":
             return copy.deepcopy(self.model)
-        key = self.network, arm, ratio, seed
-        if key not in _PRUNED:
-            _PRUNED[key] = self._prune(arm, ratio, seed)
-        return copy.deepcopy(_PRUNED[key])
+        key = arm, ratio, seed
+        if key not in self._models:
+            self._models[key] = self._prune(arm, ratio, seed)
+        return copy.deepcopy(self._models[key])
 
     def _prune(self, arm: str, ratio: float, seed: int) -> ImageModel:
         peer = next((p for p in peers.PEERS if p.name == arm), None)
@@ -145,16 +145,15 @@ class Bench:
         )
         return model
 
-    def _peer_batches(self, seed: int) -> tuple[AdversarialSet, Any]:
-        key = self.network, seed
-        if key not in _PEER_BATCHES:
+    def _peer_batches(self, seed: int) -> tuple[AdversarialSet, Tensor]:
+        if seed not in self._peer_images:
             size, n = self.splits.input_size, self.calibration_images
             images, labels = calibration_images(self.model, self.splits, size, n, seed)
-            _PEER_BATCHES[key] = (
+            self._peer_images[seed] = (
                 adversarial_set(self.model, images, labels, threat=self.threat, seed=seed),
                 images,
             )
-        return _PEER_BATCHES[key]
+        return self._peer_images[seed]
 
     def tune_(self, model: ImageModel, tuning: Tuning, seed: int) -> None:
         """Fine-tune by PGD-AT; the best epoch by validation stays, as in `compress`."""
@@ -173,10 +172,6 @@ class Bench:
             seed=seed,
         )
         train_(model, train, validation, config)
-
-
-_PRUNED: dict[tuple[str, str, float, int], ImageModel] = {}  # later stages tune the same models
-_PEER_BATCHES: dict[tuple[str, int], tuple[AdversarialSet, Any]] = {}
 
 
 def measure(bench: Bench, stage: Stage, arm: str, ratio: float, seed: int) -> Cell:
@@ -241,7 +236,7 @@ def cells_of(stage: Stage, done: Sequence[Cell]) -> Iterator[tuple[str, float, i
         ]
         robust: dict[str, list[float]] = {}
         for c in judged:
-            robust.setdefault(c.arm, []).append(0.0 if c.error else c.robust)
+            robust.setdefault(c.arm, []).append(0.0 if c.error else percent(c.pgd))
         best = sorted(robust, key=lambda arm: -statistics.mean(robust[arm]))[: stage.finalists]
         for arm in dict.fromkeys((*arms, *best)):
             for seed in stage.seeds:
@@ -276,13 +271,14 @@ def describe(cell: Cell) -> str:
     head = f"{cell.network} {cell.stage} {cell.arm} -{100 * cell.ratio:.0f} % seed {cell.seed}:"
     if cell.error:
         return f"{head} {cell.error}"
-    aa = f" AA {share(cell.autoattack)}" if cell.autoattack else ""
+    aa = f" AA {percent(cell.autoattack):.1f}" if cell.autoattack else ""
     return (
-        f"{head} {cell.macs / 1e6:.2f} M, {cell.params:,} parameters, clean {share(cell.clean)} "
-        f"PGD-20 {share(cell.pgd)}{aa}, pruned in {cell.prune_seconds:.0f} of {cell.seconds:.0f} s"
+        f"{head} {cell.macs / 1e6:.2f} M, {cell.params:,} parameters, clean "
+        f"{percent(cell.clean):.1f} PGD-20 {percent(cell.pgd):.1f}{aa}, pruned in "
+        f"{cell.prune_seconds:.0f} of {cell.seconds:.0f} s"
     )
 
 
-def share(verdict: str) -> str:
-    """Return a string of verdicts as a percentage."""
-    return f"{100 * verdict.count('1') / max(len(verdict), 1):.1f}"
+def percent(verdicts: str) -> float:
+    """Return the accuracy in percent."""
+    return 100 * verdicts.count("1") / max(len(verdicts), 1)

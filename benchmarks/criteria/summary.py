@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.criteria.protocol import ARMS, WITHOUT_FIT, Cell
+from benchmarks.criteria.protocol import ARMS, BEST, WITHOUT_FIT, Cell, percent
 from robust_prune.types import PairedTest, Proportion
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
@@ -56,7 +56,7 @@ def _table(
     return "\n".join(lines)
 
 
-def targets(cells: Sequence[Cell], ours: str = "curve-l2") -> str:
+def targets(cells: Sequence[Cell], ours: str = BEST) -> str:
     """Return one line for each comparison that the project has set itself."""
     lines = []
     for stage, least, attack in (
@@ -143,7 +143,7 @@ def clustered(differences: Sequence[Sequence[int]]) -> float:
 
 def accuracy(runs: Sequence[Cell], attack: Attack) -> float:
     """Return the mean accuracy over seeds, in percent."""
-    values = [_percent(getattr(c, attack)) for c in runs if not c.error and getattr(c, attack)]
+    values = [percent(getattr(c, attack)) for c in runs if not c.error and getattr(c, attack)]
     return statistics.mean(values) if values else math.nan
 
 
@@ -180,17 +180,17 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
     dense = next(c for c in cells if c.arm == "dense")
     palette = [*mpl.colormaps["tab20"].colors, *mpl.colormaps["Dark2"].colors]
     colours = dict(zip(ARMS, itertools.cycle(palette), strict=False))
-    axes.axhline(_percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
+    axes.axhline(percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
     for arm, runs in _by_arm([c for c in cells if c.arm != "dense"]).items():
-        points = sorted((c.macs / dense.macs, _percent(c.pgd)) for c in runs)
+        points = sorted((c.macs / dense.macs, percent(c.pgd)) for c in runs)
         peer = arm.startswith("tp-")
         axes.plot(
             [100 * x for x, _ in points],
             [y for _, y in points],
-            color="crimson" if arm == "curve-l2" else colours[arm],
+            color="crimson" if arm == BEST else colours[arm],
             marker="." if peer else "o",
             ms=4,
-            lw=2.2 if arm == "curve-l2" else 0.9,
+            lw=2.2 if arm == BEST else 0.9,
             ls="--" if peer else (":" if arm.endswith(WITHOUT_FIT) else "-"),
             label=arm,
         )
@@ -213,14 +213,10 @@ def _spread(runs: Sequence[Cell], attack: Attack) -> str:
         return ""
     if len(found) == 1:
         low, high = Proportion(found[0].count("1"), len(found[0])).interval
-        return f"{_percent(found[0]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    values = [_percent(f) for f in found]
+        return f"{percent(found[0]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    values = [percent(f) for f in found]
     half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
-
-
-def _percent(verdicts: str) -> float:
-    return 100 * verdicts.count("1") / max(len(verdicts), 1)
 
 
 def _params(runs: Sequence[Cell]) -> str:
