@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import Loss
 from robust_prune.adversaries.pgd import pgd
-from robust_prune.modules import evaluating, requires_grad
+from robust_prune.adversaries.projections import random_start, steepest
+from robust_prune.modules import batch_statistics, evaluating, requires_grad
 from robust_prune.types import ThreatModel
+
+if TYPE_CHECKING:
+    from robust_prune.finetune.folding import Folded
+
+BatchNormMode = Literal["eval", "train"]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """PGD with the settings of a training run.
+    """Attacks with the settings of a training run, and the loss that it learns by.
 
-    Attacks see the model in eval mode: with batch statistics in the attack, single-step training
-    from scratch collapsed on narrow networks.
+    `batchnorm` says what batch norms do during the attack: `eval` uses running statistics, `train`
+    those of the attacked batch (running statistics stay as they are). `folded` is a copy of the
+    model with batch norms folded into convolutions, which eval-mode attacks go through.
     """
 
     threat: ThreatModel
     steps: int
     generator: torch.Generator
+    label_smoothing: float = 0.0
+    batchnorm: BatchNormMode = "eval"
+    folded: Folded | None = None
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
     ) -> Tensor:
-        """Return adversarial images [N, C, H, W]; the model's mode is put back."""
-        with evaluating(model), requires_grad(model, False):
+        """Return PGD images [N, C, H, W]; modes of the model are put back.
+
+        Args:
+            model: gives logits [N, K].
+            images: [N, C, H, W] in [0, 1].
+            labels: [N].
+            loss: logits [N, K] -> loss [N] to maximise; cross-entropy if None.
+        """
+        with self.seen_by(model) as seen:
             return pgd(
-                model,
+                seen,
                 images,
                 labels,
                 threat=self.threat,
@@ -39,3 +60,36 @@ class Attack:
                 generator=self.generator,
                 loss=loss,
             )
+
+    def single_step(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return images [N, C, H, W] after noise of 2 * eps and one step of eps, not clipped.
+
+        Source: de Jorge et al., "Make some noise: reliable and efficient single-step adversarial
+        training", NeurIPS 2022, arXiv 2202.01181. As there, the sum is not projected to the ball;
+        deviation: for l2 the step has norm eps.
+        """
+        threat = self.threat
+        most = min(2 * threat.eps, 0.999) if threat.norm == "linf" else 2 * threat.eps
+        wide = ThreatModel(threat.norm, most)
+        noisy = (images + random_start(images, wide, self.generator)).requires_grad_(True)
+        with self.seen_by(model) as seen, torch.enable_grad():
+            loss = F.cross_entropy(seen(noisy), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, noisy)
+        return noisy.detach() + threat.eps * steepest(gradient, threat)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy that the run learns by, with its label smoothing."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    @contextlib.contextmanager
+    def seen_by(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Give the module that an attack differentiates: `model` in the attack's mode, frozen."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(requires_grad(model, False))
+            if self.batchnorm == "train":
+                stack.enter_context(batch_statistics(model))
+            elif self.folded is not None and self.folded.stands_for(model):
+                yield self.folded.refreshed()
+                return
+            yield model

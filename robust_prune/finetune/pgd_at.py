@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
@@ -13,4 +12,4 @@ def pgd_at(model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) -> 
 
     Source: Madry et al., ICLR 2018, arXiv 1706.06083, Eq. 2.1.
     """
-    return F.cross_entropy(model(attack(model, images, labels)), labels)
+    return attack.cross_entropy(model(attack(model, images, labels)), labels)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import kl_from
 from robust_prune.finetune.attack import Attack
-from robust_prune.modules import evaluating
 
 BETA = 6.0
 
@@ -21,10 +20,10 @@ def trades(
     The attack maximises the same KL divergence.
     Source: Zhang et al., ICML 2019, arXiv 1901.08573, Eq. 5; beta 6 as in their CIFAR-10 runs.
     """
-    with evaluating(model), torch.no_grad():
-        clean = F.softmax(model(images), dim=1)
+    with attack.seen_by(model) as seen, torch.no_grad():
+        clean = F.softmax(seen(images), dim=1)
     adversarial = attack(model, images, labels, kl_from(clean))
     logits = model(images)
     log_adversarial = F.log_softmax(model(adversarial), dim=1)
     smoothness = F.kl_div(log_adversarial, F.softmax(logits, dim=1), reduction="batchmean")
-    return F.cross_entropy(logits, labels) + beta * smoothness
+    return attack.cross_entropy(logits, labels) + beta * smoothness
