@@ -21,6 +21,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from robust_prune.augmentation import Augmentation, Numbered, augment, mixed
 from robust_prune.datasets import (
     NAMES,
     ImageTensors,
@@ -71,35 +72,29 @@ class Split:
         batch_size: int,
         *,
         seed: int | None = None,
-        augment: bool = False,
+        augment: Augmentation | None = None,
         limit: int | None = None,
+        start: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [N, C, H, W] in [0, 1] and labels [N].
 
         Args:
             batch_size: images at a time; the last batch holds the rest.
             seed: shuffle by this seed; None keeps the order.
-            augment: random crops, and flips where they keep the label.
+            augment: what to do to the images, by the same seed.
             limit: stop after this many images.
+            start: begin with this batch, counted from 0; the rest is as if all had been read.
+            share: (i, n) yields every n-th image of each batch, from its i-th on.
         """
-        generator = torch.Generator().manual_seed(0 if seed is None else seed)
         order = torch.arange(len(self))
         if seed is not None:
-            order = torch.randperm(len(self), generator=generator)
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         order = order[:limit]
-        if self._in_memory:
-            yield from self._from_memory(order, batch_size, augment, generator)
-            return
-        view = self._training_view if augment and self._training_view else self.dataset
-        loader: DataLoader[Any] = DataLoader(
-            Subset(view, order.tolist()),
-            batch_size=batch_size,
-            num_workers=self.workers,
-            collate_fn=self._collate,
-            generator=generator,
-        )
-        for batch in loader:
-            yield check_batch(batch)
+        first, step = share
+        places = [chunk[first::step] for chunk in torch.split(torch.arange(len(order)), batch_size)]
+        read = self._from_memory if self._in_memory else self._from_workers
+        yield from read(order, places, start, 0 if seed is None else seed, augment)
 
     def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
@@ -109,7 +104,12 @@ class Split:
         return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
 
     def _from_memory(
-        self, order: Tensor, batch_size: int, augment: bool, generator: torch.Generator
+        self,
+        order: Tensor,
+        places: Sequence[Tensor],
+        start: int,
+        seed: int,
+        augmentation: Augmentation | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if self._cache is None:
             loader: DataLoader[Any] = DataLoader(
@@ -121,10 +121,37 @@ class Split:
             parts = list(loader)
             self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         all_images, all_labels = self._cache
-        for chunk in torch.split(order, batch_size):
-            images, labels = check_batch((all_images[chunk], all_labels[chunk]))
-            if augment:
-                images = crop_and_flip(images, generator, flip=self.flip)
+        for i, batch in enumerate(places[start:], start):
+            images, labels = all_images[order[batch]], all_labels[order[batch]]
+            if augmentation is not None:
+                # by the first place, so that processes that share a batch draw differently
+                own = mixed(seed, int(batch[0]) if len(batch) else i)
+                images = augment(images, own, augmentation, flip=self.flip)
+            yield check_batch((images, labels))
+
+    def _from_workers(
+        self,
+        order: Tensor,
+        places: Sequence[Tensor],
+        start: int,
+        seed: int,
+        augmentation: Augmentation | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        crops = augmentation is not None and augmentation.crop_and_flip
+        view = self._training_view if crops and self._training_view else self.dataset
+        randaugment = augmentation is not None and augmentation.randaugment
+        loader: DataLoader[Any] = DataLoader(
+            Numbered(view, order, seed, randaugment),
+            batch_sampler=[batch.tolist() for batch in places[start:]],
+            num_workers=self.workers,
+            collate_fn=self._collate,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for batch, chunk in zip(loader, places[start:], strict=True):
+            images, labels = check_batch(batch)
+            if augmentation is not None:
+                own = mixed(seed, int(chunk[0]))
+                images = augment(images, own, augmentation, flip=self.flip, whole=False)
             yield images, labels
 
 
@@ -333,23 +360,6 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
         raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
     return plain_layout(images.clamp(0, 1)), labels.long()
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Shift each image by up to an eighth of its size (zeros come in), and mirror half of them."""
-    n, _, height, width = images.shape
-    pad = max(1, height // 8)
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    top = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
-    left = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
-    rows = (top + torch.arange(height)).to(images.device)
-    columns = (left + torch.arange(width)).to(images.device)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator).to(images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    which = torch.arange(n, device=images.device).view(n, 1, 1)
-    picked = padded.permute(0, 2, 3, 1)[which, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return plain_layout(picked.permute(0, 3, 1, 2))
 
 
 def synthetic_images(n: int, size: Size, seed: int) -> Tensor:

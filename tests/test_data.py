@@ -12,7 +12,8 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from robust_prune.data import as_split, crop_and_flip, from_iterable, open_data, synthetic_images
+from robust_prune.augmentation import Augmentation, crop_and_flip
+from robust_prune.data import as_split, from_iterable, open_data, synthetic_images
 from robust_prune.errors import DataError
 
 
@@ -114,7 +115,7 @@ def test_order_and_augmentation_repeat_for_a_seed() -> None:
     train = open_data("digits", input_size=(1, 16, 16)).train
 
     def epoch(seed: int) -> torch.Tensor:
-        return torch.cat([b[0] for b in train.batches(100, seed=seed, augment=True)])
+        return torch.cat([b[0] for b in train.batches(100, seed=seed, augment=Augmentation())])
 
     assert torch.equal(epoch(1), epoch(1))
     assert not torch.equal(epoch(1), epoch(2))
@@ -128,7 +129,7 @@ def test_reading_from_disk_equals_reading_from_memory(
     monkeypatch.setattr("robust_prune.data.IN_MEMORY_BYTES", 0)
     disk = open_data(folder, workers=1)
     assert torch.equal(memory[0], disk.test.take(6, seed=0)[0])
-    batch, _ = next(disk.train.batches(8, seed=0, augment=True))
+    batch, _ = next(disk.train.batches(8, seed=0, augment=Augmentation()))
     assert batch.shape == (8, 3, 16, 20)
 
 
