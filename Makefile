@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	cd demo && ../$(BIN)/robust-prune train --arch resnet18 \
 		--model-kwargs '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}' --cifar-stem \
 		--data digits --input-size 1,16,16 --eps 0.1 \
-		--epochs 10 --clean-epochs 3 --batch-size 32 --steps 5 --out digits.safetensors
+		--epochs 10 --clean-epochs 3 --batch-size 32 --attack-steps 5 --out digits.safetensors
 	cd demo && ../$(BIN)/robust-prune compress digits.safetensors --ratio 0.5 \
 		--batch-size 32 --n-eval 100
 	@echo "the report is demo/digits-pruned/report.html"

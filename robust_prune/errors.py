@@ -47,6 +47,12 @@ class TrainingError(RobustPruneError):
     exit_code = 6
 
 
+class RunError(RobustPruneError):
+    """A run can't be gone on with: nothing there, other settings, or files that can't be read."""
+
+    exit_code = 2
+
+
 class AttackError(RobustPruneError):
     """An attack can't be run on this model."""
 

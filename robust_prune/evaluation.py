@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from robust_prune import data
 from robust_prune.adversaries.autoattack import autoattack
 from robust_prune.adversaries.pgd import survivors
 from robust_prune.costs import count_cost
+from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import (
     check_outputs,
@@ -25,7 +26,8 @@ from robust_prune.modules import (
     requires_grad,
     seeded,
 )
-from robust_prune.types import Evaluation, Measurement, Proportion, ThreatModel
+from robust_prune.proportions import Proportion
+from robust_prune.types import Evaluation, Measurement, ThreatModel
 
 Attack = Literal["none", "pgd", "autoattack"]
 ATTACKS: tuple[Attack, ...] = ("none", "pgd", "autoattack")
@@ -64,6 +66,9 @@ def evaluate(
     n: int = 1000,
     seed: int = 0,
     batch_size: int = 100,
+    processes: Processes = ALONE,
+    done: Sequence[Measurement] = (),
+    on_measured: Callable[[Measurement], None] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Measure clean accuracy, PGD-20 and AutoAttack accuracy.
@@ -77,6 +82,9 @@ def evaluate(
         n: images to draw.
         seed: of the draw and of every attack; global random state is restored.
         batch_size: images at a time; AutoAttack's result depends on it.
+        processes: each attacks its share of the images.
+        done: measurements of the same model and images that need not be made again.
+        on_measured: called with each new measurement.
         on_progress: called with a line now and then.
 
     Returns:
@@ -89,14 +97,25 @@ def evaluate(
     test = _test_images(model, data_, n, seed)
     check_outputs(model, test.images, test.labels)
     report = on_progress or (lambda line: None)
-    with evaluating(model), requires_grad(model, False), seeded(seed):
-        measured = [_clean(model, test, batch_size)]
-        if attack != "none":
-            report(f"PGD-{PGD_STEPS} on {len(test.labels)} images")
-            measured.append(_pgd(model, test, threat, seed, batch_size))
-        if attack == "autoattack":
-            report(f"AutoAttack on {len(test.labels)} images")
-            measured.append(_autoattack(model, test, threat, seed, batch_size, on_progress))
+    share = _share(test, processes)
+    makers: dict[str, Callable[[], Measurement]] = {
+        "clean": lambda: _clean(model, share, batch_size),
+        "pgd": lambda: _pgd(model, share, threat, seed, batch_size),
+        "autoattack": lambda: _autoattack(model, share, threat, seed, batch_size, on_progress),
+    }
+    names = ("clean", "pgd", "autoattack")[: 1 + ATTACKS.index(attack)]
+    labels = {"pgd": f"PGD-{PGD_STEPS}", "autoattack": "AutoAttack"}
+    found = {measurement.attack: measurement for measurement in done}
+    with evaluating(model), requires_grad(model, False):
+        for name in names:
+            if name in found:
+                continue
+            if name in labels:
+                report(f"{labels[name]} on {len(test.labels)} images")
+            with seeded(seed):
+                found[name] = _joined(makers[name](), processes, len(test.labels))
+            if on_measured is not None:
+                on_measured(found[name])
         channels, height, width = test.images.shape[1:]
         cost = count_cost(model, (channels, height, width))
         latency = latency_ms(model, test.images[:32])
@@ -105,9 +124,41 @@ def evaluate(
         n=len(test.labels),
         seed=seed,
         threat=threat,
-        measurements=tuple(measured),
+        measurements=tuple(found[name] for name in names),
         cost=cost,
         latency_ms=latency,
+    )
+
+
+def _share(test: TestImages, processes: Processes) -> TestImages:
+    """Return every n-th image of this process; all of them where there are fewer than processes."""
+    if len(test.labels) < processes.size:
+        return test
+    own = slice(processes.rank, None, processes.size)
+    return replace(test, images=test.images[own], labels=test.labels[own])
+
+
+def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
+    """Put the shares of all processes together again."""
+    if processes.size == 1 or n < processes.size:
+        return part
+    parts = processes.gathered([part])
+    correct = [False] * n
+    for rank, share in enumerate(parts):
+        correct[rank :: processes.size] = share.correct
+    details = dict(part.details)
+    if "robust_after" in details:
+        names = dict.fromkeys(name for p in parts for name in p.details["robust_after"])
+        details["robust_after"] = {
+            name: sum(p.details["robust_after"].get(name, 0) for p in parts) for name in names
+        }
+    return replace(
+        part,
+        correct=tuple(correct),
+        accuracy=Proportion(sum(correct), n),
+        details={**details, "processes": processes.size},
+        flags=tuple(dict.fromkeys(flag for p in parts for flag in p.flags)),
+        seconds=max(p.seconds for p in parts),
     )
 
 
@@ -202,9 +253,13 @@ def pgd_correct(
     threat: ThreatModel,
     steps: int,
     seed: int,
+    step_size: float | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Return [N] booleans: right on the clean image and on every iterate of PGD."""
+    """Return [N] booleans: right on the clean image and on every iterate of PGD.
+
+    `step_size` is eps / 4 if None.
+    """
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     with evaluating(model), requires_grad(model, False), torch.no_grad():
@@ -216,7 +271,7 @@ def pgd_correct(
                     target.to(device),
                     threat=threat,
                     steps=steps,
-                    step_size=threat.eps / 4,
+                    step_size=step_size or threat.eps / 4,
                     generator=generator,
                 ).cpu()
                 for clean, target in zip(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from robust_prune import builders, models, mrs, report, scores
 from robust_prune.checkpoint import write_text
 from robust_prune.curves import measure_mrs
 from robust_prune.data import DataSplits, open_for
+from robust_prune.distributed import ALONE, Processes, processes
 from robust_prune.errors import DataError, Interrupted, UsageError
 from robust_prune.evaluation import Attack
-from robust_prune.finetune import Method
-from robust_prune.finetune.loop import History, TrainingConfig, train_
+from robust_prune.finetune.config import EpochRecord, History, TrainingConfig
+from robust_prune.finetune.loop import train_
+from robust_prune.finetune.registry import Method
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import (
-    contiguous,
-    seeded,
-)
+from robust_prune.modules import contiguous, seeded
+from robust_prune.planning import calibration_images, image_size_of
+from robust_prune.record import plain_settings
+from robust_prune.runs import RunFolder, fingerprint
 from robust_prune.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Events, Settings
-from robust_prune.stations import Compression, calibration_images, image_size_of
+from robust_prune.stations import Compression
 from robust_prune.types import (
     Budget,
     ModelSpec,
@@ -34,7 +36,10 @@ from robust_prune.types import (
     Sensitivity,
     Target,
     ThreatModel,
+    to_plain,
 )
+
+RUN = "run"  # where a result's folder keeps the state of the run
 
 
 def compress(
@@ -54,6 +59,8 @@ def compress(
     evaluation: Attack = "none",
     n_eval: int = 200,
     plan: PruningPlan | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **more: Any,
 ) -> CompressResult:
     """Prune a model to a budget with the least loss of robustness, and fine-tune it.
@@ -69,16 +76,20 @@ def compress(
         allocation: `curve` (the measured loss of each group), `mrs` (the paper's rule), or the
             controls `inverted` and `uniform`.
         score: `l2`, or `taylor`, `fisher` or `reconstruction` on adversarial images.
-        finetune: `trades`, `pgd-at`, `n-fgsm`, `package.module:function`, or a function
-            (model, images, labels, attack) -> loss; None for no fine-tuning.
-        epochs: of fine-tuning.
+        finetune: `trades`, `pgd-at`, `n-fgsm`, `mart`, `rslad`, `ard`, one of them with `+awp`,
+            `package.module:function`, or a function (model, images, labels, attack) -> loss; None
+            for no fine-tuning.
+        epochs: of fine-tuning, in all.
         protect: dotted layer names or patterns that stay whole.
         seed: of everything random.
         test: images to measure on, where `data` has no test split of its own.
         evaluation: `none`, `pgd` or `autoattack`.
         n_eval: test images to measure on.
         plan: replay this plan instead of making one; its budget and rules then count.
-        more: further fields of `Settings`.
+        run_dir: folder to keep the run's state in; deleted first unless `resume`.
+        resume: go on with the run in `run_dir`, to the result it would have had, bit for bit.
+        more: further fields of `Settings`: `steps` prunes in several, `training_options` are
+            fields of `TrainingConfig`.
 
     Returns:
         `model` (of the caller's class, in eval mode), `plan`, and `report` as plain data.
@@ -86,6 +97,7 @@ def compress(
     Raises:
         BudgetError: the budget is out of reach; the message says what is possible.
         DataError: the data can't be read or does not fit the model.
+        RunError: `resume`, and there is no run in `run_dir`, or one with other settings.
     """
     budget = plan.budget if plan is not None else Budget(target, prune_ratio)
     settings = Settings(
@@ -102,7 +114,15 @@ def compress(
         plan=plan,
         **more,
     )
-    return run(model, open_for(model, data, test=test), settings)
+    splits = open_for(model, data, test=test)
+    folder = None if run_dir is None else RunFolder(run_dir)
+    all_processes = processes()
+    if folder is not None and all_processes.first:
+        _open_run(folder, asked(model, splits, settings), resume)
+    result = run(model, splits, settings, folder=folder, processes=all_processes)
+    if folder is not None and all_processes.first:
+        folder.close()
+    return result
 
 
 def run(
@@ -110,18 +130,38 @@ def run(
     splits: DataSplits | None,
     settings: Settings,
     events: Events | None = None,
+    *,
+    folder: RunFolder | None = None,
+    processes: Processes = ALONE,
 ) -> CompressResult:
     """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
-    events = events or Events()
     with seeded(settings.seed), torch.enable_grad():
-        job = Compression(model, splits, settings, events)
-        job.measure_and_plan()
-        job.prune()
-        if settings.finetune is not None:
-            job.fine_tune()
+        job = Compression(model, splits, settings, events or Events(), folder, processes)
+        for step in range(1, settings.steps + 1):
+            job.prune(step)
+            if settings.finetune is not None:
+                job.fine_tune(step)
         if settings.evaluation != "none":
             job.evaluate()
     return job.result
+
+
+def asked(model: nn.Module, splits: DataSplits | None, settings: Settings) -> dict[str, Any]:
+    """Return what a run is asked, as plain data: all that its result depends on."""
+    plan = settings.plan
+    return {
+        "model": fingerprint(model),
+        "data": dict(splits.source) if splits else None,
+        "settings": to_plain(plain_settings(settings)),
+        "plan": plan.digest if plan else None,
+    }
+
+
+def _open_run(folder: RunFolder, config: dict[str, Any], resume: bool) -> None:
+    if resume:
+        folder.go_on(config)
+    else:
+        folder.begin(config)
 
 
 def sensitivity(
@@ -172,9 +212,15 @@ def train_model(
     device: torch.device | str = "cpu",
     pretrained: bool = False,
     start: nn.Module | None = None,
+    teacher: nn.Module | None = None,
     events: Events | None = None,
+    folder: RunFolder | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[nn.Module, History]:
-    """Train a network adversarially, from `start` or from the builder's weights."""
+    """Train a network adversarially, from `start` or from the builder's weights.
+
+    With `folder` the state of the run is kept there, and taken up where there is one.
+    """
     events = events or Events()
     if start is None:
         with seeded(config.seed):
@@ -182,13 +228,23 @@ def train_model(
     model = start.to(device)
     if splits.validation is None:
         raise DataError("too few images to keep some back for validation")
+
+    def on_epoch(record: EpochRecord) -> None:
+        if folder is not None and processes.first:
+            folder.record("training", to_plain(record))
+        if events.epoch is not None:
+            events.epoch(record)
+
     history = train_(
         model,
         splits.train,
         splits.validation,
         config,
+        teacher=teacher,
+        processes=processes,
+        saved=None if folder is None else folder.state("training"),
         on_progress=events.training,
-        on_epoch=events.epoch,
+        on_epoch=on_epoch,
     )
     return model, history
 
@@ -200,46 +256,85 @@ def compress_file(
     folder: Path,
     name: str,
     events: Events,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[CompressResult, dict[str, Path]]:
     """Compress and write `<name>.safetensors`, `report.json` and `report.html` into `folder`.
 
     The model is written as soon as it is pruned, again when it is fine-tuned, and completed after
-    the evaluation, each time whole or not at all.
+    the evaluation, each time whole or not at all. Where `arguments` are given, `folder/run` keeps
+    the state of the run, and them for whoever goes on with it.
 
     Raises:
         Interrupted: the user stopped the run; the message says which file is there.
+        RunError: `resume`, and the run there is another one.
     """
     paths = {
         "model": folder / f"{name}.safetensors",
         "report": folder / "report.json",
         "html": folder / "report.html",
     }
-    made = not folder.exists()
     written: list[str] = []
 
     def write(result: CompressResult) -> None:
+        if not processes.first:
+            return
         text, page = report.to_json(result.report), report.to_html(result.report)
         models.save(result.model, paths["model"], result.report)
         written.append(result.report["status"])
         write_text(paths["report"], text)
         write_text(paths["html"], page)
 
+    state = None if arguments is None else RunFolder(folder / RUN)
+    made = not folder.exists()
+    if processes.first:
+        _make_folder(folder)
+        if state is not None:
+            config = {**asked(model, splits, settings), "arguments": dict(arguments or {})}
+            _open_run(state, config, resume)
+    try:
+        result = run(
+            model,
+            splits,
+            settings,
+            replace(events, saveable=write),
+            folder=state,
+            processes=processes,
+        )
+    except KeyboardInterrupt:
+        if state is None and processes.first and made and not written:
+            _forget(folder, None)
+        told = (
+            f"stopped; {paths['model']} is complete and usable, its status is {written[-1]!r}"
+            if written
+            else "stopped before anything was pruned; no file was written"
+        )
+        go_on = "" if state is None else f"; robust-prune compress --resume {folder} goes on"
+        raise Interrupted(told + go_on) from None
+    except Exception:
+        if processes.first and not resume and not written:
+            _forget(folder if made else None, state)
+        raise
+    if processes.first and state is not None:
+        state.close()
+    return result, paths
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}; name another folder") from None
-    try:
-        result = run(model, splits, settings, replace(events, saveable=write))
-    except KeyboardInterrupt:
-        if not written:
-            raise Interrupted("stopped before anything was pruned; no file was written") from None
-        raise Interrupted(
-            f"stopped; {paths['model']} is complete and usable, its status is {written[-1]!r}"
-        ) from None
-    finally:
-        if made and not written and folder.exists():
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    return result, paths
+
+
+def _forget(folder: Path | None, state: RunFolder | None) -> None:
+    """Delete the run's state, and the folder where it is empty."""
+    if state is not None:
+        state.clear()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_prune.finetune.loop import History
-from robust_prune.modules import (
-    ImageModel,
-)
+from robust_prune.finetune.config import History
+from robust_prune.modules import ImageModel
+from robust_prune.runs import without_nan
 from robust_prune.settings import Settings
-from robust_prune.types import (
-    to_plain,
-)
+from robust_prune.types import to_plain
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -48,16 +45,19 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
         if name not in ("plan", "finetune")
     }
     method = settings.finetune
-    plain["finetune"] = method if isinstance(method, (str, type(None))) else repr(method)
+    plain["finetune"] = method if isinstance(method, (str, type(None))) else qualified(method)
     return plain
+
+
+def qualified(function: object) -> str:
+    """Return the name of a function of the user's, the same in every process."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def plain_history(history: History | None) -> Mapping[str, Any] | None:
     """Return a training history as JSON can hold it."""
     if history is None:
         return None
-    plain: dict[str, Any] = to_plain(history)
-    for epoch in plain["epochs"]:
-        if epoch["epoch"] == 0:
-            epoch["loss"] = None  # JSON has no NaN, and nothing was trained yet
+    plain: dict[str, Any] = without_nan(to_plain(history))
     return plain

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,8 @@ from robust_prune import allocation as allocating
 from robust_prune import evaluation, mrs, scores
 from robust_prune.errors import UsageError
 from robust_prune.evaluation import Attack
-from robust_prune.finetune import Method, resolve
-from robust_prune.finetune.loop import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.finetune.registry import Method, resolve
 from robust_prune.types import (
     Budget,
     Evaluation,
@@ -30,7 +31,11 @@ LINF_8 = ThreatModel.linf("8/255")
 
 @dataclass(frozen=True)
 class Settings:
-    """What `compress` is asked to do."""
+    """What `compress` is asked to do.
+
+    `steps` prunes and fine-tunes so often, with sensitivity measured anew each time; `epochs` are
+    those of all steps together. `training_options` are further fields of `TrainingConfig`.
+    """
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
     threat: ThreatModel = LINF_8
@@ -40,7 +45,9 @@ class Settings:
     finetune: str | Method | None = None
     epochs: int = 0
     lr: float = 0.02
-    steps: int = 7
+    attack_steps: int = 7
+    training_options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 1
     batch_size: int = 128
     protect: tuple[str, ...] = ()
     min_width: int = 2
@@ -73,9 +80,18 @@ class Settings:
         for what, value, values in known:
             if self.plan is None and value not in values:
                 raise UsageError(f"{what} {value!r} is not known; use one of {', '.join(values)}")
+        if self.steps < 1 or (self.steps > 1 and self.plan is not None):
+            raise UsageError(
+                f"pruning in {self.steps} steps: there must be 1 or more, and a plan is replayed "
+                "in one"
+            )
         if self.finetune is not None:
             resolve(self.finetune)
-            self.training()
+            if self.epochs < self.steps:
+                raise UsageError(
+                    f"{self.epochs} epochs are too few for {self.steps} steps; each needs one"
+                )
+            self.training(self.steps)
         if self.round_to < 1 or self.min_width < 1:
             raise UsageError(
                 f"widths are rounded to multiples of 1 or more and keep 1 channel or more, not "
@@ -84,18 +100,30 @@ class Settings:
         if not 0 < self.max_prune_ratio < 1:
             raise UsageError(f"max prune ratio {self.max_prune_ratio:g} must be between 0 and 1")
 
-    def training(self) -> TrainingConfig:
-        """Return the settings of the fine-tuning run."""
+    def epochs_of(self, step: int) -> int:
+        """Return the epochs of a pruning step: half of all before the last, shared out equally."""
+        between = max(1, self.epochs // (2 * self.steps)) if self.steps > 1 else 0
+        return between if step < self.steps else self.epochs - between * (self.steps - 1)
+
+    def training(self, step: int = 1) -> TrainingConfig:
+        """Return the settings of the fine-tuning run after a pruning step, counted from 1."""
         assert self.finetune is not None
-        return TrainingConfig(
-            method=self.finetune,
-            epochs=self.epochs,
-            threat=self.threat,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            seed=self.seed,
-        )
+        fields = {f.name for f in dataclasses.fields(TrainingConfig)}
+        given: dict[str, Any] = {
+            "method": self.finetune,
+            "epochs": self.epochs_of(step),
+            "threat": self.threat,
+            "attack_steps": self.attack_steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
+        if unknown := sorted(set(self.training_options) - (fields - set(given))):
+            raise UsageError(
+                f"training option {unknown[0]!r} is not known or set elsewhere; there are "
+                f"{', '.join(sorted(fields - set(given)))}"
+            )
+        return TrainingConfig(**given, **self.training_options)
 
 
 @dataclass(frozen=True)

@@ -2,91 +2,79 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from robust_prune import allocation as allocating
-from robust_prune import (
-    builders,
-    calibration,
-    data,
-    evaluation,
-    mrs,
-    report,
-    scores,
-    search,
-    verify,
-)
-from robust_prune.curves import IMAGE_PASSES, Curve, measure_mrs, structural_curves
+from robust_prune import builders, calibration, data, evaluation, report, verify
 from robust_prune.data import DataSplits
+from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError
 from robust_prune.evaluation import Attack, TestImages
-from robust_prune.finetune.loop import History, train_
-from robust_prune.graph import ModelGraph
-from robust_prune.modules import (
-    ImageModel,
-    check_outputs,
-    contiguous,
-    device_of,
-    image_channels,
-    make_contiguous_,
-)
-from robust_prune.reconstruction import Reconstruction, kept_rows
+from robust_prune.finetune.config import EpochRecord, History
+from robust_prune.finetune.loop import Saved, train_
+from robust_prune.journal import Journal
+from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
+from robust_prune.planning import Planned, Planning, graph_of, image_size_of, step_settings
+from robust_prune.reconstruction import kept_rows
 from robust_prune.record import describe_model, hardware, plain_history, plain_settings
-from robust_prune.settings import CALIBRATION_IMAGES, CompressResult, Events, Settings
-from robust_prune.types import (
-    Evaluation,
-    PruningPlan,
-    to_plain,
-)
+from robust_prune.runs import RunFolder, without_nan
+from robust_prune.settings import CompressResult, Events, Settings
+from robust_prune.types import Evaluation, Measurement, PruningPlan, Sensitivity, to_plain
 
-CPU_MACS = 10**13  # some minutes of a few cores
 BATCHNORM_IMAGES = 2048
 SELF_CHECK_IMAGES = 2
-SEARCH_IMAGES = 16, 256  # at least, at most
-ENOUGH_HELD_OUT = 256
 
 
 class Compression:
-    """One compression: the state that passes from station to station."""
+    """One compression: the state that passes from station to station.
+
+    With a run folder every station keeps what it has done there, and takes up what is there
+    already. With several processes the first one measures, plans and prunes, and gives plan and
+    weights to the others; all train and evaluate.
+    """
 
     def __init__(
-        self, model: nn.Module, splits: DataSplits | None, settings: Settings, events: Events
+        self,
+        model: nn.Module,
+        splits: DataSplits | None,
+        settings: Settings,
+        events: Events,
+        folder: RunFolder | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.dense, self.splits = contiguous(model), splits
-        self.settings, self.events = settings, events
-        self.seconds: dict[str, float] = {}
-        self.notes: list[str] = list(splits.notes) if splits else []
+        self.dense, self.splits, self.settings = contiguous(model), splits, settings
+        self.events, self.folder, self.processes = events, folder, processes
+        self.journal = Journal(events)
+        self.journal.notes += splits.notes if splits else ()
         self.model = copy.deepcopy(model)
         make_contiguous_(self.model)
         self.input_size = image_size_of(model, splits, settings.input_size)
         if isinstance(self.model, ImageModel):
             self.model.spec = replace(self.model.spec, input_size=self.input_size)
         self.model.eval()
-        self.device = device_of(model)
-        self.extra: dict[str, Any] = {}
+        self.plans: list[PruningPlan] = []
+        self.sensitivity: Sensitivity | None = None  # of the dense model
         self.history: History | None = None
-        self.dense_evaluation: Evaluation | None = None
-        self.pruned_evaluation: Evaluation | None = None
-        self._before_tuning: Evaluation | None = None
+        self.evaluations: dict[str, Evaluation] = {}
         self._test: TestImages | None = None
+        self._check(model)
+
+    def _check(self, model: nn.Module) -> None:
+        """Say what is assumed, and fail before the work where something is missing."""
+        settings, splits = self.settings, self.splits
         for line in settings.notes:
-            self._note(line)
+            self.journal.note(line)
         if splits is None:
             known = isinstance(model, ImageModel) and model.spec.input_size
             if not known and settings.input_size is None:
-                self._note(
+                self.journal.note(
                     f"image size assumed: {'x'.join(map(str, self.input_size))}; neither the file "
                     "nor data tell, --input-size does"
                 )
-            self._note(
+            self.journal.note(
                 "no data is known: calibrated on synthetic images labelled by the model itself; "
                 "nothing is fine-tuned or measured, batch-norm statistics are the dense model's"
             )
@@ -101,370 +89,257 @@ class Compression:
         if settings.evaluation != "none" and splits.test is None:
             raise DataError("there is no test split to evaluate on; give test images as test=")
 
-    def measure_and_plan(self) -> None:
-        """Adversarial set, scores, curves, MRS, plan."""
-        settings, model = self.settings, self.model
-        with self._timed("graph"):
-            graph = ModelGraph(
-                self.model,
-                self.input_size,
-                protect=settings.protect,
-                min_width=settings.min_width,
-                ties=settings.plan.ties if settings.plan else (),
-                whole_heads=settings.plan.whole_heads if settings.plan else settings.whole_heads,
-            )
-        self.graph = graph
-        self.extra["reachable"] = graph.reachable
-        self._check_feasible(graph)
-        with self._timed("adversarial set"):
-            self.events.stage(f"adversarial set: PGD-10, {settings.threat}")
-            n = self._calibration_count()
-            size = self.input_size
-            self._calibration = calibration_images(model, self.splits, size, n, settings.seed)
-            adversarial = mrs.adversarial_set(
-                model,
-                *self._calibration,
-                threat=settings.threat,
-                seed=settings.seed,
-                batch_size=min(64, settings.batch_size),
-            )
-        values: Mapping[str, Tensor] = {}
-        curves: Mapping[str, Curve] = {}
-        if settings.plan is None:
-            with self._timed("scores"):
-                score = settings.score
-                values = scores.channel_scores(model, graph, score=score, adversarial=adversarial)
-            if settings.allocation == "curve":
-                self.events.stage(f"curves of {len(graph.groups)} groups")
-                passes = self._image_passes()
-                with self._timed("curves"):
-                    curves = structural_curves(model, graph, values, adversarial, passes=passes)
-                self.extra["curves"] = list(curves.values())
-        with self._timed("sensitivity"):
-            self.events.stage(f"module robustness sensitivity: {settings.method}")
-            self.sensitivity = measure_mrs(graph, adversarial, settings.method, values)
-        self.reconstruction = self._reconstruction(adversarial)
-        with self._timed("plan"):
-            self.plan = settings.plan or self._make_plan(graph, values, curves)
-            if settings.plan is not None:
-                graph.check(settings.plan)
-                self._note(f"replayed plan {settings.plan.digest}")
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan from the dense model to what is there now."""
+        whole = self.plans[0]
+        for later in self.plans[1:]:
+            whole = whole.then(later)
+        return replace(whole, budget=self.settings.budget)
 
-    def _check_feasible(self, graph: ModelGraph) -> None:
-        """Fail before the expensive stations where the budget can't be met."""
-        if self.settings.plan is None:
-            equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
-            allocating.allocate(
-                graph.groups,
-                graph.cost,
-                self.settings.budget,
-                equal,
-                max_prune_ratio=self.settings.max_prune_ratio,
-                round_to=self.settings.round_to,
-            )
+    def prune(self, step: int) -> None:
+        """Plan and prune, or take up what a run before has planned and pruned.
 
-    def _reconstruction(self, adversarial: mrs.AdversarialSet) -> Reconstruction | None:
-        """Note what the dense model does on adversarial images and on as many clean ones."""
-        if self.splits is None or not self.settings.reconstruct:
-            return None
-        with self._timed("reconstruction"):
-            train = self.splits.train
-            clean, _ = train.take(min(len(adversarial), len(train)), self.settings.seed + 1)
-            pairs = zip(adversarial.images, clean.to(self.device), strict=False)
-            images = torch.stack([image for pair in pairs for image in pair])
-            return Reconstruction.of(self.model, images)
+        Args:
+            step: which of the pruning steps, from 1.
+        """
+        settings = self._step_settings(step)
+        tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
+        source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
+        planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
+        if not self.processes.first:
+            graph_of(self.model, self.input_size, settings).apply_(planned.plan)
+        self.processes.share_(self.model)
+        self.plans.append(planned.plan)
+        self.sensitivity = self.sensitivity or planned.sensitivity
+        if step == settings.steps or settings.finetune is None:
+            self._save("pruned")
 
-    def _make_plan(
-        self, graph: ModelGraph, values: Mapping[str, Tensor], curves: Mapping[str, Curve]
-    ) -> PruningPlan:
-        settings = self.settings
-        by_group = self.sensitivity.of_groups()
+    def _step_settings(self, step: int) -> Settings:
+        target = self.settings.budget.target
+        left = self.plan.pruned.of(target) / self.plan.dense.of(target) if self.plans else 1.0
+        return step_settings(self.settings, left, step)
 
-        def plan(widths: Mapping[str, int]) -> PruningPlan:
-            return allocating.make_plan(
-                graph.groups,
-                widths,
-                {name: v.tolist() for name, v in values.items()},
-                graph.cost,
-                settings.budget,
-                allocation=settings.allocation,
-                score=settings.score,
-                seed=settings.seed,
-                input_size=self.input_size,
-                mrs=by_group,
-                max_prune_ratio=settings.max_prune_ratio,
-                unprunable=graph.unprunable,
-                ties=graph.ties,
-                whole_heads=graph.whole_heads,
-            )
+    def _prune_first(self, source: nn.Module, settings: Settings, step: int, tell: str) -> Planned:
+        """What the first process does: plan and prune, each kept in the run's folder once done."""
+        kept = self._kept(f"planned-{step}")
+        planned = Planned.from_plain(kept) if kept else None
+        done = self._kept(f"pruned-{step}")
+        if planned is not None and done is not None:
+            self.journal.stage(f"pruned as before{tell}: plan {planned.plan.digest}")
+            graph_of(self.model, self.input_size, settings).apply_(planned.plan)
+            assert self.folder is not None
+            state = self.folder.state(f"pruned-{step}").load()
+            assert state is not None, "the part is kept after its state"
+            self.model.load_state_dict(state["model"])
+            self.journal.restore(done["journal"])
+            return planned
+        planning = Planning(self.model, self.splits, settings, self.journal, self.input_size)
+        if step == 1:
+            Planning.check_feasible(planning)
+        if planned is not None and kept is not None:
+            self.journal.restore(kept["journal"])
+        planned = planning.measure_and_plan(planned)
+        self._keep(f"planned-{step}", to_plain(planned))
+        self._apply(planning, planned, source, settings, tell)
+        if self.folder is not None:
+            self.folder.state(f"pruned-{step}").save({"model": self.model.state_dict()})
+        self._keep(f"pruned-{step}", {})
+        return planned
 
-        if settings.allocation == "curve":
-            return self._search(graph, curves, plan)
-        widths = allocating.allocate(
-            graph.groups,
-            graph.cost,
-            settings.budget,
-            allocating.weights(settings.allocation, by_group),
-            max_prune_ratio=settings.max_prune_ratio,
-            round_to=settings.round_to,
-        )
-        return plan(widths)
-
-    def _search(
+    def _apply(
         self,
-        graph: ModelGraph,
-        curves: Mapping[str, Curve],
-        plan: Callable[[Mapping[str, int]], PruningPlan],
-    ) -> PruningPlan:
-        """Allocate by curves, and take the best of the models really pruned."""
-        settings, splits = self.settings, self.splits
-        plans = [
-            plan(widths)
-            for widths in search.candidates(
-                graph,
-                settings.budget,
-                curves,
-                max_prune_ratio=settings.max_prune_ratio,
-                round_to=settings.round_to,
-            )
-        ]
-        self.events.stage(f"attacking {len(plans)} candidates")
-        few, many = SEARCH_IMAGES
-        n = max(few, min(many, self._image_passes() // (search.PASSES * len(plans))))
-        images, labels = (part[:n] for part in self._calibration)
-
-        def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
-            if self.reconstruction is not None:
-                self.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            if splits is not None:
-                batches = splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
-                calibration.recalibrate_batchnorm_(pruned, batches)
-
-        best, losses = search.best_composed(
-            graph,
-            plans,
-            images,
-            labels,
-            threat=settings.threat,
-            seed=settings.seed,
-            batch_size=min(64, settings.batch_size),
-            repair_=repair_,
-        )
-        self.extra["search"] = {
-            "attack": f"PGD-{search.STEPS}",
-            "images": len(labels),
-            "chosen": best,
-            "candidates": [
-                {
-                    "loss": loss,
-                    "params": p.pruned.params,
-                    "widths": [g.keep_width for g in p.groups],
-                }
-                for loss, p in zip(losses, plans, strict=True)
-            ],
-        }
-        return plans[best]
-
-    def prune(self) -> None:
-        """Remove the channels, then measure batch-norm statistics anew."""
-        self.events.stage(f"pruning {len(self.plan.groups)} groups")
-        rows = kept_rows(self.graph, self.plan)
-        with self._timed("prune"):
-            self.graph.apply_(self.plan)
-        self.extra["self_check"] = self._self_check()
-        if self.reconstruction is not None:
-            with self._timed("reconstruction"):
-                fits = self.reconstruction.apply_(self.model, rows)
-            images = len(self.reconstruction.images)
-            self.extra["reconstruction"] = {"images": images, "layers": fits}
-            self.reconstruction = None
-        for line in self.plan.notes:
-            self._note(line)
+        planning: Planning,
+        planned: Planned,
+        source: nn.Module,
+        settings: Settings,
+        tell: str,
+    ) -> None:
+        """Remove the channels, repair what is left, and measure batch-norm statistics anew."""
+        plan, journal = planned.plan, self.journal
+        journal.stage(f"pruning {len(plan.groups)} groups{tell}")
+        rows = kept_rows(planning.graph, plan)
+        with journal.timed("prune"):
+            planning.graph.apply_(plan)
+        journal.parts["self_check"] = self._self_check(source, plan)
+        if planning.reconstruction is not None:
+            with journal.timed("reconstruction"):
+                fits = planning.reconstruction.apply_(self.model, rows)
+            images = len(planning.reconstruction.images)
+            journal.parts["reconstruction"] = {"images": images, "layers": fits}
+        for line in plan.notes:
+            journal.note(line)
         if self.splits is not None:
-            with self._timed("batch norm"):
+            with journal.timed("batch norm"):
                 layers = calibration.recalibrate_batchnorm_(
                     self.model,
                     self.splits.train.batches(
-                        self.settings.batch_size, seed=self.settings.seed, limit=BATCHNORM_IMAGES
+                        settings.batch_size, seed=settings.seed, limit=BATCHNORM_IMAGES
                     ),
                 )
             images = min(BATCHNORM_IMAGES, len(self.splits.train))
-            self.extra["batchnorm"] = {"layers": layers, "images": images if layers else 0}
-        self._save("pruned")
+            journal.parts["batchnorm"] = {"layers": layers, "images": images if layers else 0}
 
-    def _self_check(self) -> dict[str, Any]:
-        """Compare with the masked dense model before anything else is changed."""
+    def _self_check(self, source: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+        """Compare with the masked model before anything else is changed."""
         if not self.settings.verify:
-            self._note("the pruned model was not compared with the masked dense one")
+            self.journal.note("the pruned model was not compared with the masked dense one")
             return {"done": False}
-        with self._timed("self-check"):
+        with self.journal.timed("self-check"):
             images = data.synthetic_images(SELF_CHECK_IMAGES, self.input_size, self.settings.seed)
-            error, dtype = verify.check_pruned(self.dense, self.model, self.plan, images)
+            error, dtype = verify.check_pruned(source, self.model, plan, images)
         name = str(dtype).removeprefix("torch.")
         return {"done": True, "images": len(images), "dtype": name, "error": error}
 
-    def fine_tune(self) -> None:
+    def fine_tune(self, step: int) -> None:
         """Train what is left; the best epoch by validation robustness stays."""
         settings = self.settings
         assert self.splits is not None
-        assert settings.finetune is not None
-        validation = self.splits.validation
-        assert validation is not None
-        config = settings.training()
-        if settings.evaluation != "none":
-            self._before_tuning = self._evaluate(self.model, "pgd")
-        self.events.stage(f"fine-tuning: {config.method}, {config.epochs} epochs")
-        with self._timed("fine-tune"):
+        assert self.splits.validation is not None
+        config = settings.training(step)
+        last = step == settings.steps
+        if last and settings.evaluation != "none":
+            self.evaluations["before"] = self._evaluate(self.model, "pgd", "before")
+        where = "" if settings.steps == 1 else f" after step {step} of {settings.steps}"
+        self.journal.stage(f"fine-tuning{where}: {config.method}, {config.epochs} epochs")
+        with self.journal.timed("fine-tune"):
             history = train_(
                 self.model,
                 self.splits.train,
-                validation,
+                self.splits.validation,
                 config,
+                teacher=self.dense,
+                processes=self.processes,
+                saved=self._saved(f"tuned-{step}"),
                 on_progress=self.events.training,
-                on_epoch=self.events.epoch,
+                on_epoch=self._listener(f"step {step}"),
             )
         self.history = history
         for line in history.notes:
-            self._note(line)
-        self._save("fine-tuned" if not history.interrupted else "fine-tuning interrupted")
+            self.journal.note(line)
+        if not last:
+            self.journal.steps.append(
+                {
+                    "plan": self.plans[-1],
+                    "finetune": history,
+                    **{name: self.journal.parts.pop(name) for name in list(self.journal.parts)},
+                }
+            )
+        if last or history.interrupted:
+            self._save("fine-tuned" if not history.interrupted else "fine-tuning interrupted")
         if history.interrupted:
             raise KeyboardInterrupt
+
+    def _listener(self, part: str) -> Any:
+        def on_epoch(record: EpochRecord) -> None:
+            if self.folder is not None and self.processes.first:
+                self.folder.record(part, to_plain(record))
+            if self.events.epoch is not None:
+                self.events.epoch(record)
+
+        return on_epoch
 
     def evaluate(self) -> None:
         """Measure the dense and the pruned model on the same test images."""
         assert self.splits is not None
         assert self.splits.test is not None
-        self.events.stage(
-            f"evaluation: {self.settings.evaluation} on "
-            f"{min(self.settings.n_eval, len(self.splits.test))} test images, dense and pruned"
+        attack = self.settings.evaluation
+        self.journal.stage(
+            f"evaluation: {attack} on {min(self.settings.n_eval, len(self.splits.test))} test "
+            "images, dense and pruned"
         )
-        with self._timed("evaluate"):
-            self.dense_evaluation = self._evaluate(self.dense, self.settings.evaluation)
-            self.pruned_evaluation = self._evaluate(self.model, self.settings.evaluation)
+        with self.journal.timed("evaluate"):
+            for which, model in (("dense", self.dense), ("pruned", self.model)):
+                self.evaluations[which] = self._evaluate(model, attack, which)
         self._save("evaluated")
 
-    def _evaluate(self, model: nn.Module, attack: Attack) -> Evaluation:
+    def _evaluate(self, model: nn.Module, attack: Attack, which: str) -> Evaluation:
+        """Measure a model; each attack that a run before has finished is taken from its folder."""
         assert self.splits is not None
         assert self.splits.test is not None
+        settings = self.settings
         if self._test is None:
-            settings = self.settings
             self._test = evaluation.draw(self.splits.test, settings.n_eval, settings.seed)
+        part = f"measured-{which}"
+        found = self.processes.from_first(self._kept(part)) or {}
+        done = [Measurement.from_plain(m) for m in found.get("measurements", ())]
+
+        def keep(measurement: Measurement) -> None:
+            done.append(measurement)
+            self._keep(part, {"measurements": [to_plain(m) for m in done]})
+
         return evaluation.evaluate(
             model,
             self._test,
-            threat=self.settings.threat,
+            threat=settings.threat,
             attack=attack,
-            seed=self.settings.seed,
+            seed=settings.seed,
+            processes=self.processes,
+            done=tuple(done),
+            on_measured=keep,
             on_progress=self.events.evaluating,
         )
 
-    def _calibration_count(self) -> int:
-        """How many images to measure on: what was asked, else what a CPU can do in minutes."""
-        asked = self.settings.calibration_images
-        if asked is not None or self.device.type != "cpu":
-            return asked or CALIBRATION_IMAGES
-        # PGD-10 and one more pass, forward and backward
-        work = 3 * 11 * max(self.graph.cost().macs, 1)
-        least, macs = (64, CPU_MACS) if self.splits is not None else (32, CPU_MACS // 5)
-        n = max(least, min(CALIBRATION_IMAGES, macs // work))
-        if n < CALIBRATION_IMAGES:
-            self._note(
-                f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it "
-                "ends in minutes on a CPU; --calibration-images takes another number"
-            )
-        return n
+    # the run's folder
 
-    def _image_passes(self) -> int:
-        """How many images times forward passes curves, and the search, may each take."""
-        if self.device.type != "cpu":
-            return IMAGE_PASSES
-        macs = CPU_MACS if self.splits is not None else CPU_MACS // 10
-        return min(IMAGE_PASSES, macs // max(self.graph.cost().macs, 1))
+    def _kept(self, name: str) -> Any:
+        if self.folder is None or not self.processes.first:
+            return None
+        return self.folder.kept(name)
+
+    def _keep(self, name: str, part: dict[str, Any]) -> None:
+        if self.folder is not None and self.processes.first:
+            self.folder.keep(name, {**part, "journal": self.journal.snapshot()})
+
+    def _saved(self, name: str) -> Saved | None:
+        return None if self.folder is None else self.folder.state(name)
 
     def _save(self, status: str) -> None:
+        """Hand the result on, so that it can be written whatever comes later."""
         self.result = CompressResult(
             model=self.model,
             plan=self.plan,
-            report=self._report(status),
+            report=report_of(self, status),
             sensitivity=self.sensitivity,
             history=self.history,
-            dense=self.dense_evaluation,
-            pruned=self.pruned_evaluation,
+            dense=self.evaluations.get("dense"),
+            pruned=self.evaluations.get("pruned"),
         )
         self.events.saveable(self.result)
 
-    def _report(self, status: str) -> dict[str, Any]:
-        settings = self.settings
-        dense, pruned = self.dense_evaluation, self.pruned_evaluation
-        plain: dict[str, Any] = to_plain(
-            {
-                "schema": report.SCHEMA,
-                "status": status,
-                "model": describe_model(self.model),
-                "threat": settings.threat,
-                "seed": settings.seed,
-                "data": dict(self.splits.source) if self.splits else None,
-                "data_name": self.splits.name if self.splits else "synthetic images",
-                "settings": plain_settings(settings),
-                "sensitivity": self.sensitivity,
-                "plan": self.plan,
-                "plan_digest": self.plan.digest,
-                "cost": {"dense": self.plan.dense, "pruned": self.plan.pruned},
-                "finetune": plain_history(self.history),
-                "evaluation": {
-                    "dense": dense,
-                    "pruned_before_finetuning": self._before_tuning,
-                    "pruned": pruned,
-                    "paired": dense.compare(pruned) if dense and pruned else {},
-                },
-                "notes": self.notes,
-                "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-                "versions": builders.versions(),
-                "hardware": hardware(self.device),
-                **self.extra,
-            }
-        )
-        return plain
 
-    def _note(self, line: str) -> None:
-        self.notes.append(line)
-        self.events.note(line)
-
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def calibration_images(
-    model: nn.Module, splits: DataSplits | None, size: tuple[int, int, int], n: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return images and labels to measure sensitivity on: held out of training, never of test.
-
-    Where few are held out they are training images. Without data the images are synthetic, and
-    labelled by the model itself.
-    """
-    if splits is None:
-        images = data.synthetic_images(n, size, seed)
-        return images, evaluation.predict(model, images, 64)
-    held_out = splits.validation
-    source = splits.train if held_out is None or len(held_out) < ENOUGH_HELD_OUT else held_out
-    images, labels = source.take(min(n, len(source)), seed)
-    check_outputs(model, images, labels, splits.classes or None)
-    return images, labels
-
-
-def image_size_of(
-    model: nn.Module, splits: DataSplits | None, given: tuple[int, int, int] | None
-) -> tuple[int, int, int]:
-    """Return the image size that costs are counted at: the data's, the one given, or assumed."""
-    if splits is not None:
-        return splits.input_size
-    if given is not None:
-        return given
-    if isinstance(model, ImageModel):
-        return model.spec.input_size or builders.default_input_size(model.spec)
-    return image_channels(model), 224, 224
+def report_of(job: Compression, status: str) -> dict[str, Any]:
+    """Return the report of a compression as far as it has come, as plain data."""
+    settings, plan, splits = job.settings, job.plan, job.splits
+    dense, pruned = job.evaluations.get("dense"), job.evaluations.get("pruned")
+    plain: dict[str, Any] = to_plain(
+        {
+            "schema": report.SCHEMA,
+            "status": status,
+            "model": describe_model(job.model),
+            "threat": settings.threat,
+            "seed": settings.seed,
+            "processes": job.processes.size,
+            "data": dict(splits.source) if splits else None,
+            "data_name": splits.name if splits else "synthetic images",
+            "settings": plain_settings(settings),
+            "sensitivity": job.sensitivity,
+            "plan": plan,
+            "plan_digest": plan.digest,
+            "cost": {"dense": plan.dense, "pruned": plan.pruned},
+            "finetune": plain_history(job.history),
+            "steps": without_nan(to_plain(job.journal.steps)),
+            "evaluation": {
+                "dense": dense,
+                "pruned_before_finetuning": job.evaluations.get("before"),
+                "pruned": pruned,
+                "paired": dense.compare(pruned) if dense and pruned else {},
+            },
+            "notes": job.journal.notes,
+            "seconds": {name: round(value, 3) for name, value in job.journal.seconds.items()},
+            "versions": builders.versions(),
+            "hardware": hardware(device_of(job.model)),
+            **job.journal.parts,
+        }
+    )
+    return plain

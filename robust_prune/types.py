@@ -8,10 +8,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, Literal
 
 from robust_prune.errors import PlanError, UsageError
+from robust_prune.proportions import PairedTest, Proportion
 
 Norm = Literal["linf", "l2"]
 Target = Literal["macs", "params", "channels"]
@@ -215,6 +215,18 @@ class Sensitivity:
     modules: tuple[ModuleSensitivity, ...]
     groups: tuple[GroupSensitivity, ...]
 
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Build it from parsed JSON."""
+        return cls(
+            **{
+                **data,
+                "threat": ThreatModel(**data["threat"]),
+                "modules": tuple(ModuleSensitivity(**item) for item in data["modules"]),
+                "groups": tuple(GroupSensitivity(**item) for item in data["groups"]),
+            }
+        )
+
     def of_groups(self) -> dict[str, float]:
         """Return MRS by group name."""
         return {group.name: group.mrs for group in self.groups}
@@ -269,6 +281,28 @@ class PruningPlan:
             if group.name == name:
                 return group
         raise PlanError(f"the plan has no group {name!r}; it has {len(self.groups)} groups")
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """Return the plan that does this one and then `later`, made on what this one leaves."""
+        theirs = {group.name: group for group in later.groups}
+        groups = []
+        for mine in self.groups:
+            after = theirs.pop(mine.name, None)
+            if after is not None and after.width != mine.keep_width:
+                raise PlanError(
+                    f"group {mine.name!r} has {after.width} channels in the later plan, but "
+                    f"{mine.keep_width} are left of it"
+                )
+            keep = mine.keep if after is None else tuple(mine.keep[i] for i in after.keep)
+            groups.append(dataclasses.replace(mine, keep=keep))
+        if theirs:
+            raise PlanError(f"group {min(theirs)!r} of the later plan is not in the first")
+        return dataclasses.replace(
+            self,
+            groups=tuple(groups),
+            pruned=later.pruned,
+            notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
+        )
 
     def to_json(self) -> str:
         """Return the plan as JSON text, the same for the same plan on every machine."""
@@ -342,64 +376,6 @@ class PruningPlan:
 
 
 @dataclass(frozen=True)
-class Proportion:
-    """`successes` of `n` images, with a Wilson score interval.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-    JASA 22, 1927.
-    """
-
-    successes: int
-    n: int
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.successes <= self.n or self.n == 0:
-            raise UsageError(f"{self.successes} of {self.n} is not a proportion")
-
-    @property
-    def value(self) -> float:
-        """The share itself, in [0, 1]."""
-        return self.successes / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the Wilson interval."""
-        z = NormalDist().inv_cdf(0.5 + self.confidence / 2)
-        p, n = self.value, self.n
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Exact McNemar test of two models on the same images.
-
-    `first_only` images are right for the first model alone, `second_only` for the second alone;
-    `p_value` is the two-sided exact binomial probability of so uneven a split.
-    Source: Q. McNemar, Psychometrika 12, 1947; exact form as in Fagerland et al., 2013.
-    """
-
-    first_only: int
-    second_only: int
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided p-value, 1 where the models never disagree."""
-        n = self.first_only + self.second_only
-        if n == 0:
-            return 1.0
-        smaller = min(self.first_only, self.second_only)
-        tail = sum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(smaller + 1))
-        return min(1.0, 2 * tail)
-
-
-@dataclass(frozen=True)
 class Measurement:
     """Accuracy under one attack: which images stayed right, and how it was measured."""
 
@@ -409,6 +385,16 @@ class Measurement:
     details: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Measurement:
+        """Build it from parsed JSON."""
+        share = data["accuracy"]
+        accuracy = Proportion(share["successes"], share["n"], share["confidence"])
+        correct = tuple(verdict == "1" for verdict in data["correct"])
+        return cls(
+            **{**data, "accuracy": accuracy, "correct": correct, "flags": tuple(data["flags"])}
+        )
 
 
 @dataclass(frozen=True)
@@ -458,10 +444,6 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _triple(values: Any) -> tuple[int, int, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -51,7 +53,7 @@ def train(run: Callable[..., tuple[int, str, str]], name: str = "model.pt") -> N
         "1,16,16",
         "--epochs",
         1,
-        "--steps",
+        "--attack-steps",
         1,
         "--eps",
         "0.06",
@@ -329,16 +331,16 @@ def test_ctrl_c_in_training_keeps_the_best_epoch(
 ) -> None:
     from robust_prune.finetune import loop
 
-    original, calls = loop._Run.epoch, []
+    original = loop._Run.batches
 
-    def epoch(self: object, number: int) -> float:
-        calls.append(number)
-        if number == 2:
-            raise KeyboardInterrupt
-        return original(self, number)
+    def batches(self: Any, asked: Callable[[], bool]) -> None:
+        if self.epoch == 2 and not resumed:
+            signal.raise_signal(signal.SIGINT)
+        original(self, asked)
 
-    monkeypatch.setattr(loop._Run, "epoch", epoch)
-    code, _, err = run(
+    resumed: list[int] = []
+    monkeypatch.setattr(loop._Run, "batches", batches)
+    command = [
         "train",
         "--arch",
         "resnet18",
@@ -350,10 +352,26 @@ def test_ctrl_c_in_training_keeps_the_best_epoch(
         "--input-size",
         "1,16,16",
         "--epochs",
-        5,
+        2,
+        "--attack-steps",
+        1,
         "--out",
         "m.safetensors",
-    )
+    ]
+    code, _, err = run(*command)
     assert code == 130
     assert "m.safetensors holds the best epoch so far" in err
+    assert "train --resume m.safetensors.run goes on" in err
     assert load("m.safetensors")(torch.rand(1, 1, 16, 16)).shape == (1, 10)
+
+    resumed.append(1)
+    code, out, err = run("train", "--resume", "m.safetensors.run", "--epochs", 3)
+    assert (code, out) == (2, "")
+    assert "leave out --epochs" in err
+    code, out, err = run("train", "--resume", "m.safetensors.run")
+    assert code == 0, err
+    assert not Path("m.safetensors.run").exists()
+    code, _, err = run(*[a if a != "m.safetensors" else "whole.safetensors" for a in command])
+    assert code == 0, err
+    whole, again = load("whole.safetensors"), load("m.safetensors")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import signal
 
 import pytest
 import torch
@@ -13,80 +15,15 @@ from torch import nn
 from robust_prune import builders
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
-from robust_prune.finetune import METHODS, resolve
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.loop import EpochRecord, TrainingConfig, _collapses, train_
+from robust_prune.finetune.config import EpochRecord, Progress, TrainingConfig
+from robust_prune.finetune.interruptions import interruptions
+from robust_prune.finetune.loop import train_
+from robust_prune.finetune.registry import METHODS
+from robust_prune.finetune.validation import collapse
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 from tests.conftest import TINY, tiny_resnet
-
-
-def attack(threat: ThreatModel, steps: int = 3, seed: int = 0) -> Attack:
-    return Attack(threat, steps, torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 5)).double()
-
-
-@pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(6, 3, 4, 4, generator=generator).double(), torch.arange(6) % 5
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_losses_and_gradients_are_those_written_out(
-    net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], norm: str
-) -> None:
-    images, labels = batch
-    threat = ThreatModel(norm, 0.1)
-
-    def gradient(loss: torch.Tensor) -> torch.Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
-
-    found = METHODS["pgd-at"](net, images, labels, attack(threat))
-    moved = attack(threat)(net, images, labels)
-    expected = -net(moved).log_softmax(1)[torch.arange(6), labels].mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradient(found), gradient(expected))
-
-    found = METHODS["trades"](net, images, labels, attack(threat))
-    clean = net(images).softmax(1)
-    still = clean.detach()
-    moved = attack(threat)(
-        net, images, labels, lambda z: (still * (still.log() - z.log_softmax(1))).sum(1)
-    )
-    divergence = (clean * (clean.log() - net(moved).log_softmax(1))).sum(1).mean()
-    expected = F.cross_entropy(net(images), labels) + 6 * divergence
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradient(found), gradient(expected))
-
-
-def test_n_fgsm_is_noise_of_two_eps_and_one_step_of_eps(
-    net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    images, labels = batch
-    found = METHODS["n-fgsm"](net, images, labels, attack(ThreatModel.linf(0.1)))
-    generator = torch.Generator().manual_seed(0)
-    noise = (2 * torch.rand(images.shape, generator=generator, dtype=images.dtype) - 1) * 0.2
-    start = (images + noise).requires_grad_(True)
-    (slope,) = torch.autograd.grad(F.cross_entropy(net(start), labels), start)
-    expected = F.cross_entropy(net(start.detach() + 0.1 * slope.sign()), labels)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("method", list(METHODS))
-def test_attacks_see_eval_mode_and_the_loss_train_mode(method: str, threat: ThreatModel) -> None:
-    model = tiny_resnet().train()
-    seen = []
-    model.net.bn1.register_forward_hook(lambda m, i, o: seen.append(m.training))
-    METHODS[method](model, torch.rand(4, 3, 32, 32), torch.arange(4), attack(threat))
-    assert seen[-1]
-    assert not all(seen)
-    assert model.training
 
 
 def small_digits_model(digits: DataSplits) -> ImageModel:
@@ -98,24 +35,48 @@ def small_digits_model(digits: DataSplits) -> ImageModel:
     return builders.create(spec)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_each_method_makes_a_network_robust_on_digits(method: str, digits: DataSplits) -> None:
-    model = small_digits_model(digits)
+ROBUST = ThreatModel.linf(0.06)
+
+
+def tuned(model: nn.Module, digits: DataSplits, method: str, **more: object) -> nn.Module:
     config = TrainingConfig(
         method,
-        epochs=5,
-        threat=ThreatModel.linf(0.06),
-        steps=3,
-        batch_size=32,
-        lr=0.1,
-        clean_epochs=2,
+        threat=ROBUST,
+        attack_steps=2,
+        batch_size=64,
         augment=False,
+        **{"epochs": 2, "lr": 0.05, **more},  # type: ignore[arg-type]
     )
-    history = train_(model, digits.train, digits.validation, config)
-    best = history.epochs[history.best_epoch]
-    assert best.robust > 0.5
-    assert best.clean > 0.8
+    model = copy.deepcopy(model)
+    train_(model, digits.train, digits.validation, config, teacher=TEACHER.get("model"))
+    return model
+
+
+TEACHER: dict[str, nn.Module] = {}
+
+
+@pytest.fixture(scope="module")
+def clean_start(digits: DataSplits) -> nn.Module:
+    start = tuned(small_digits_model(digits), digits, "pgd-at", epochs=3, clean_epochs=3, lr=0.1)
+    TEACHER["model"] = tuned(start, digits, "pgd-at", epochs=3)
+    return start
+
+
+def robust_loss(model: nn.Module, digits: DataSplits) -> float:
+    assert digits.validation is not None
+    images, labels = digits.validation.take(128, 0)
+    moved = Attack(ROBUST, 10, torch.Generator().manual_seed(0))(model, images, labels)
+    with torch.no_grad():
+        return float(F.cross_entropy(model(moved), labels))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "trades+awp"])
+def test_each_method_lowers_the_robust_loss_on_digits(
+    method: str, digits: DataSplits, clean_start: nn.Module
+) -> None:
+    model = tuned(clean_start, digits, method)
     assert not model.training
+    assert robust_loss(model, digits) < 0.8 * robust_loss(clean_start, digits)
 
 
 def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
@@ -152,7 +113,9 @@ def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
 def test_a_run_repeats_for_a_seed_and_leaves_the_global_generator_alone(
     digits: DataSplits,
 ) -> None:
-    config = TrainingConfig("pgd-at", epochs=1, threat=ThreatModel.linf(0.06), steps=2, seed=4)
+    config = TrainingConfig(
+        "pgd-at", epochs=1, threat=ThreatModel.linf(0.06), attack_steps=2, seed=4
+    )
     before = torch.get_rng_state()
     one, two = small_digits_model(digits), small_digits_model(digits)
     torch.set_rng_state(before)
@@ -189,16 +152,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_before_it(digits: Data
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_methods_by_name_path_and_function() -> None:
-    assert resolve("trades")[1] is METHODS["trades"]
-    name, function = resolve("robust_prune.finetune.pgd_at:pgd_at")
-    assert (name, function) == ("robust_prune.finetune.pgd_at:pgd_at", METHODS["pgd-at"])
-    assert resolve(function)[0] == "pgd_at"
-    for wrong in ("free-at", "no.such.module:f", "robust_prune.finetune:nothing"):
-        with pytest.raises(UsageError):
-            resolve(wrong)
-
-
 def test_a_frozen_model_is_an_error(digits: DataSplits) -> None:
     model = small_digits_model(digits).requires_grad_(False)
     config = TrainingConfig("pgd-at", epochs=1, threat=ThreatModel.linf(0.06))
@@ -213,12 +166,235 @@ def test_a_last_batch_of_one_image_is_no_problem() -> None:
     assert len(train_(model, split, split, config).epochs) == 2
 
 
-def test_catastrophic_overfitting_is_told() -> None:
-    def record(epoch: int, clean: float, robust: float) -> EpochRecord:
-        return EpochRecord(epoch, 1.0, clean, robust, 0.0)
+def record(epoch: int, clean: float, robust: float, fgsm: float = math.nan) -> EpochRecord:
+    return EpochRecord(epoch, 1.0, clean, robust, 0.0, single_step=fgsm)
 
+
+def test_catastrophic_overfitting_is_told() -> None:
     good = [record(0, 0.3, 0.2), record(1, 0.5, 0.3), record(2, 0.55, 0.28)]
-    assert _collapses(good) == ()
+    assert collapse(good, 0) is None
     broken = [*good, record(3, 0.8, 0.01)]
-    assert "epoch 3: robust 28.0 -> 1.0 %" in _collapses(broken)[0]
-    assert _collapses([*good, record(3, 0.1, 0.1)]) == ()  # everything broke: not this fault
+    assert "epoch 3: robust 28.0 -> 1.0 %" in str(collapse(broken, 0))
+    assert collapse(broken, clean_epochs=3) is None
+    assert collapse([*good, record(3, 0.1, 0.1)], 0) is None  # everything broke: not this fault
+    # from scratch robustness never was there, but single steps do not fool the model
+    assert "70.0 % robust to FGSM" in str(collapse([record(0, 0.1, 0), record(1, 0.8, 0, 0.7)], 0))
+    assert collapse([record(0, 0.1, 0.0), record(1, 0.5, 0.3, 0.35)], 0) is None
+
+
+@pytest.mark.parametrize("on_collapse", ["switch", "stop", "continue"])
+def test_a_collapse_is_treated_as_asked(
+    digits: DataSplits, on_collapse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robust_prune.finetune import loop
+
+    model = small_digits_model(digits)
+    told = iter([None, "catastrophic overfitting in epoch 2"])
+    monkeypatch.setattr(loop, "collapse", lambda records, clean: next(told, None))
+    seen = []
+    original = loop.METHODS["pgd-at"]
+    monkeypatch.setitem(loop.METHODS, "pgd-at", lambda *a: seen.append(1) or original(*a))
+    config = TrainingConfig(
+        "n-fgsm",
+        epochs=3,
+        threat=ThreatModel.linf(0.06),
+        attack_steps=1,
+        validation_images=32,
+        on_collapse=on_collapse,
+    )
+    history = train_(model, digits.train, digits.validation, config)
+    assert len(history.epochs) == (3 if on_collapse == "stop" else 4)
+    assert bool(seen) == (on_collapse == "switch")
+    assert "epoch 2" in history.notes[0]
+    assert not math.isnan(history.epochs[1].single_step)
+    assert math.isnan(history.epochs[-1].single_step) == (on_collapse == "switch")
+
+
+class Memory:
+    """A saved state that lives in memory, written at every chance."""
+
+    def __init__(self, every_batch: bool = True) -> None:
+        self.states: list[dict[str, object]] = []
+        self.every_batch = every_batch
+        self.first: dict[str, object] | None = None
+
+    def load(self) -> dict[str, object] | None:
+        return self.first
+
+    def save(self, state: dict[str, object]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        self.states.append(torch.load(buffer, weights_only=True))
+
+    def due(self) -> bool:
+        return self.every_batch
+
+
+def test_a_run_goes_on_from_every_batch_bit_for_bit(digits: DataSplits) -> None:
+    few = as_split(digits.train.take(96, 0))
+    config = TrainingConfig(
+        "n-fgsm+awp",
+        epochs=2,
+        threat=ThreatModel.linf(0.06),
+        batch_size=32,
+        ema=0.9,
+        clip_grad=1.0,
+        cutout=3,
+        randaugment=True,
+        optimizer="adamw",
+        lr=0.01,
+        validation_images=32,
+    )
+    whole, memory = small_digits_model(digits), Memory()
+    history = train_(whole, few, digits.validation, config, saved=memory)
+    assert len(memory.states) == 1 + 2 * (3 + 1)  # before, after each batch, after each epoch
+    assert history.epochs[-1].loss > 0
+    for state in memory.states:
+        model, broken = small_digits_model(digits), Memory()
+        broken.first = state
+        torch.manual_seed(123)  # what another process has drawn does not matter
+        again = train_(model, few, digits.validation, config, saved=broken)
+        assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())
+        assert [(e.loss, e.clean, e.robust) for e in again.epochs[1:]] == [
+            (e.loss, e.clean, e.robust) for e in history.epochs[1:]
+        ]
+
+
+def test_the_average_of_weights_is_validated_and_kept(digits: DataSplits) -> None:
+    few = as_split(digits.train.take(64, 0))
+    states: list[dict[str, torch.Tensor]] = []
+
+    def method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, a: Attack) -> torch.Tensor:
+        states.append(copy.deepcopy(m.state_dict()))
+        return F.cross_entropy(m(images), labels)
+
+    model = small_digits_model(digits)
+    config = TrainingConfig(
+        method, epochs=1, threat=ThreatModel.linf(0.001), batch_size=16, ema=0.5, lr=0.2,
+        validation_images=32, warmup=0.0, schedule="constant",
+    )  # fmt: skip
+    memory = Memory(every_batch=False)
+    train_(model, few, digits.validation, config, saved=memory)
+    states.append(memory.states[-1]["model"])  # type: ignore[arg-type]
+    expected = states[0]["net.conv1.0.weight"].clone()
+    for step, state in enumerate(states[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * state["net.conv1.0.weight"]
+    average = memory.states[-1]["average"]
+    torch.testing.assert_close(average["net.conv1.0.weight"], expected)  # type: ignore[index]
+
+
+def test_schedules_and_eps() -> None:
+    def config(**more: object) -> TrainingConfig:
+        return TrainingConfig("pgd-at", 4, ThreatModel.linf(0.1), lr=1.0, **more)  # type: ignore[arg-type]
+
+    cycle = [config(warmup=0.25).lr_at(step, 8) for step in range(8)]
+    assert cycle[:2] == [0.5, 1.0]
+    assert cycle[2:] == sorted(cycle[2:], reverse=True)
+    cosine = [config(schedule="cosine").lr_at(step, 8) for step in (0, 4, 8)]
+    assert cosine == pytest.approx([1.0, 0.5, 0.0])
+    assert config(schedule="constant").lr_at(7, 8) == 1.0
+    eps = [config(eps_warmup=3, clean_epochs=1).threat_at(epoch).eps for epoch in range(2, 7)]
+    assert eps == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert config().threat_at(1).eps == 0.1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schedule": "step"}, "one-cycle"),
+        ({"on_collapse": "pray"}, "switch"),
+        ({"attack_batchnorm": "both"}, "eval"),
+        ({"ema": 1.0}, "0.999 is usual"),
+        ({"patience": -1}, "1 epoch or more"),
+        ({"clip_grad": -1.0}, "positive"),
+        ({"label_smoothing": 1.0}, r"in \[0, 1\)"),
+        ({"batch_size": 1}, "at least 2"),
+    ],
+)
+def test_settings_that_can_not_be(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingConfig("pgd-at", 1, ThreatModel.linf(0.1), **wrong)  # type: ignore[arg-type]
+
+
+def test_what_needs_something_that_is_not_there(digits: DataSplits) -> None:
+    threat = ThreatModel.linf(0.06)
+    for config, message in (
+        (TrainingConfig("rslad", 1, threat), "learns from the dense model"),
+        (TrainingConfig("pgd-at", 1, threat, optimizer="none such"), "none such"),
+        (TrainingConfig("pgd-at", 1, threat, channels_last=True), "for GPUs"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_(small_digits_model(digits), digits.train, digits.validation, config)
+
+
+def test_patience_ends_a_run_early(digits: DataSplits) -> None:
+    def method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, a: Attack) -> torch.Tensor:
+        return F.cross_entropy(m(images), labels) * 0
+
+    config = TrainingConfig(
+        method, epochs=9, threat=ThreatModel.linf(0.06), patience=2, weight_decay=0.0,
+        batch_size=256, validation_images=32, lr=1e-6,
+    )  # fmt: skip
+    model = small_digits_model(digits)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    history = train_(model, digits.train, digits.validation, config)
+    assert len(history.epochs) == 3
+    assert "2 epochs without a more robust one" in history.notes[0]
+
+
+def test_gradients_are_clipped(digits: DataSplits) -> None:
+    def method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, a: Attack) -> torch.Tensor:
+        return 1000 * F.cross_entropy(m(images), labels)
+
+    few = as_split(digits.train.take(32, 0))
+    model = small_digits_model(digits)
+    before = copy.deepcopy(model)
+    config = TrainingConfig(
+        method, epochs=1, threat=ThreatModel.linf(0.001), clip_grad=0.5, lr=1.0, momentum=0.0,
+        weight_decay=0.0, batch_size=32, schedule="constant", validation_images=16,
+    )  # fmt: skip
+    memory = Memory(every_batch=False)
+    train_(model, few, digits.validation, config, saved=memory)
+    trained = memory.states[-1]["model"]
+    moved = sum(
+        float((trained[name] - p).square().sum())  # type: ignore[index]
+        for name, p in before.named_parameters()
+    )
+    assert math.sqrt(moved) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_ctrl_c_waits_for_the_batch_and_a_second_one_does_not() -> None:
+    with interruptions() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_where_it_was(digits: DataSplits) -> None:
+    few = as_split(digits.train.take(96, 0))
+    config = TrainingConfig(
+        "pgd-at", epochs=2, threat=ThreatModel.linf(0.06), attack_steps=1, batch_size=32,
+        validation_images=32,
+    )  # fmt: skip
+    whole = small_digits_model(digits)
+    train_(whole, few, digits.validation, config)
+    model, memory = small_digits_model(digits), Memory(every_batch=False)
+
+    def press(progress: Progress) -> None:
+        if (progress.epoch, progress.images) == (1, 64):
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = train_(model, few, digits.validation, config, saved=memory, on_progress=press)
+    assert stopped.interrupted
+    assert memory.states[-1]["batch"] == 3  # the batch in hand was finished and saved
+    again, rest = small_digits_model(digits), Memory()
+    rest.first = memory.states[-1]
+    assert not train_(again, few, digits.validation, config, saved=rest).interrupted
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())

@@ -15,13 +15,17 @@ ORDER = [
     "_version",
     "errors",
     "imports",
+    "proportions",
     "types",
+    "distributed",
     "modules",
     "checkpoint",
+    "runs",
     "resize",
     "builders",
     "models",
     "datasets",
+    "augmentation",
     "data",
     "adversaries",
     "tracing",
@@ -43,25 +47,28 @@ ORDER = [
     "report",
     "exporting",
     "settings",
+    "journal",
+    "planning",
     "record",
     "stations",
     "pipeline",
     "cli",
     "__main__",
 ]
-NOTHING_LOCAL = {"errors": set(), "types": {"errors"}}
+NOTHING_LOCAL = {"errors": set(), "types": {"errors", "proportions"}}
 NEVER_ONE_ANOTHER = {"models", "builders", "data", "datasets", "costs", "graph", "adversaries"}
 SAME_STATION = {("models", "builders"), ("data", "datasets"), ("graph", "costs")}
 ONE_IMPORTER = {
     "torch_pruning": {"importance"},
-    "timm": {"builders"},
+    "timm": {"builders", "finetune"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
     "safetensors": {"checkpoint"},
+    "accelerate": {"distributed"},
     "sklearn": {"datasets"},
-    "torchvision": {"builders", "datasets"},
+    "torchvision": {"augmentation", "builders", "datasets"},
 }
 
 
@@ -109,7 +116,7 @@ def test_types_and_errors_stand_alone(part: str) -> None:
 
 def test_types_and_allocation_know_no_torch() -> None:
     for part, name in imports():
-        if part in ("types", "errors", "allocation"):
+        if part in ("types", "proportions", "errors", "allocation"):
             assert not name.startswith("torch"), (part, name)
 
 

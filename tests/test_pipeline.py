@@ -78,7 +78,7 @@ def test_fine_tuning_by_name_and_by_an_own_function(finetune: str) -> None:
 
     chosen = method if finetune == "own function" else finetune
     result = compress(
-        randomize_(OwnNet()), own_data(), finetune=chosen, epochs=1, batch_size=16, steps=1
+        randomize_(OwnNet()), own_data(), finetune=chosen, epochs=1, batch_size=16, attack_steps=1
     )
     assert len(result.report["finetune"]["epochs"]) == 2
     assert bool(calls) == (finetune == "own function")
@@ -133,13 +133,13 @@ def test_without_data_it_says_so_and_still_delivers() -> None:
 
 def test_calibration_never_sees_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = robust_prune.stations.mrs.adversarial_set
+    original = robust_prune.planning.mrs.adversarial_set
 
     def spy(model: nn.Module, images: torch.Tensor, *args: object, **kwargs: object):
         seen.append(images)
         return original(model, images, *args, **kwargs)
 
-    monkeypatch.setattr(robust_prune.stations.mrs, "adversarial_set", spy)
+    monkeypatch.setattr(robust_prune.planning.mrs, "adversarial_set", spy)
     images = torch.linspace(0, 1, 60).view(60, 1, 1, 1).expand(60, 3, 16, 16).contiguous()
     labels = torch.arange(60) % 5
     compress(

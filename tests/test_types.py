@@ -12,14 +12,8 @@ from scipy import stats
 
 from robust_prune.errors import PlanError, UsageError
 from robust_prune.graph import ModelGraph
-from robust_prune.types import (
-    PairedTest,
-    Proportion,
-    PruningPlan,
-    ThreatModel,
-    parse_eps,
-    to_plain,
-)
+from robust_prune.proportions import PairedTest, Proportion
+from robust_prune.types import PruningPlan, ThreatModel, parse_eps, to_plain
 from tests.conftest import tiny_resnet
 from tests.test_graph import random_plan
 

@@ -50,14 +50,20 @@ def _timm(name: str, *, small_stem: bool) -> Callable[[int], nn.Module]:
     return build
 
 
-_LONG = {"method": "pgd-at", "steps": 10, "epochs": 110, "lr": 0.1, "amp": True}
+_LONG = {"method": "pgd-at", "attack_steps": 10, "epochs": 110, "lr": 0.1, "amp": True}
 
 SMOKE = Level(
     networks=(
         Network(
             "resnet10-narrow",
             partial(narrow_resnet, width=16, in_chans=1),
-            {"method": "pgd-at", "steps": 3, "epochs": 8, "clean_epochs": 3, "batch_size": 32},
+            {
+                "method": "pgd-at",
+                "attack_steps": 3,
+                "epochs": 8,
+                "clean_epochs": 3,
+                "batch_size": 32,
+            },
             mean=(0.3,),
             std=(0.35,),
         ),
@@ -96,7 +102,7 @@ CPU = Level(
         Network(
             "resnet10",
             narrow_resnet,
-            {"method": "pgd-at", "steps": 2, "epochs": 14, "lr": 0.05, "amp": True},
+            {"method": "pgd-at", "attack_steps": 2, "epochs": 14, "lr": 0.05, "amp": True},
             warm="cifar10-resnet10-wide-warm.pt",
         ),
         Network(
@@ -104,7 +110,7 @@ CPU = Level(
             narrow_vgg,
             {
                 "method": "pgd-at",
-                "steps": 2,
+                "attack_steps": 2,
                 "epochs": 16,
                 "clean_epochs": 2,
                 "lr": 0.05,
@@ -114,7 +120,7 @@ CPU = Level(
         Network(
             "mobilevit",
             small_mobilevit,
-            {"method": "pgd-at", "steps": 2, "epochs": 18, "clean_epochs": 3, "lr": 0.05},
+            {"method": "pgd-at", "attack_steps": 2, "epochs": 18, "clean_epochs": 3, "lr": 0.05},
         ),
     ),
     data=(None,),

@@ -18,11 +18,12 @@ from robust_prune.calibration import recalibrate_batchnorm_
 from robust_prune.costs import count_cost
 from robust_prune.data import DataSplits, Split
 from robust_prune.errors import RobustPruneError
-from robust_prune.finetune.loop import TrainingConfig, train_
+from robust_prune.finetune.config import TrainingConfig
+from robust_prune.finetune.loop import train_
 from robust_prune.modules import ImageModel, seeded
 from robust_prune.mrs import AdversarialSet, adversarial_set
+from robust_prune.planning import calibration_images
 from robust_prune.settings import Settings
-from robust_prune.stations import calibration_images
 from robust_prune.types import Budget, ThreatModel
 
 BATCHNORM_IMAGES = 2048
@@ -165,7 +166,7 @@ class Bench:
             method="pgd-at",
             epochs=tuning.epochs,
             threat=self.threat,
-            steps=tuning.steps,
+            attack_steps=tuning.steps,
             lr=tuning.lr,
             amp=tuning.amp,
             batch_size=self.batch_size,

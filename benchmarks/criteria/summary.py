@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.criteria.protocol import ARMS, BEST, WITHOUT_FIT, Cell, percent
-from robust_prune.types import PairedTest, Proportion
+from robust_prune.proportions import PairedTest, Proportion
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
 Attack = str

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from robust_prune.cli import options as o
 from robust_prune.cli.output import Output, duration
+from robust_prune.cli.resuming import arguments_again, arguments_of, arguments_typed
 from robust_prune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,12 +19,19 @@ if TYPE_CHECKING:
     from robust_prune.data import DataSplits
     from robust_prune.settings import Settings
 
-PRUNING, TRAINING, OUTPUT = "Pruning", "Fine-tuning and evaluation", "Output"
-DEFAULT_EPOCHS = 3
+PRUNING, TRAINING, OUTPUT = "Pruning", o.TRAINING, "Output"
+DEFAULT_METHOD, DEFAULT_EPOCHS = "trades", 3
 
 
 def compress(
-    model: o.ModelPath,
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model file, a Hugging Face folder, or a timm name; none with --resume.",
+            metavar="MODEL",
+        ),
+    ] = None,
     ratio: Annotated[
         float | None,
         typer.Option(help="Share of the target to remove, in (0, 1).", rich_help_panel=PRUNING),
@@ -100,11 +109,19 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = False,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Prune and fine-tune so often, with sensitivity measured anew each time.",
+            min=1,
+            rich_help_panel=PRUNING,
+        ),
+    ] = 1,
     finetune: Annotated[
         str | None,
         typer.Option(
-            help="trades, pgd-at, n-fgsm, package.module:function, or none. Default: "
-            "trades where data is known.",
+            help="pgd-at, trades, mart, rslad, ard, n-fgsm, any of them with +awp, "
+            f"package.module:function, or none. Default: {DEFAULT_METHOD} where data is known.",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -118,6 +135,20 @@ def compress(
     batch_size: Annotated[
         int, typer.Option(help="Images at a time.", min=2, rich_help_panel=TRAINING)
     ] = 128,
+    attack_steps: o.AttackSteps = 7,
+    optimizer: o.Optimizer = "sgd",
+    schedule: o.Schedule = "one-cycle",
+    ema: o.EMA = 0.0,
+    clip_grad: o.ClipGrad = None,
+    label_smoothing: o.LabelSmoothing = 0.0,
+    eps_warmup: o.EpsWarmup = 0,
+    attack_batchnorm: o.AttackBatchNorm = "eval",
+    cutout: o.Cutout = 0,
+    randaugment: o.RandAugment = False,
+    patience: o.Patience = None,
+    on_collapse: o.OnCollapse = "switch",
+    amp: o.AMP = None,
+    channels_last: o.ChannelsLast = False,
     eval_: Annotated[
         o.Eval | None,
         typer.Option(
@@ -142,8 +173,10 @@ def compress(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Overwrite a finished result.", rich_help_panel=OUTPUT),
+        typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OUTPUT),
     ] = False,
+    resume: o.Resume = None,
+    tensorboard: o.TensorBoard = False,
     arch: o.Arch = None,
     model_kwargs: o.ModelKwargs = None,
     cifar_stem: o.CifarStem = False,
@@ -162,55 +195,66 @@ def compress(
 ) -> None:
     """Prune a model, fine-tune what is left, measure it, and write file and report.
 
-    Writes NAME-pruned.safetensors, report.json and report.html into NAME-pruned/.
+    Writes NAME-pruned.safetensors, report.json and report.html into NAME-pruned/, and the run's
+    state into NAME-pruned/run/.
 
-    The model is written once it is pruned and completed later: Ctrl-C leaves it usable.
+    The model is written once it is pruned and completed later: Ctrl-C leaves it usable, and
+    --resume NAME-pruned goes on.
     """
-    output = Output(as_json=as_json, quiet=quiet)
-    name = f"{_stem(model)}-pruned"
-    folder = out or Path(name)
-    _refuse_overwrite(folder / f"{name}.safetensors", folder, force)
-    replayed = None if plan is None else _read_plan(plan)
-    if ratio is not None and replayed is not None:
+    arguments = arguments_of(ctx)
+    if resume is not None:
+        arguments = _recorded(ctx, resume)
+    _compress(SimpleNamespace(**arguments_typed(arguments)), arguments, resume)
+
+
+def _recorded(ctx: typer.Context, folder: Path) -> dict[str, Any]:
+    """Return the arguments of the run in a result's folder."""
+    from robust_prune.pipeline import RUN
+    from robust_prune.runs import RunFolder
+
+    run = RunFolder(folder / RUN)
+    arguments = run.config().get("arguments")
+    if run.complete:
+        raise UsageError(f"the run in {folder} is complete; there is nothing to go on with")
+    return arguments_again(ctx, arguments or {}, "finetune", folder)
+
+
+def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -> None:
+    """Do what the arguments say."""
+    if a.model is None:
+        raise UsageError("name a model to compress, or a folder to go on with: --resume DIR")
+    from robust_prune.distributed import started_among
+
+    name = f"{_stem(a.model)}-pruned"
+    folder = resume or a.out or Path(name)
+    if resume is None and started_among() == 1:
+        _refuse_overwrite(folder / f"{name}.safetensors", folder, a.force)
+    replayed = None if a.plan is None else _read_plan(a.plan)
+    if a.ratio is not None and replayed is not None:
         raise UsageError("--plan brings its own budget; leave out --ratio, or the plan")
-    if ratio is None and replayed is None:
+    if a.ratio is None and replayed is None:
         raise UsageError("say how much to remove: --ratio 0.5 removes half of the multiply-adds")
 
     from robust_prune import pipeline
-    from robust_prune.settings import Events, Settings
-    from robust_prune.types import Budget
+    from robust_prune.settings import Events
 
+    processes = o.all_processes(a.device)
+    output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
     module, record = o.open_model(
-        model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, device
+        a.model,
+        a.arch,
+        a.model_kwargs,
+        a.cifar_stem,
+        a.mean,
+        a.std,
+        a.input_size,
+        a.trust_pickle,
+        a.device,
     )
-    splits = o.open_splits(module, record, data, data_root, download, workers)
-    tuned = _finetuning(finetune, epochs, quick, splits)
-    chosen = _evaluation(eval_, quick, splits)
-    settings = Settings(
-        budget=replayed.budget if replayed else Budget(target, ratio),  # type: ignore[arg-type]
-        threat=o.threat_model(norm, eps, record),
-        allocation=replayed.allocation if replayed else allocation,
-        score=replayed.score if replayed else score,  # type: ignore[arg-type]
-        method=mrs.value,
-        finetune=tuned[0],
-        epochs=tuned[1],
-        lr=lr,
-        batch_size=batch_size,
-        protect=tuple(protect or ()),
-        round_to=round_to,
-        whole_heads=whole_heads,
-        reconstruct=not no_reconstruct,
-        verify=not no_verify,
-        calibration_images=calibration_images,
-        evaluation=chosen.value,
-        n_eval=o.eval_images(n_eval, device),
-        plan=replayed,
-        input_size=o.image_size(input_size),
-        notes=tuple(record.get("assumed", ())),
-        seed=seed,
-    )
+    splits = o.open_splits(module, record, a.data, a.data_root, a.download, a.workers)
+    settings = _settings(a, record, splits, replayed)
     _announce(output, module, splits, settings)
-    with output.training() as (on_progress, on_epoch):
+    with output.training(folder if a.tensorboard else None) as (on_progress, on_epoch):
         events = Events(
             stage=output.line,
             note=output.note,
@@ -218,12 +262,57 @@ def compress(
             epoch=on_epoch,
             evaluating=lambda line: output.line(f"  {line}"),
         )
-        result, paths = pipeline.compress_file(module, splits, settings, folder, name, events)
+        result, paths = pipeline.compress_file(
+            module,
+            splits,
+            settings,
+            folder,
+            name,
+            events,
+            arguments=arguments,
+            resume=resume is not None,
+            processes=processes,
+        )
     show(output, result.report)
     for path in paths.values():
         output.result(f"wrote {path}")
     output.document(
         {"files": {key: str(path) for key, path in paths.items()}, "report": result.report}
+    )
+
+
+def _settings(
+    a: SimpleNamespace, record: dict[str, Any], splits: DataSplits | None, replayed: Any
+) -> Settings:
+    from robust_prune.settings import Settings
+    from robust_prune.types import Budget
+
+    method, epochs = _finetuning(a.finetune, a.epochs, a.quick, splits)
+    return Settings(
+        budget=replayed.budget if replayed else Budget(a.target, a.ratio),
+        threat=o.threat_model(a.norm, a.eps, record),
+        allocation=replayed.allocation if replayed else a.allocation,
+        score=replayed.score if replayed else a.score,
+        method=a.mrs.value,
+        finetune=method,
+        epochs=epochs,
+        lr=a.lr,
+        attack_steps=a.attack_steps,
+        training_options={name: getattr(a, name) for name in o.TRAINING_OPTIONS},
+        steps=a.steps,
+        batch_size=a.batch_size,
+        protect=tuple(a.protect or ()),
+        round_to=a.round_to,
+        whole_heads=a.whole_heads,
+        reconstruct=not a.no_reconstruct,
+        verify=not a.no_verify,
+        calibration_images=a.calibration_images,
+        evaluation=_evaluation(a.eval_, a.quick, splits).value,
+        n_eval=o.eval_images(a.n_eval, a.device),
+        plan=replayed,
+        input_size=o.image_size(a.input_size),
+        notes=tuple(record.get("assumed", ())),
+        seed=a.seed,
     )
 
 
@@ -300,13 +389,13 @@ def _finetuning(
         return None, 0
     if splits is None:
         raise UsageError("--finetune needs data; name it with --data")
-    from robust_prune.finetune import resolve
+    from robust_prune.finetune.registry import resolve
 
-    resolve(method or "trades")
+    resolve(method or DEFAULT_METHOD)
     epochs = DEFAULT_EPOCHS if epochs is None else epochs
     if epochs == 0:
         raise UsageError("--epochs 0 with --finetune; use --finetune none")
-    return method or "trades", epochs
+    return method or DEFAULT_METHOD, epochs
 
 
 def _evaluation(chosen: o.Eval | None, quick: bool, splits: DataSplits | None) -> o.Eval:
@@ -341,5 +430,13 @@ def _stem(model: str) -> str:
 def _refuse_overwrite(path: Path, folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")
-    if not force and path.exists():
+    if force:
+        return
+    state = folder / "run"
+    if (state / "config.json").exists() and not (state / "complete.json").exists():
+        raise UsageError(
+            f"{folder} holds a run that is not complete; --resume {folder} goes on with it, "
+            "--force starts anew"
+        )
+    if path.exists():
         raise UsageError(f"{path} exists; name another folder with --out, or --force overwrites it")

@@ -46,7 +46,7 @@ def export(
     """
     output = Output(as_json=as_json, quiet=quiet)
     from robust_prune import exporting
-    from robust_prune.stations import image_size_of
+    from robust_prune.planning import image_size_of
     from robust_prune.types import to_plain
 
     path = out or Path(Path(model).stem + exporting.SUFFIXES[to.value])

@@ -17,8 +17,24 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
+    from robust_prune.distributed import Processes
 
-MODEL, DATA = "Model", "Data"
+MODEL, DATA, TRAINING = "Model", "Data", "Fine-tuning and evaluation"
+TRAINING_OPTIONS = (
+    "optimizer",
+    "schedule",
+    "ema",
+    "clip_grad",
+    "label_smoothing",
+    "eps_warmup",
+    "attack_batchnorm",
+    "cutout",
+    "randaugment",
+    "patience",
+    "on_collapse",
+    "amp",
+    "channels_last",
+)
 
 
 class Device(str, Enum):
@@ -119,6 +135,88 @@ Eps = Annotated[
     str | None,
     typer.Option(help="Size of the perturbation; default: the model file's, else 8/255, l2 0.5."),
 ]
+AttackSteps = Annotated[
+    int, typer.Option(help="PGD steps of the training attack.", min=1, rich_help_panel=TRAINING)
+]
+Optimizer = Annotated[
+    str, typer.Option(help="sgd, adamw, or another of timm's.", rich_help_panel=TRAINING)
+]
+Schedule = Annotated[
+    str, typer.Option(help="one-cycle, cosine or constant.", rich_help_panel=TRAINING)
+]
+EMA = Annotated[
+    float,
+    typer.Option(
+        help="Decay of the weights' running average, which is then kept; 0 for none.",
+        rich_help_panel=TRAINING,
+    ),
+]
+ClipGrad = Annotated[
+    float | None, typer.Option(help="Largest norm of the gradient.", rich_help_panel=TRAINING)
+]
+LabelSmoothing = Annotated[
+    float, typer.Option(help="Of cross-entropies, in [0, 1).", rich_help_panel=TRAINING)
+]
+EpsWarmup = Annotated[
+    int,
+    typer.Option(help="Epochs over which eps rises to the full.", rich_help_panel=TRAINING),
+]
+AttackBatchNorm = Annotated[
+    str,
+    typer.Option(
+        "--attack-batchnorm",
+        help="Statistics in training attacks: eval (running) or train (of the batch).",
+        rich_help_panel=TRAINING,
+    ),
+]
+Cutout = Annotated[
+    int,
+    typer.Option(help="Side in pixels of a square set to zero.", rich_help_panel=TRAINING),
+]
+RandAugment = Annotated[
+    bool, typer.Option("--randaugment", help="RandAugment.", rich_help_panel=TRAINING)
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=TRAINING),
+]
+OnCollapse = Annotated[
+    str,
+    typer.Option(
+        "--on-collapse",
+        help="On catastrophic overfitting of single steps: switch (to pgd-at), stop or continue.",
+        rich_help_panel=TRAINING,
+    ),
+]
+AMP = Annotated[
+    bool | None,
+    typer.Option(
+        "--amp/--no-amp",
+        help="Forward passes in bfloat16; default: on GPUs that have it.",
+        rich_help_panel=TRAINING,
+    ),
+]
+ChannelsLast = Annotated[
+    bool,
+    typer.Option(
+        "--channels-last", help="The layout GPUs like; not on a CPU.", rich_help_panel=TRAINING
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="Go on with the run in this folder, with the settings it was started with.",
+        rich_help_panel="Output",
+    ),
+]
+TensorBoard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard",
+        help="Write TensorBoard files beside the result; needs robust-prune[tensorboard].",
+        rich_help_panel="Output",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 Json = Annotated[
@@ -175,9 +273,20 @@ def builder_kwargs(text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def all_processes(device: Device) -> Processes:
+    """Return the processes this one was started among."""
+    from robust_prune import distributed
+
+    return distributed.processes(cpu=device is Device.cpu)
+
+
 def pick_device(device: Device) -> str:
-    """Return the device; `auto` takes a GPU where there is one."""
+    """Return the device; `auto` takes a GPU where there is one, each process its own."""
     import torch
+
+    own = all_processes(device).device
+    if own is not None:
+        return str(own)
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from robust_prune.errors import UsageError
+
 if TYPE_CHECKING:
-    from robust_prune.finetune.loop import EpochRecord, Progress
+    from robust_prune.finetune.config import EpochRecord, Progress
 
 FIRST_LINE_SECONDS = 10.0
 
@@ -19,8 +22,8 @@ FIRST_LINE_SECONDS = 10.0
 class Output:
     """Human output on stdout; with `as_json` the document alone is there, the rest on stderr."""
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        self.as_json, self.quiet, self.silent = as_json, quiet or silent, silent
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
         if not self.console.is_terminal:
             self.console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=120)
@@ -32,6 +35,8 @@ class Output:
 
     def result(self, text: str) -> None:
         """Print a line that --quiet keeps."""
+        if self.silent:
+            return
         if not self.as_json:
             self.console.print(text, markup=False)
         else:
@@ -44,7 +49,7 @@ class Output:
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; numbers to the right."""
-        if self.quiet and self.as_json:
+        if self.silent or (self.quiet and self.as_json):
             return
         table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
         for i, name in enumerate(head):
@@ -55,14 +60,17 @@ class Output:
 
     def document(self, value: Any) -> None:
         """Print the one JSON document, where JSON was asked for."""
-        if self.as_json:
+        if self.as_json and not self.silent:
             print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
 
     @contextmanager
     def training(
-        self,
+        self, tensorboard: Path | None = None
     ) -> Iterator[tuple[Callable[[Progress], None], Callable[[EpochRecord], None]]]:
-        """Give listeners that show a bar with rate and time left, and a line per epoch."""
+        """Give listeners that show a bar with rate and time left, and a line per epoch.
+
+        `tensorboard` is the folder to write TensorBoard's files under.
+        """
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -75,29 +83,44 @@ class Output:
             disable=self.quiet or not self.console.is_terminal,
         )
         task = bar.add_task("training", total=None, status="")
+        board = None if self.silent else _board(tensorboard)
 
         def on_progress(p: Progress) -> None:
+            text = (
+                f"loss {p.loss:.3f}, clean {100 * p.clean:.1f} %, robust {100 * p.robust:.1f} %, "
+                f"{p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left"
+            )
             bar.update(
                 task,
                 total=p.total,
                 completed=p.images,
                 description=f"epoch {p.epoch}/{p.epochs}",
-                status=f"loss {p.loss:.3f}, {p.images_per_second:.0f} images/s, "
-                f"{duration(p.seconds_left)} left",
+                status=text,
             )
             if not self.console.is_terminal and p.images < p.total and self._due(p):
                 self.line(f"  {p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left")
 
         def on_epoch(e: EpochRecord) -> None:
             what = "before" if e.epoch == 0 else f"epoch {e.epoch}: loss {e.loss:.4f},"
+            rate = f", {e.images_per_second:.0f} images/s" if e.epoch else ""
             self.line(
                 f"  {what} clean {100 * e.clean:.1f} %, robust {100 * e.robust:.1f} % on "
-                f"validation ({e.seconds:.0f} s)"
+                f"validation ({e.seconds:.0f} s{rate})"
             )
+            if board is not None:
+                for name in ("loss", "clean", "robust", "single_step", "lr", "images_per_second"):
+                    value = getattr(e, name)
+                    if value == value:  # not NaN
+                        board.add_scalar(name, value, e.epoch)
+                board.flush()
 
         self._next_line = FIRST_LINE_SECONDS
-        with bar:
-            yield on_progress, on_epoch
+        try:
+            with bar:
+                yield on_progress, on_epoch
+        finally:
+            if board is not None:
+                board.close()
 
     def _due(self, p: Progress) -> bool:
         """Whether a log without a bar gets a line now: soon once, then ever more seldom."""
@@ -108,6 +131,19 @@ class Output:
         return True
 
     _next_line = 0.0
+
+
+def _board(folder: Path | None) -> Any:
+    """Return a writer of TensorBoard's files, None where none is asked for."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "--tensorboard needs tensorboard; pip install 'robust-prune[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def duration(seconds: float) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from robust_prune.cli import options as o
 from robust_prune.cli.output import Output
+from robust_prune.cli.resuming import arguments_again, arguments_of, arguments_typed
 from robust_prune.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from robust_prune.data import DataSplits
+    from robust_prune.runs import RunFolder
+    from robust_prune.types import ModelSpec
 
 
 def train(
+    ctx: typer.Context,
     arch: Annotated[
         str | None,
         typer.Option(help="timm name, or torchvision/NAME.", rich_help_panel=o.MODEL),
@@ -25,18 +35,42 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="File to write; default ARCH-DATA.safetensors.")
     ] = None,
-    method: Annotated[str, typer.Option(help="trades, pgd-at, n-fgsm, or a function.")] = "pgd-at",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="pgd-at, trades, mart, n-fgsm, any of them with +awp, package.module:function; "
+            "rslad and ard with --teacher."
+        ),
+    ] = "pgd-at",
+    teacher: Annotated[
+        str | None, typer.Option(help="Model file that rslad and ard learn from.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     clean_epochs: Annotated[int, typer.Option(help="Epochs on clean images first.", min=0)] = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
-    steps: Annotated[int, typer.Option(help="PGD steps of the attack.", min=1)] = 7,
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    attack_steps: o.AttackSteps = 7,
+    optimizer: o.Optimizer = "sgd",
+    schedule: o.Schedule = "one-cycle",
+    ema: o.EMA = 0.0,
+    clip_grad: o.ClipGrad = None,
+    label_smoothing: o.LabelSmoothing = 0.0,
+    eps_warmup: o.EpsWarmup = 0,
+    attack_batchnorm: o.AttackBatchNorm = "eval",
+    cutout: o.Cutout = 0,
+    randaugment: o.RandAugment = False,
+    patience: o.Patience = None,
+    on_collapse: o.OnCollapse = "switch",
+    amp: o.AMP = None,
+    channels_last: o.ChannelsLast = False,
     norm: o.NormOption = None,
     eps: o.Eps = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from timm's weights.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    resume: o.Resume = None,
+    tensorboard: o.TensorBoard = False,
     model_kwargs: o.ModelKwargs = None,
     cifar_stem: o.CifarStem = False,
     mean: o.Mean = None,
@@ -52,86 +86,69 @@ def train(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Train a network adversarially; the epoch most robust on validation images is kept."""
-    output = Output(as_json=as_json, quiet=quiet)
-    if (arch is None) == (start is None):
+    """Train a network adversarially; the epoch most robust on validation images is kept.
+
+    The run's state is kept beside the file, in NAME.run/, until it is complete: --resume NAME.run
+    goes on.
+    """
+    arguments = arguments_of(ctx)
+    if resume is not None:
+        from robust_prune.runs import RunFolder
+
+        recorded = RunFolder(resume).config().get("arguments") or {}
+        arguments = arguments_again(ctx, recorded, "method", resume)
+    _train(SimpleNamespace(**arguments_typed(arguments)), arguments, resume)
+
+
+def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -> None:
+    """Do what the arguments say."""
+    if (a.arch is None) == (a.start is None):
         raise UsageError("say what to train: --arch NAME for a new network, or --from FILE")
-    if data in (None, "none") and start is None:
+    if a.data in (None, "none") and a.start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
-    from robust_prune import builders, models, pipeline, settings
-    from robust_prune import data as datasets
+    from robust_prune import models, pipeline, settings
     from robust_prune import record as records
-    from robust_prune.finetune.loop import TrainingConfig
+    from robust_prune.finetune.config import TrainingConfig
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
-    threat = o.threat_model(norm, eps)
+    threat = o.threat_model(a.norm, a.eps)
     config = TrainingConfig(
-        method=method,
-        epochs=epochs,
+        method=a.method,
+        epochs=a.epochs,
         threat=threat,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        clean_epochs=clean_epochs,
-        seed=seed,
+        attack_steps=a.attack_steps,
+        batch_size=a.batch_size,
+        lr=a.lr,
+        clean_epochs=a.clean_epochs,
+        seed=a.seed,
+        **{name: getattr(a, name) for name in o.TRAINING_OPTIONS},
     )
-    target = out or Path(f"{(arch or Path(str(start)).stem).replace('/', '-')}-trained.safetensors")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")
-    if not target.parent.is_dir():
-        raise UsageError(f"--out {target}: there is no folder {target.parent}")
-    device_name = o.pick_device(device)
-    if start is not None:
-        model, record = o.open_model(
-            start, None, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, device
-        )
-        splits = o.open_splits(model, record, data, data_root, download, workers)
-        if splits is None:
-            raise UsageError(f"{start} records no data; name it with --data")
-        spec = model.spec if isinstance(model, ImageModel) else None
-    else:
-        kwargs = o.builder_kwargs(model_kwargs) or {}
-        size = o.image_size(input_size)
-        splits = datasets.open_data(
-            str(data),
-            input_size=size,
-            channels=kwargs.get("in_chans"),
-            data_root=data_root,
-            download=download,
-            workers=workers,
-        )
-        channels = splits.input_size[0]
-        kwargs = {"num_classes": splits.classes, **kwargs}
-        if channels != 3:
-            kwargs.setdefault("in_chans", channels)
-        statistics = (None, None) if pretrained else splits.statistics()
-        spec = builders.resolve(
-            str(arch),
-            kwargs,
-            cifar_stem=cifar_stem,
-            mean=o.numbers(mean, "--mean") or statistics[0],
-            std=o.numbers(std, "--std") or statistics[1],
-        )
-        model = None
-    if spec is None:
-        raise UsageError(f"{start} is of a class that only Python code can build; train it there")
-    spec = replace(spec, input_size=splits.input_size)
+    processes = o.all_processes(a.device)
+    output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
+    target = _target(a, resume)
+    model, spec, splits = _model_and_data(a)
+    teacher = None
+    if a.teacher is not None:
+        teacher, _ = models.open_model(a.teacher, device=o.pick_device(a.device))
     output.line(
-        f"{spec.arch}: {method}, {epochs} epochs, {threat}, {len(splits.train)} training and "
-        f"{len(splits.validation or ())} validation images of {splits.name}, seed {seed}"
+        f"{spec.arch}: {a.method}, {a.epochs} epochs, {threat}, {len(splits.train)} training and "
+        f"{len(splits.validation or ())} validation images of {splits.name}, seed {a.seed}"
     )
-    with output.training() as (on_progress, on_epoch):
-        events = settings.Events(training=on_progress, epoch=on_epoch)
+    folder = _run_folder(target, arguments, resume) if processes.first else None
+    with output.training(target.parent if a.tensorboard else None) as (on_progress, on_epoch):
         trained, history = pipeline.train_model(
             spec,
             splits,
             config,
-            device=device_name,
-            pretrained=pretrained,
+            device=o.pick_device(a.device),
+            pretrained=a.pretrained,
             start=model,
-            events=events,
+            teacher=teacher,
+            events=settings.Events(training=on_progress, epoch=on_epoch),
+            folder=folder,
+            processes=processes,
         )
     if isinstance(trained, ImageModel):
         trained.spec = spec
@@ -143,9 +160,13 @@ def train(
         "training": records.plain_history(history),
         "status": "trained" if not history.interrupted else "training interrupted",
     }
+    go_on = f"robust-prune train --resume {run_path(target)} goes on"
     if history.interrupted and len(history.epochs) < 2:
-        raise Interrupted("stopped before the first epoch ended; no file was written")
-    models.save(trained, target, record)
+        raise Interrupted(f"stopped before the first epoch ended; {go_on}")
+    if folder is not None:
+        models.save(trained, target, record)
+        if not history.interrupted:
+            folder.clear()
     best = history.epochs[history.best_epoch]
     output.result(
         f"wrote {target}: epoch {best.epoch}, clean {100 * best.clean:.1f} %, robust "
@@ -153,4 +174,89 @@ def train(
     )
     output.document({"file": str(target), **record})
     if history.interrupted:
-        raise Interrupted(f"stopped; {target} holds the best epoch so far")
+        raise Interrupted(f"stopped; {target} holds the best epoch so far; {go_on}")
+
+
+def run_path(target: Path) -> Path:
+    """Return where the state of a run is kept that writes this file."""
+    return target.with_name(target.name + ".run")
+
+
+def _target(a: SimpleNamespace, resume: Path | None) -> Path:
+    """Return the file to write, if it may be written."""
+    if resume is not None:
+        return resume.with_name(resume.name.removesuffix(".run"))
+    stem = a.arch or Path(str(a.start)).stem
+    target: Path = a.out or Path(f"{stem.replace('/', '-')}-trained.safetensors")
+    if not target.parent.is_dir():
+        raise UsageError(f"--out {target}: there is no folder {target.parent}")
+    if a.force:
+        return target
+    if target.exists():
+        raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")
+    state = run_path(target)
+    if state.exists():
+        raise UsageError(
+            f"{state} holds a run that is not complete; --resume {state} goes on with it, --force "
+            "starts anew"
+        )
+    return target
+
+
+def _run_folder(target: Path, arguments: dict[str, Any], resume: Path | None) -> RunFolder:
+    from robust_prune.runs import RunFolder
+
+    folder = RunFolder(run_path(target))
+    if resume is None:
+        folder.begin({"arguments": arguments})
+    return folder
+
+
+def _model_and_data(a: SimpleNamespace) -> tuple[nn.Module | None, ModelSpec, DataSplits]:
+    """Return the model to start from, None for a new one, how to build it, and the data."""
+    from robust_prune import builders
+    from robust_prune import data as datasets
+    from robust_prune.modules import ImageModel
+
+    if a.start is not None:
+        model, record = o.open_model(
+            a.start,
+            None,
+            a.model_kwargs,
+            a.cifar_stem,
+            a.mean,
+            a.std,
+            a.input_size,
+            a.trust_pickle,
+            a.device,
+        )
+        found = o.open_splits(model, record, a.data, a.data_root, a.download, a.workers)
+        if found is None:
+            raise UsageError(f"{a.start} records no data; name it with --data")
+        if not isinstance(model, ImageModel):
+            raise UsageError(
+                f"{a.start} is of a class that only Python code can build; train it there"
+            )
+        return model, replace(model.spec, input_size=found.input_size), found
+    kwargs = o.builder_kwargs(a.model_kwargs) or {}
+    splits = datasets.open_data(
+        str(a.data),
+        input_size=o.image_size(a.input_size),
+        channels=kwargs.get("in_chans"),
+        data_root=a.data_root,
+        download=a.download,
+        workers=a.workers,
+    )
+    channels = splits.input_size[0]
+    kwargs = {"num_classes": splits.classes, **kwargs}
+    if channels != 3:
+        kwargs.setdefault("in_chans", channels)
+    statistics = (None, None) if a.pretrained else splits.statistics()
+    spec = builders.resolve(
+        str(a.arch),
+        kwargs,
+        cifar_stem=a.cifar_stem,
+        mean=o.numbers(a.mean, "--mean") or statistics[0],
+        std=o.numbers(a.std, "--std") or statistics[1],
+    )
+    return None, replace(spec, input_size=splits.input_size), splits

@@ -1,96 +1,55 @@
-"""The training loop: SGD, a one-cycle schedule, and the best checkpoint by validation."""
+"""The training loop: from any batch to the end, and the best epoch by validation."""
 
 from __future__ import annotations
 
-import copy
-import itertools
+import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from robust_prune.augmentation import Augmentation, mixed
 from robust_prune.data import Split
+from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import TrainingError, UsageError
-from robust_prune.evaluation import pgd_correct, predict
-from robust_prune.finetune import Method, resolve
 from robust_prune.finetune.attack import Attack
-from robust_prune.modules import check_outputs, device_of, make_contiguous_, seeded
-from robust_prune.types import ThreatModel
-
-VALIDATION_STEPS = 10
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What a run does; everything that its result depends on beside the model and the data.
-
-    `amp` runs forward passes in bfloat16 where torch's autocast does; weights, loss and
-    validation stay in float32.
-    """
-
-    method: str | Method
-    epochs: int
-    threat: ThreatModel
-    steps: int = 7
-    batch_size: int = 128
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.1
-    clean_epochs: int = 0
-    validation_images: int = 512
-    augment: bool = True
-    amp: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UsageError(f"epochs must be at least 1, not {self.epochs}; or use no fine-tuning")
-        if self.batch_size < 2 or self.steps < 1 or not self.lr > 0:
-            raise UsageError(
-                f"batch size {self.batch_size} must be at least 2, attack steps {self.steps} at "
-                f"least 1 and the learning rate {self.lr:g} positive"
-            )
+from robust_prune.finetune.averaging import WeightAverage, cloned
+from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.finetune.interruptions import interruptions
+from robust_prune.finetune.preparing import (
+    batches_of,
+    folded_copy,
+    layout_of,
+    optimizer_of,
+    uses_bfloat16,
+)
+from robust_prune.finetune.registry import METHODS, bind, is_single_step, needs_teacher, resolve
+from robust_prune.finetune.validation import VALIDATION_STEPS, collapse, validate
+from robust_prune.modules import (
+    check_outputs,
+    device_of,
+    make_contiguous_,
+    random_states,
+    restore_random_states,
+    seeded,
+)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for a progress bar."""
+class Saved(Protocol):
+    """Where a run keeps its state; `load` gives what `save` was last given."""
 
-    epoch: int
-    epochs: int
-    images: int
-    total: int
-    loss: float
-    images_per_second: float
-    seconds_left: float
+    def load(self) -> dict[str, Any] | None:
+        """Return the state to go on from, None for a new run."""
 
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state, whole or not at all."""
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch's figures; accuracies on validation images, in [0, 1]."""
-
-    epoch: int
-    loss: float
-    clean: float
-    robust: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """A whole run: its epochs, and which one's weights the model now has."""
-
-    method: str
-    epochs: tuple[EpochRecord, ...]
-    best_epoch: int
-    validation: str
-    interrupted: bool = False
-    notes: tuple[str, ...] = ()
+    def due(self) -> bool:
+        """Whether so much time has passed that a state should be saved within an epoch."""
 
 
 def train_(
@@ -99,183 +58,344 @@ def train_(
     validation: Split,
     config: TrainingConfig,
     *,
+    teacher: nn.Module | None = None,
+    processes: Processes = ALONE,
+    saved: Saved | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> History:
     """Train in place; the model ends with the epoch that was most robust on validation images.
 
-    Epoch 0, the model as it came, is a candidate too. KeyboardInterrupt ends the run early with
-    the best epoch so far, and `interrupted` says so.
+    Epoch 0, the model as it came, is a candidate too. Ctrl-C ends the run after the batch in hand
+    with the best epoch so far, and `interrupted` says so; a second one ends it at once.
 
     Args:
         model: takes images in [0, 1]; ends in eval mode.
         training: images to learn from.
         validation: images to select by; never test images.
         config: the run.
+        teacher: the dense model, for methods that distil; left as it was.
+        processes: of the run; each takes its share of every batch.
+        saved: keeps the state, and gives the one to go on from; the result is then bit for bit
+            that of a run without a break, on one device with the same number of threads.
         on_progress: called after every batch.
         on_epoch: called after every epoch, 0 included.
 
     Raises:
         TrainingError: the loss is not finite; the model has its best weights so far.
+        UsageError: a method that distils has no teacher, or the layout can't be used here.
     """
-    name, method = resolve(config.method)
-    images, labels = validation.take(min(config.validation_images, len(validation)), config.seed)
-    check_outputs(model, images, labels)
     make_contiguous_(model)
-    run = _Run(model, method, training, config, on_progress)
-    records: list[EpochRecord] = []
-    best: tuple[tuple[float, float], int, dict[str, Any]] | None = None
+    run = _Run(model, training, validation, config, teacher, processes, saved)
+    run.on_progress, run.on_epoch = on_progress, on_epoch
     interrupted = False
     try:
-        with seeded(config.seed):
-            for epoch in range(config.epochs + 1):
-                start = time.perf_counter()
-                loss = run.epoch(epoch) if epoch else math.nan
-                record = _validate(model, images, labels, config, epoch, loss, start)
-                records.append(record)
-                rank = (record.robust, record.clean)
-                if best is None or rank > best[0]:
-                    best = rank, epoch, copy.deepcopy(model.state_dict())
-                if on_epoch is not None:
-                    on_epoch(record)
+        with seeded(config.seed), interruptions() as asked:
+            run.start()
+            while not run.finished:
+                run.batches(asked)
+                run.close_epoch()
+            if asked():
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if best is not None:
-            model.load_state_dict(best[2])
-        model.eval()
-        for parameter in model.parameters():
-            parameter.grad = None
+        run.leave()
     return History(
-        method=name,
-        epochs=tuple(records),
-        best_epoch=best[1] if best else 0,
-        validation=f"PGD-{VALIDATION_STEPS} on {len(labels)} validation images",
+        method=run.name,
+        epochs=tuple(run.records),
+        best_epoch=run.best_epoch,
+        validation=f"PGD-{VALIDATION_STEPS} on {len(run.labels)} validation images",
         interrupted=interrupted,
-        notes=_collapses([r for r in records if not 0 < r.epoch <= config.clean_epochs]),
+        notes=tuple(run.notes),
     )
 
 
-def _collapses(records: list[EpochRecord]) -> tuple[str, ...]:
-    """Tell catastrophic overfitting: robustness to PGD breaks down, clean accuracy does not.
-
-    Source: Wong et al., "Fast is better than free", ICLR 2020, Sec. 5.
-    """
-    for before, after in itertools.pairwise(records):
-        if (
-            before.robust >= 0.1
-            and after.robust < 0.5 * before.robust
-            and after.clean >= before.clean - 0.02
-        ):
-            return (
-                f"catastrophic overfitting in epoch {after.epoch}: robust {100 * before.robust:.1f}"
-                f" -> {100 * after.robust:.1f} % while clean {100 * before.clean:.1f} -> "
-                f"{100 * after.clean:.1f} %; the best epoch before was kept, a multi-step method "
-                "(pgd-at, trades) avoids it",
-            )
-    return ()
-
-
 class _Run:
-    """The optimizer and its schedule, epoch by epoch."""
+    """A run between two batches: everything that `state` keeps."""
 
     def __init__(
         self,
         model: nn.Module,
-        method: Method,
         training: Split,
+        validation: Split,
         config: TrainingConfig,
-        on_progress: Callable[[Progress], None] | None,
+        teacher: nn.Module | None,
+        processes: Processes,
+        saved: Saved | None,
     ) -> None:
-        self.model, self.method, self.training, self.config = model, method, training, config
-        self.on_progress = on_progress
+        self.model, self.training, self.config = model, training, config
+        self.teacher, self.processes, self.saved = teacher, processes, saved
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.on_epoch: Callable[[EpochRecord], None] | None = None
         self.device = device_of(model)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        if not decayed and not rest:
-            raise TrainingError("every parameter is frozen (requires_grad=False): nothing to train")
-        self.optimizer = torch.optim.SGD(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
+        self.name, method = resolve(config.method)
+        if needs_teacher(method):
+            if teacher is None:
+                raise UsageError(f"{self.name} learns from the dense model; give it as teacher")
+            method = bind(method, teacher)
+        self.method = method
+        self.single_step = is_single_step(self.name)
+        count = min(config.validation_images, len(validation))
+        self.images, self.labels = validation.take(count, config.seed)
+        check_outputs(model, self.images, self.labels)
+        self.layout = layout_of(model, config)
+        self.amp = uses_bfloat16(config, self.device)
+        self.optimizer = optimizer_of(model, config)
+        self.total_batches = batches_of(len(training), config.batch_size, processes.size)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.attack = Attack(
+            config.threat,
+            config.attack_steps,
+            torch.Generator(),
+            label_smoothing=config.label_smoothing,
+            batchnorm=config.attack_batchnorm,
+            folded=folded_copy(model, config, self.images[:4]),
         )
-        self.total_steps = config.epochs * math.ceil(len(training) / config.batch_size)
-        self.step = 0
-        self.started: float | None = None
+        self.epoch, self.batch, self.step = 1, 0, 0
+        self.loss_sum, self.seen = 0.0, 0
+        self.records: list[EpochRecord] = []
+        self.notes: list[str] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = 0
+        self.switched = self.stopped = False
+        self._busy, self._trained = 0.0, 0  # seconds and images, for the rate
+        self._since = time.perf_counter()
 
-    def epoch(self, epoch: int) -> float:
-        """Train for one epoch and return its mean loss."""
-        config, losses, seen = self.config, 0.0, 0
-        clean = epoch <= config.clean_epochs
-        attack = Attack(config.threat, config.steps, self.generator)
+    # the way through an epoch
+
+    def start(self) -> None:
+        """Take up a saved state, or validate the model as it came."""
+        mine = self.saved is not None and self.processes.first
+        state = self.processes.from_first(self.saved.load() if mine and self.saved else None)
+        if state is not None:
+            self._take_up(state)
+        else:
+            self.processes.share_(self.model)
+            self._close(self._validated(0, math.nan))
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no epoch left."""
+        return self.stopped or self.epoch > self.config.epochs
+
+    def batches(self, asked: Callable[[], bool]) -> None:
+        """Train on what is left of the epoch; stop between two batches where asked to."""
+        config, processes = self.config, self.processes
         self.model.train()
-        for images, labels in self.training.batches(
-            config.batch_size, seed=config.seed * 1000 + epoch, augment=config.augment
-        ):
-            self._schedule()
-            self.started = self.started or time.perf_counter()
-            if len(images) < 2:
-                continue  # batch norm needs two
-            images, labels = images.to(self.device), labels.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
-                loss = (
-                    nn.functional.cross_entropy(self.model(images), labels)
-                    if clean
-                    else self.method(self.model, images, labels, attack)
-                )
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} in epoch {epoch}, after {self.step} steps; try a lower "
-                    f"learning rate than {config.lr:g}"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            losses, seen = losses + value * len(images), seen + len(images)
-            self._tell(epoch, seen, losses / seen)
-        return losses / max(seen, 1)
+        source = self.training.batches(
+            config.batch_size,
+            seed=config.seed * 1000 + self.epoch,
+            augment=Augmentation(config.augment, config.cutout, config.randaugment),
+            start=self.batch,
+            share=(processes.rank, processes.size),
+        )
+        attack = replace(self.attack, threat=config.threat_at(self.epoch))
+        while self.batch < self.total_batches:
+            begun, before = time.perf_counter(), self.seen
+            images, labels = next(source)
+            stop = self._learn(images, labels, attack, asked())
+            self._busy += time.perf_counter() - begun
+            self._trained += self.seen - before
+            self._tell()
+            if stop:
+                self._save()
+                raise KeyboardInterrupt
+            if self.saved is not None and processes.first and self.saved.due():
+                self._save()
 
-    def _schedule(self) -> None:
-        """One cycle: a linear rise over the warm-up, then a cosine to zero."""
-        done = self.step / max(self.total_steps, 1)
-        self.step += 1
-        warmup = self.config.warmup
-        rising = (self.step / max(self.total_steps, 1)) / warmup if warmup > 0 else 1.0
-        falling = 0.5 * (1 + math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
+    def _learn(self, images: Tensor, labels: Tensor, attack: Attack, asked: bool) -> bool:
+        """Take one step; return whether any process was asked to stop."""
+        config, processes = self.config, self.processes
+        draws = mixed(config.seed, self.step * processes.size + processes.rank)
+        attack.generator.manual_seed(draws)
+        images = images.to(self.device, memory_format=self.layout)
+        labels = labels.to(self.device)
+        clean = self.epoch <= config.clean_epochs
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = (
+                attack.cross_entropy(self.model(images), labels)
+                if clean
+                else self.method(self.model, images, labels, attack)
+            )
+        n = len(images)
+        sums = torch.tensor([float(loss.detach()) * n, n, asked], dtype=torch.float64)
+        total, whole, stop = processes.total(sums).tolist()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total / whole} in epoch {self.epoch}, after {self.step} steps; try "
+                f"a lower learning rate than {config.lr:g}"
+            )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(rising, 1.0) * falling
+            group["lr"] = config.lr_at(self.step, config.epochs * self.total_batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        # processes average gradients, so that a share counts by its images
+        (loss * (n * processes.size / whole)).backward()
+        if processes.size > 1:
+            self._agree()
+        if config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+        self.loss_sum, self.seen = self.loss_sum + total, self.seen + int(whole)
+        self.batch, self.step = self.batch + 1, self.step + 1
+        return bool(stop > 0)
 
-    def _tell(self, epoch: int, seen: int, loss: float) -> None:
+    def _agree(self) -> None:
+        """Average gradients, and the running statistics of batch norms."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+        self.processes.average_([*gradients, *buffers])
+
+    def close_epoch(self) -> None:
+        """Validate, keep the best, and decide how the run goes on."""
+        self._close(self._validated(self.epoch, self.loss_sum / max(self.seen, 1)))
+
+    def _validated(self, epoch: int, loss: float) -> EpochRecord:
+        average = self.average.in_place_of(self.model) if self.average else contextlib.nullcontext()
+        with average:
+            record = validate(
+                self.model,
+                self.images,
+                self.labels,
+                self.config,
+                self.processes,
+                single_step=self.single_step,
+            )
+        since, self._since = self._since, time.perf_counter()
+        return replace(
+            record,
+            epoch=epoch,
+            loss=loss,
+            lr=self.optimizer.param_groups[0]["lr"] if epoch else 0.0,
+            seconds=self._since - since,
+            images_per_second=self._rate,
+        )
+
+    @property
+    def _rate(self) -> float:
+        """Images a second, validation not counted."""
+        return self._trained / max(self._busy, 1e-9)
+
+    def _close(self, record: EpochRecord) -> None:
+        self.records.append(record)
+        best = max(self.records, key=lambda r: (r.robust, r.clean, -r.epoch))
+        if best is record:
+            kept = self.average.state if self.average else self.model.state_dict()
+            self.best, self.best_epoch = cloned(kept), record.epoch
+        self._watch(record)
+        if record.epoch:
+            self.epoch, self.batch, self.loss_sum, self.seen = record.epoch + 1, 0, 0.0, 0
+        self._save()
+        if self.on_epoch is not None:
+            self.on_epoch(record)
+
+    def _watch(self, record: EpochRecord) -> None:
+        """Stop early, and tell and treat catastrophic overfitting."""
+        config = self.config
+        waited = record.epoch - max(self.best_epoch, config.clean_epochs)
+        if config.patience is not None and waited >= config.patience:
+            self.stopped = True
+            self.notes.append(
+                f"stopped after epoch {record.epoch}: {waited} epochs without a more robust one"
+            )
+        told = (
+            None
+            if self.switched or not record.epoch
+            else collapse(self.records, config.clean_epochs)
+        )
+        if told is None:
+            return
+        if not self.single_step or config.on_collapse == "continue":
+            self.notes.append(f"{told}; the best epoch before was kept, pgd-at and trades avoid it")
+        elif config.on_collapse == "stop":
+            self.stopped = True
+            self.notes.append(f"{told}; training was stopped")
+        else:
+            self._switch()
+            self.notes.append(
+                f"{told}; trained on with pgd-at ({config.attack_steps} steps) from epoch "
+                f"{self.best_epoch}"
+            )
+
+    def _switch(self) -> None:
+        """Go on with PGD training from the best epoch."""
+        self.switched = True
+        self.method, self.single_step = METHODS["pgd-at"], False
+        assert self.best is not None
+        self.model.load_state_dict(self.best)
+        if self.average is not None:
+            self.average = WeightAverage(self.model, self.config.ema)
+        self.optimizer = optimizer_of(self.model, self.config)
+
+    # what a saved state holds
+
+    def _save(self) -> None:
+        if self.saved is None or not self.processes.first:
+            return
+        self.saved.save(
+            {
+                "model": self.model.state_dict(),
+                "best": self.best,
+                "average": self.average.state if self.average else None,
+                "optimizer": self.optimizer.state_dict(),
+                "random": random_states(self.device),
+                "records": [asdict(record) for record in self.records],
+                **{name: getattr(self, name) for name in self._PLAIN},
+            }
+        )
+
+    _PLAIN = (
+        "epoch",
+        "batch",
+        "step",
+        "loss_sum",
+        "seen",
+        "notes",
+        "best_epoch",
+        "switched",
+        "stopped",
+    )
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        self.best = state["best"]
+        if self.switched:
+            self._switch()
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.state = {k: v.to(self.device) for k, v in state["average"].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.processes.first:
+            restore_random_states(state["random"], self.device)
+
+    def leave(self) -> None:
+        """Give the model its best weights, and no gradients."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _tell(self) -> None:
         if self.on_progress is None:
             return
-        total = len(self.training)
-        elapsed = time.perf_counter() - (self.started or 0.0)
-        done = (epoch - 1) * total + seen
-        rate = done / max(elapsed, 1e-9)
-        left = (self.config.epochs * total - done) / max(rate, 1e-9)
-        self.on_progress(Progress(epoch, self.config.epochs, seen, total, loss, rate, left))
-
-
-def _validate(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: TrainingConfig,
-    epoch: int,
-    loss: float,
-    start: float,
-) -> EpochRecord:
-    model.eval()
-    clean = (predict(model, images) == labels).double().mean()
-    robust = pgd_correct(
-        model, images, labels, threat=config.threat, steps=VALIDATION_STEPS, seed=config.seed
-    )
-    return EpochRecord(
-        epoch, loss, float(clean), float(robust.double().mean()), time.perf_counter() - start
-    )
+        total = min(len(self.training), self.total_batches * self.config.batch_size)
+        left = (self.config.epochs - self.epoch + 1) * total - self.seen
+        last = self.records[-1]
+        self.on_progress(
+            Progress(
+                epoch=self.epoch,
+                epochs=self.config.epochs,
+                images=self.seen,
+                total=total,
+                loss=self.loss_sum / max(self.seen, 1),
+                images_per_second=self._rate,
+                seconds_left=left / max(self._rate, 1e-9),
+                clean=last.clean,
+                robust=last.robust,
+            )
+        )

@@ -1,0 +1,83 @@
+"""What a training run is made of before its first batch."""
+
+from __future__ import annotations
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from robust_prune.errors import TrainingError, UsageError
+from robust_prune.finetune.config import TrainingConfig
+from robust_prune.finetune.folding import Folded
+from robust_prune.modules import device_of
+
+
+def optimizer_of(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer; biases and norms get no weight decay.
+
+    Raises:
+        TrainingError: every parameter is frozen.
+        UsageError: timm knows no such optimizer, or it does not take these settings.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("every parameter is frozen (requires_grad=False): nothing to train")
+    # timm's `sgd` is Nesterov's, which needs momentum
+    plain = config.optimizer == "sgd" and config.momentum == 0
+    try:
+        made: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt="momentum" if plain else config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=True,
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UsageError(
+            f"optimizer {config.optimizer!r} can't be made: {error}; sgd and adamw are usual"
+        ) from None
+    return made
+
+
+def layout_of(model: nn.Module, config: TrainingConfig) -> torch.memory_format:
+    """Return the layout of image batches, and put the model into it."""
+    if not config.channels_last:
+        return torch.contiguous_format
+    if device_of(model).type == "cpu":
+        raise UsageError(
+            "channels_last is for GPUs: on a CPU torch's convolutions can corrupt memory in it"
+        )
+    model.to(memory_format=torch.channels_last)
+    return torch.channels_last
+
+
+def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+    """Return whether forward passes run in bfloat16: as asked, else on GPUs that have it."""
+    if config.amp is None:
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.amp
+
+
+def folded_copy(model: nn.Module, config: TrainingConfig, images: Tensor) -> Folded | None:
+    """Return the copy that attacks go through, None where they go through the model itself."""
+    if not config.fold_batchnorm or config.attack_batchnorm != "eval":
+        return None
+    return Folded.of(model, images.to(device_of(model)))
+
+
+def batches_of(images: int, batch_size: int, processes: int) -> int:
+    """Return how many batches an epoch has: a last one too small for batch norms is left out.
+
+    Raises:
+        UsageError: no batch has the two images that each process needs.
+    """
+    if batch_size < 2 * processes:
+        raise UsageError(
+            f"batch size {batch_size} must be at least 2 for each of {processes} processes"
+        )
+    batches = images // batch_size + (images % batch_size >= 2 * processes)
+    if batches == 0:
+        raise UsageError(
+            f"{images} training images are too few for {processes} processes: each needs two"
+        )
+    return batches
