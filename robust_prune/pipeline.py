@@ -26,7 +26,7 @@ from robust_prune.graph import ModelGraph
 from robust_prune.modules import contiguous, seeded
 from robust_prune.planning import calibration_images, image_size_of
 from robust_prune.record import plain_settings
-from robust_prune.runs import RunFolder, fingerprint
+from robust_prune.runs import RunFolder, clear_drafts, fingerprint
 from robust_prune.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Events, Settings
 from robust_prune.stations import Compression
 from robust_prune.types import (
@@ -294,6 +294,7 @@ def compress_file(
         if state is not None:
             config = {**asked(model, splits, settings), "arguments": dict(arguments or {})}
             _open_run(state, config, resume)
+            clear_drafts(folder)
     try:
         result = run(
             model,

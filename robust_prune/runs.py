@@ -69,7 +69,7 @@ class RunFolder:
         return self.config_path.exists()
 
     def go_on(self, config: Mapping[str, Any]) -> None:
-        """Check that a run asked for the same.
+        """Check that a run asked for the same, and clear what a kill left half-written.
 
         Raises:
             RunError: something is different; the message says what.
@@ -81,6 +81,8 @@ class RunFolder:
                     f"{self.path} was run with another {name}"
                     f"{_difference(there.get(name), value)}; name another folder, or start anew"
                 )
+
+        clear_drafts(self.path)
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a part as JSON; NaN is kept as null."""
@@ -177,6 +179,12 @@ class StateFile:
         """Whether the last save is long enough ago, in seconds and in shares of its own cost."""
         wait = max(self.save_seconds, SAVE_SHARE * self._took)
         return time.monotonic() - self._saved >= wait
+
+
+def clear_drafts(folder: Path) -> None:
+    """Delete the temporary files of writes that never came to their end."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def fingerprint(model: nn.Module) -> str:

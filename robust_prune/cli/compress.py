@@ -148,6 +148,7 @@ def compress(
     patience: o.Patience = None,
     on_collapse: o.OnCollapse = "switch",
     amp: o.AMP = None,
+    attack_amp: o.AttackAMP = None,
     channels_last: o.ChannelsLast = False,
     eval_: Annotated[
         o.Eval | None,

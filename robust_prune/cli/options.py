@@ -33,6 +33,7 @@ TRAINING_OPTIONS = (
     "patience",
     "on_collapse",
     "amp",
+    "attack_amp",
     "channels_last",
 )
 
@@ -193,6 +194,14 @@ AMP = Annotated[
     typer.Option(
         "--amp/--no-amp",
         help="Forward passes in bfloat16; default: on GPUs that have it.",
+        rich_help_panel=TRAINING,
+    ),
+]
+AttackAMP = Annotated[
+    bool | None,
+    typer.Option(
+        "--attack-amp/--no-attack-amp",
+        help="Training attacks in bfloat16; default: where the device computes in it natively.",
         rich_help_panel=TRAINING,
     ),
 ]

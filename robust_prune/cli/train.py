@@ -62,6 +62,7 @@ def train(
     patience: o.Patience = None,
     on_collapse: o.OnCollapse = "switch",
     amp: o.AMP = None,
+    attack_amp: o.AttackAMP = None,
     channels_last: o.ChannelsLast = False,
     norm: o.NormOption = None,
     eps: o.Eps = None,

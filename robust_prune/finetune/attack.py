@@ -29,7 +29,8 @@ class Attack:
 
     `batchnorm` says what batch norms do during the attack: `eval` uses running statistics, `train`
     those of the attacked batch (running statistics stay as they are). `folded` is a copy of the
-    model with batch norms folded into convolutions, which eval-mode attacks go through.
+    model with batch norms folded into convolutions, which eval-mode attacks go through. `bfloat16`
+    computes attacks in it: a step needs the signs or the direction of a gradient, not its digits.
     """
 
     threat: ThreatModel
@@ -38,6 +39,7 @@ class Attack:
     label_smoothing: float = 0.0
     batchnorm: BatchNormMode = "eval"
     folded: Folded | None = None
+    bfloat16: bool = False
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
@@ -87,9 +89,22 @@ class Attack:
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(model))
             stack.enter_context(requires_grad(model, False))
+            seen = model
             if self.batchnorm == "train":
                 stack.enter_context(batch_statistics(model))
             elif self.folded is not None and self.folded.stands_for(model):
-                yield self.folded.refreshed()
-                return
-            yield model
+                seen = self.folded.refreshed()
+            yield _InBfloat16(seen) if self.bfloat16 else seen
+
+
+class _InBfloat16(nn.Module):
+    """A module whose forward pass runs in bfloat16 where autocast does; its logits are float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits: Tensor = self.module(images)
+        return logits.to(images.dtype)

@@ -21,6 +21,7 @@ from robust_prune.finetune.averaging import WeightAverage, cloned
 from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.preparing import (
+    attacks_in_bfloat16,
     batches_of,
     folded_copy,
     layout_of,
@@ -151,6 +152,7 @@ class _Run:
             label_smoothing=config.label_smoothing,
             batchnorm=config.attack_batchnorm,
             folded=folded_copy(model, config, self.images[:4]),
+            bfloat16=attacks_in_bfloat16(config, self.device),
         )
         self.epoch, self.batch, self.step = 1, 0, 0
         self.loss_sum, self.seen = 0.0, 0

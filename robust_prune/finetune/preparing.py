@@ -58,6 +58,16 @@ def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     return config.amp
 
 
+def attacks_in_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+    """Return whether training attacks run in bfloat16: as asked, else where it is native."""
+    if config.attack_amp is not None:
+        return config.attack_amp
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def folded_copy(model: nn.Module, config: TrainingConfig, images: Tensor) -> Folded | None:
     """Return the copy that attacks go through, None where they go through the model itself."""
     if not config.fold_batchnorm or config.attack_batchnorm != "eval":

@@ -1,0 +1,117 @@
+"""From cells to tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.criteria.protocol import BEST
+from benchmarks.criteria.summary import _by_arm, _p, _spread, accuracy, compare
+from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, Tuned, chosen
+from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
+
+COLUMNS = (
+    "MACs (M)",
+    "parameters",
+    "epochs (best)",
+    "seconds: plan + tuning",
+    "validation PGD-10 %",
+    "clean %",
+    "PGD-20 %",
+)
+
+
+def tables(cells: Sequence[Tuned]) -> str:
+    """Return Markdown: a table for each stage, and the comparisons of the last one."""
+    parts = []
+    if any(c.stage == METHODS for c in cells):
+        parts.append(_methods([c for c in cells if c.stage == METHODS]))
+    if any(c.stage == FINAL for c in cells):
+        parts.append(_final([c for c in cells if c.stage == FINAL], chosen(cells)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _methods(cells: Sequence[Tuned]) -> str:
+    arms = _by_arm(cells)
+    base = arms.get(f"{BEST}/{BASELINE}", [])
+    best = f"{BEST}/{chosen(cells)}"
+    lines = _head("Stage `methods`", ("p against pgd-at: validation", "test"))
+    order = sorted(arms, key=lambda arm: -accuracy(arms[arm], "validation"))
+    for arm in order:
+        same = arm == f"{BEST}/{BASELINE}" or not base
+        ps = ["" if same else _p(compare(arms[arm], base, a)) for a in ("validation", "pgd")]
+        lines.append(_row(f"**{arm}** (chosen)" if arm == best else arm, arms[arm], ps))
+    return "\n".join(lines)
+
+
+def _final(cells: Sequence[Tuned], best: str) -> str:
+    arms = _by_arm(cells)
+    n = max((len(c.autoattack) for c in cells), default=0)
+    ours = f"{BEST}/{best}"
+    column = f"AutoAttack %, {n} images"
+    lines = _head("Stage `final`", (column, f"p against {ours}: PGD-20", "AutoAttack"))
+    for arm in sorted(arms, key=lambda arm: -accuracy(arms[arm], "pgd")):
+        runs = arms[arm]
+        ps = [
+            "" if arm == ours or ours not in arms else _p(compare(runs, arms[ours], attack))
+            for attack in ("pgd", "autoattack")
+        ]
+        if not all(c.autoattack for c in runs):
+            ps[1] = ""
+        lines.append(_row(arm, runs, [_spread(runs, "autoattack"), *ps]))
+    pairs = (
+        (ours, f"{PEER}/{best}"),
+        (ours, f"{PEER}/{TEXTBOOK}"),
+        (f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}"),
+        (f"{BEST}/{BASELINE}", f"{PEER}/{TEXTBOOK}"),
+        (ours, f"dense/{BASELINE}"),
+        (ours, f"{BEST}/{BASELINE}"),
+    )
+    lines.append("")
+    for one, other in dict.fromkeys(pairs):
+        if one == other or one not in arms or other not in arms:
+            continue
+        lines.append(f"- {one} against {other}: {_difference(arms[one], arms[other])}")
+    return "\n".join(lines)
+
+
+def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:
+    """Return the gain in points over the seeds that both have, attack by attack."""
+    seeds = {c.seed for c in ours} & {c.seed for c in theirs}
+    ours, theirs = [c for c in ours if c.seed in seeds], [c for c in theirs if c.seed in seeds]
+    told = []
+    for attack, name in (("clean", "clean"), ("pgd", "PGD-20"), ("autoattack", "AutoAttack")):
+        if not all(getattr(c, attack) for c in (*ours, *theirs)):
+            continue
+        gain = accuracy(ours, attack) - accuracy(theirs, attack)
+        told.append(f"{name} {gain:+.1f} points, {_p(compare(ours, theirs, attack))}")
+    return f"{'; '.join(told)} (seeds {', '.join(map(str, sorted(seeds)))})"
+
+
+def _head(title: str, more: Sequence[str]) -> list[str]:
+    columns = ("arm", "seeds", *COLUMNS, *more)
+    return [
+        f"### {title}",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+    ]
+
+
+def _row(label: str, runs: Sequence[Tuned], more: Sequence[str]) -> str:
+    epochs = ", ".join(f"{c.epochs} ({c.best_epoch})" for c in runs)
+    plan = statistics.mean(c.plan_cpu_seconds for c in runs)
+    tuning = statistics.mean(c.tune_cpu_seconds for c in runs)
+    fields = (
+        label,
+        str(len(runs)),
+        f"{statistics.mean(c.macs for c in runs) / 1e6:.2f}",
+        f"{statistics.mean(c.params for c in runs):,.0f}",
+        epochs,
+        f"{plan:.0f} + {tuning:.0f}",
+        _spread(runs, "validation"),
+        _spread(runs, "clean"),
+        _spread(runs, "pgd"),
+        *more,
+    )
+    return f"| {' | '.join(fields)} |"

@@ -1,0 +1,132 @@
+"""Kills a compression at given moments, and goes on with it: run as a process of its own.
+
+    python -m tests.killing FOLDER KILLS
+
+Everything is imported once; each run is a fork, which one thread makes safe. Prints one JSON
+document: the seconds of a run without a break, and for each kill how far the run had come and
+whether its end was that of the run without a break.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robust_prune import ThreatModel, compress, load, save
+from robust_prune.data import as_split, open_data
+from robust_prune.modules import seeded
+from robust_prune.runs import RunFolder, fingerprint
+from tests.conftest import tiny_resnet
+
+DIGITS = open_data("digits", input_size=(1, 16, 16))
+SPLITS = replace(DIGITS, train=as_split(DIGITS.train.take(192, 0)))
+
+
+def run(folder: Path, resume: bool) -> None:
+    """One compression with every station; its end is written beside the run."""
+    # nothing may depend on what a process has drawn before
+    torch.manual_seed(time.time_ns())
+    model = load(folder.parent / "model.safetensors")
+    state = RunFolder(folder, save_seconds=0.0)
+    original = RunFolder.__init__
+
+    def eager(self: RunFolder, path: Any, **_: Any) -> None:
+        original(self, path, save_seconds=0.0)
+
+    RunFolder.__init__ = eager  # type: ignore[method-assign]
+    result = compress(
+        model,
+        SPLITS,
+        prune_ratio=0.5,
+        threat=ThreatModel.linf(0.1),
+        finetune="n-fgsm",
+        epochs=2,
+        evaluation="autoattack",
+        n_eval=8,
+        run_dir=folder,
+        resume=resume,
+        steps=2,
+        calibration_images=8,
+        batch_size=64,
+        lr=0.05,
+        training_options={"validation_images": 32, "ema": 0.9},
+    )
+    assert state.complete
+    end = {
+        "weights": fingerprint(result.model),
+        "plan": result.plan.digest,
+        "epochs": [[e.loss, e.clean, e.robust] for e in result.history.epochs[1:]],
+        "verdicts": [m.correct for e in (result.dense, result.pruned) for m in e.measurements],
+    }
+    save(result.model, folder / "end.safetensors")
+    (folder / "end.json").write_text(json.dumps(end))
+
+
+def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
+    """Do something in a process of its own; kill it after some seconds. True if it came to end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if status not in (0, signal.SIGKILL):
+        raise SystemExit(f"the run failed by itself: {status}")
+    return status == 0
+
+
+def progress(folder: Path) -> str:
+    """How far a killed run had come: the last part that is there."""
+    if not folder.exists():
+        return "nothing"
+    parts = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    return max(parts, key=lambda p: p.stat().st_mtime_ns).stem if parts else "nothing"
+
+
+def main() -> None:
+    """Run once without a break, then kill and go on, the kills spread over the whole run."""
+    root, kills = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    with seeded(0):
+        save(tiny_resnet(in_chans=1), root / "model.safetensors")
+    begun = time.perf_counter()
+    in_a_fork(lambda: run(root / "whole", False))
+    seconds = time.perf_counter() - begun
+    whole = json.loads((root / "whole" / "end.json").read_text())
+    generator, found = random.Random(0), []
+    for i in range(kills):
+        folder = root / f"killed-{i}"
+        moment = (i + generator.random()) / kills * seconds
+        ended = in_a_fork(lambda folder=folder: run(folder, False), moment)  # type: ignore[misc]
+        at = "the end" if ended else progress(folder)
+        if not (folder / "end.json").exists():
+            began = (folder / "config.json").exists()
+            # killed twice where there is time: the second run is killed early
+            in_a_fork(lambda folder=folder, began=began: run(folder, began), 0.3 * seconds)  # type: ignore[misc]
+        if not (folder / "end.json").exists():
+            in_a_fork(lambda folder=folder: run(folder, (folder / "config.json").exists()))  # type: ignore[misc]
+        end = json.loads((folder / "end.json").read_text())
+        found.append({"seconds": moment, "at": at, "same": end == whole})
+    print(json.dumps({"seconds": seconds, "kills": found}))
+
+
+if __name__ == "__main__":
+    main()
