@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.criteria.networks import Network, narrow_resnet
+from benchmarks.finetuning.protocol import measured
 from robust_prune.builders import versions
 from robust_prune.data import DataSplits, open_data
 from robust_prune.evaluation import pgd_correct
@@ -50,7 +51,7 @@ class Factors:
     clean_epochs: int = 0
     eps_warmup: int = 0
     steps: int = 1
-    lr: float = 0.05
+    lr: float = 0.2
     augment: bool = True
     amp: bool = True
     epochs: int = ADVERSARIAL_EPOCHS
@@ -80,16 +81,19 @@ RUNS = {
     "scratch, eval": replace(SCRATCH, attack_batchnorm="eval"),
     "scratch, clean epochs": replace(SCRATCH, clean_epochs=2),
     "scratch, eps warm-up": replace(SCRATCH, eps_warmup=2),
-    "scratch, lr 0.2": replace(SCRATCH, lr=0.2),
     "scratch, 2 steps": replace(SCRATCH, steps=2),
+    "scratch, 2 steps, eval": replace(SCRATCH, steps=2, attack_batchnorm="eval"),
+    "scratch, lr 0.05": replace(SCRATCH, lr=0.05),
+    "scratch, lr 0.05, eval": replace(SCRATCH, lr=0.05, attack_batchnorm="eval"),
+    "scratch, lr 0.05, clean epochs": replace(SCRATCH, lr=0.05, clean_epochs=2),
+    "scratch, no augmentation": replace(SCRATCH, augment=False),
+    "scratch, float32": replace(SCRATCH, amp=False),
     "careful": CAREFUL,
     "careful, train": replace(CAREFUL, attack_batchnorm="train"),
     "careful, no clean epochs": replace(CAREFUL, clean_epochs=0),
     "careful, no eps warm-up": replace(CAREFUL, eps_warmup=0),
-    "careful, lr 0.2": replace(CAREFUL, lr=0.2),
+    "careful, lr 0.05": replace(CAREFUL, lr=0.05),
     "careful, 2 steps": replace(CAREFUL, steps=2),
-    "scratch, no augmentation": replace(SCRATCH, augment=False),
-    "scratch, float32": replace(SCRATCH, amp=False),
 }
 
 
@@ -131,7 +135,7 @@ def measure(
 
     def on_epoch(record: EpochRecord) -> None:
         further = _further(model, images, labels, seed)
-        epochs.append({**asdict(record), **further, "eps": config.threat_at(record.epoch).eps})
+        epochs.append({**measured(record), **further, "eps": config.threat_at(record.epoch).eps})
         tell(f"{name}, seed {seed}: {_describe(epochs[-1])}")
 
     history = train_(model, splits.train, splits.validation, config, on_epoch=on_epoch)
@@ -166,8 +170,9 @@ def _further(model: ImageModel, images: Tensor, labels: Tensor, seed: int) -> di
 
 
 def _describe(epoch: dict[str, Any]) -> str:
+    loss = f"loss {epoch['loss']:.3f}, " if epoch["epoch"] else ""
     return (
-        f"epoch {epoch['epoch']}, eps {255 * epoch['eps']:.1f}/255, loss {epoch['loss']:.3f}, "
+        f"epoch {epoch['epoch']}, eps {255 * epoch['eps']:.1f}/255, {loss}"
         f"clean {100 * epoch['clean']:.1f} FGSM {100 * epoch['single_step']:.1f} PGD-10 "
         f"{100 * epoch['robust']:.1f}, with batch statistics clean "
         f"{100 * epoch['batch_clean']:.1f} PGD-10 {100 * epoch['batch_robust']:.1f}, "

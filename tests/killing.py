@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,9 +79,7 @@ def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool
     if child == 0:
         try:
             work()
-        except BaseException:
-            import traceback
-
+        except BaseException:  # noqa: BLE001 - a fork must never go on as its parent
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
@@ -94,11 +93,18 @@ def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool
 
 
 def progress(folder: Path) -> str:
-    """How far a killed run had come: the last part that is there."""
-    if not folder.exists():
-        return "nothing"
-    parts = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    return max(parts, key=lambda p: p.stat().st_mtime_ns).stem if parts else "nothing"
+    """The station that a killed run was at, told by the parts that are there."""
+    parts = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if "config.json" not in parts:
+        return "start"
+    if "complete.json" in parts:
+        return "end"
+    if {"measured-dense.json", "measured-pruned.json"} & parts:
+        return "evaluation"
+    step = 2 if "planned-2.json" in parts else 1
+    if f"pruned-{step}.json" in parts:
+        return f"fine-tuning {step}" if f"tuned-{step}.pt" in parts else f"after pruning {step}"
+    return f"pruning {step}" if f"planned-{step}.json" in parts else f"sensitivity {step}"
 
 
 def main() -> None:
@@ -115,8 +121,8 @@ def main() -> None:
     for i in range(kills):
         folder = root / f"killed-{i}"
         moment = (i + generator.random()) / kills * seconds
-        ended = in_a_fork(lambda folder=folder: run(folder, False), moment)  # type: ignore[misc]
-        at = "the end" if ended else progress(folder)
+        in_a_fork(lambda folder=folder: run(folder, False), moment)  # type: ignore[misc]
+        at = progress(folder)
         if not (folder / "end.json").exists():
             began = (folder / "config.json").exists()
             # killed twice where there is time: the second run is killed early

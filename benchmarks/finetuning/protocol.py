@@ -61,10 +61,16 @@ class Block:
 
 
 class Workshop:
-    """Prunes and tunes models, and keeps them in a folder, so that nothing is made twice."""
+    """Prunes and tunes models, and keeps them in a folder, so that nothing is made twice.
 
-    def __init__(self, bench: Bench, network: Network, folder: Path) -> None:
+    `reference` is the recipe of our run whose seconds a recipe without a number of epochs gets.
+    """
+
+    def __init__(
+        self, bench: Bench, network: Network, folder: Path, reference: str = BASELINE
+    ) -> None:
         self.bench, self.network, self.folder = bench, network, folder
+        self.reference = reference
         self.digest = digest(bench.model)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -93,14 +99,16 @@ class Workshop:
             watch = Stopwatch()
             history = self._train_(model, recipe, epochs, seed)
             return model, {
-                "epochs": [asdict(record) for record in history.epochs],
+                "epochs": [measured(record) for record in history.epochs],
                 "best_epoch": history.best_epoch,
                 "notes": list(history.notes),
                 "seconds": watch.seconds,
                 "cpu_seconds": watch.cpu_seconds,
             }
 
-        return self._kept(f"{arm}-{name}-{seed}", make)
+        timed = name in RECIPES and not RECIPES[name].epochs
+        label = f"{name}-as-{self.reference}" if timed else name
+        return self._kept(f"{arm}-{label}-{seed}", make)
 
     def _kept(
         self, name: str, make: Callable[[], tuple[ImageModel, dict[str, Any]]]
@@ -135,8 +143,8 @@ class Workshop:
 
     def _epochs_in_our_time(self, model: ImageModel, recipe: Recipe, seed: int) -> int:
         """Return how many epochs take as long as our whole run, rounded up."""
-        ours = self.pruned(BEST, seed)[1]["cpu_seconds"]
-        ours += self.tuned(BEST, BASELINE, seed)[1]["cpu_seconds"]
+        ours: float = self.pruned(BEST, seed)[1]["cpu_seconds"]
+        ours += self.tuned(BEST, self.reference, seed)[1]["cpu_seconds"]
         clock = [time.process_time()]
         images = min(TIMED_BATCHES * self.bench.batch_size, len(self.bench.splits.train))
         self._train_(
@@ -151,6 +159,11 @@ class Workshop:
         share = len(self.bench.splits.train) / images
         whole = validating + max(some - validating, 0.0) * share
         return max(1, math.ceil((ours - validating) / whole))
+
+
+def measured(record: EpochRecord) -> dict[str, Any]:
+    """Return an epoch's figures without those that were not measured, which are NaN."""
+    return {name: value for name, value in asdict(record).items() if not math.isnan(value)}
 
 
 class Stopwatch:

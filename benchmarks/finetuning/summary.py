@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
-from benchmarks.criteria.summary import _by_arm, _p, _spread, accuracy, compare
+from benchmarks.criteria.summary import _p, _spread, accuracy, compare
 from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, Tuned, chosen
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
@@ -73,6 +73,13 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
             continue
         lines.append(f"- {one} against {other}: {_difference(arms[one], arms[other])}")
     return "\n".join(lines)
+
+
+def _by_arm(cells: Sequence[Tuned]) -> dict[str, list[Tuned]]:
+    found: dict[str, list[Tuned]] = {}
+    for cell in cells:
+        found.setdefault(cell.arm, []).append(cell)
+    return found
 
 
 def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:

@@ -85,6 +85,9 @@ def _usage_error(error: Any) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     prefix = "" if code == Interrupted.exit_code else "error: "
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        prefix = f"process {rank}: {prefix}"
     print(prefix + _last_line(message), file=sys.stderr)
     sys.exit(code)
 

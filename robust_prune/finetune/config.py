@@ -47,8 +47,8 @@ class TrainingConfig:
         randaugment: torchvision's RandAugment on every image.
         amp: forward passes in bfloat16 where torch's autocast does; weights, loss and validation
             stay in float32. None: where the device is a GPU that has it.
-        attack_amp: training attacks in bfloat16, whatever `amp` says; None: where the device computes
-            in it natively. It leaves attacks as strong and makes them up to twice as fast.
+        attack_amp: training attacks in bfloat16, whatever `amp` says; None: where the device
+            computes in it natively. Attacks stay as strong and are up to twice as fast.
         channels_last: on a GPU, the layout that its tensor cores like. Refused on a CPU, where
             torch's convolutions can corrupt memory in it.
         fold_batchnorm: attacks in eval mode go through a copy with batch norms folded into

@@ -1,0 +1,246 @@
+"""Runs that are stopped and go on: the folder's files, the command line, and real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from robust_prune import compress, load, save
+from robust_prune.errors import RunError
+from robust_prune.runs import RunFolder, StateFile, fingerprint
+from tests.conftest import tiny_resnet
+from tests.test_cli import run, train  # noqa: F401 - a fixture and a helper
+
+KILLS = 20
+
+
+def own_data(n: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 5
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killing", str(tmp_path), str(KILLS)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=290,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-800:]
+    kills = json.loads(done.stdout)["kills"]
+    assert len(kills) == KILLS
+    assert all(kill["same"] for kill in kills), kills
+    stations = {kill["at"].split()[0] for kill in kills}
+    assert stations >= {"sensitivity", "fine-tuning", "evaluation"}, stations
+
+
+class CrashError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("part", ["planned-1", "pruned-1", "measured-before", "measured-pruned"])
+def test_a_crash_right_after_a_part_was_kept_changes_nothing(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills come at random; this is the moment that most depends on the order of writes."""
+    options = {
+        "allocation": "uniform",
+        "finetune": "pgd-at",
+        "epochs": 1,
+        "attack_steps": 1,
+        "batch_size": 16,
+        "evaluation": "pgd",
+        "test": own_data(8),
+    }
+    model = tiny_resnet(num_classes=5)
+    whole = compress(model, own_data(), **options)
+    original = RunFolder.keep
+
+    def keep(self: RunFolder, name: str, value: object) -> None:
+        original(self, name, value)
+        if name == part:
+            raise CrashError
+
+    monkeypatch.setattr(RunFolder, "keep", keep)
+    with pytest.raises(CrashError):
+        compress(model, own_data(), run_dir=tmp_path / "run", **options)
+    monkeypatch.setattr(RunFolder, "keep", original)
+    torch.manual_seed(99)
+    again = compress(model, own_data(), run_dir=tmp_path / "run", resume=True, **options)
+    assert fingerprint(again.model) == fingerprint(whole.model)
+    assert again.plan == whole.plan
+    for which in ("dense", "pruned"):
+        mine, theirs = getattr(again, which), getattr(whole, which)
+        assert [m.correct for m in mine.measurements] == [m.correct for m in theirs.measurements]
+    assert again.report["notes"] == whole.report["notes"]
+    assert not list((tmp_path / "run").glob("*.pt"))
+    assert [line["epoch"] for line in RunFolder(tmp_path / "run").metrics("step 1")] == [0, 1]
+
+
+def test_a_run_with_other_settings_or_weights_is_refused(tmp_path: Path) -> None:
+    model, data = tiny_resnet(num_classes=5), own_data()
+    compress(model, data, allocation="uniform", run_dir=tmp_path / "run")
+    with pytest.raises(RunError, match="another settings: allocation 'uniform', not 'mrs'"):
+        compress(model, data, allocation="mrs", run_dir=tmp_path / "run", resume=True)
+    with torch.no_grad():
+        model.net.fc.bias += 1
+    with pytest.raises(RunError, match="another model"):
+        compress(model, data, allocation="uniform", run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(RunError, match="no run to go on with"):
+        compress(model, data, run_dir=tmp_path / "other", resume=True)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_state_never_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, tmp_path / "tuned-1.pt")
+    with pytest.raises(RunError, match="delete it"):
+        StateFile(tmp_path / "tuned-1.pt").load()
+    assert not (tmp_path / "evil").exists()
+    for text in (b"", b"PK\x03\x04 cut"):
+        (tmp_path / "tuned-1.pt").write_bytes(text)
+        with pytest.raises(RunError, match="not a readable state"):
+            StateFile(tmp_path / "tuned-1.pt").load()
+    assert StateFile(tmp_path / "none.pt").load() is None
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"settings": {"a": 1}})
+    folder.record("step 1", {"epoch": 0, "loss": float("nan")})
+    folder.record("step 1", {"epoch": 1, "loss": 2.0})
+    folder.record("step 1", {"epoch": 1, "loss": 1.0})  # done again after a kill
+    assert [line["loss"] for line in folder.metrics("step 1")] == [None, 1.0]
+    (folder.path / ".draft.tmp").touch()
+    folder.go_on({"settings": {"a": 1}})
+    assert not (folder.path / ".draft.tmp").exists()
+    folder.keep("part", {"x": float("inf")})
+    assert folder.kept("part") == {"x": None}
+    (folder.path / "part.json").write_text("{")
+    with pytest.raises(RunError, match=r"part\.json: can't be read"):
+        folder.kept("part")
+    folder.config_path.write_text('{"schema": "of another time"}')
+    with pytest.raises(RunError, match="not a run of this version"):
+        folder.config()
+
+
+def test_states_are_saved_as_seldom_as_they_are_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateFile(tmp_path / "s.pt", save_seconds=0.0)
+    state.save({"x": torch.ones(3)})
+    state._took = 10.0
+    assert not state.due()
+    state._took = 0.0
+    assert state.due()
+
+
+def test_several_steps_reach_the_budget_with_one_plan_that_can_be_replayed() -> None:
+    model, data = tiny_resnet(num_classes=5), own_data()
+    result = compress(model, data, prune_ratio=0.6, steps=3, finetune="n-fgsm", epochs=4)
+    assert result.plan.reached == pytest.approx(0.6, abs=0.02)
+    assert [len(s["finetune"]["epochs"]) for s in result.report["steps"]] == [2, 2]
+    assert len(result.report["finetune"]["epochs"]) == 3
+    reached = [s["plan"]["pruned"]["macs"] for s in result.report["steps"]]
+    assert reached == sorted(reached, reverse=True)
+    shapes = {name: t.shape for name, t in result.model.state_dict().items()}
+    replayed = compress(model, data, plan=result.plan, allocation="curve")
+    assert {name: t.shape for name, t in replayed.model.state_dict().items()} == shapes
+    one = compress(model, data, prune_ratio=0.6)
+    assert one.plan.digest != result.plan.digest
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "1 or more"),
+        ({"steps": 3, "finetune": "trades", "epochs": 2}, "too few for 3 steps"),
+        ({"training_options": {"emma": 1}}, "'emma' is not known"),
+    ],
+)
+def test_steps_and_options_that_can_not_be(wrong: dict[str, object], message: str) -> None:
+    from robust_prune.errors import UsageError
+
+    wrong = {"finetune": "trades", "epochs": 1, **wrong}
+    with pytest.raises(UsageError, match=message):
+        compress(tiny_resnet(num_classes=5), own_data(), **wrong)
+
+
+def own_method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, attack: object):
+    return nn.functional.cross_entropy(m(images), labels)
+
+
+def test_the_command_goes_on_with_what_it_was_asked(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(run)
+    asked = ["compress", "model.pt", "--ratio", 0.5, "--finetune", "tests.test_runs:own_method"]
+    asked += ["--epochs", 1, "--n-eval", 4, "--eval", "pgd", "--allocation", "uniform"]
+    code, _, err = run(*asked, "--out", "whole")
+    assert code == 0, err
+    original = RunFolder.keep
+
+    def keep(self: RunFolder, name: str, value: object) -> None:
+        original(self, name, value)
+        if name == "measured-before":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "keep", keep)
+    code, _, err = run(*asked, "--out", "stopped")
+    assert code == 130
+    assert "status is 'pruned'" in err
+    assert "compress --resume stopped goes on" in err
+    monkeypatch.setattr(RunFolder, "keep", original)
+
+    for more, message in (
+        ([*asked[1:], "--out", "stopped"], "stopped goes on with it, --force starts anew"),
+        (["--resume", "stopped"], "name it again with --finetune tests.test_runs:own_method"),
+        (
+            ["--resume", "stopped", "--finetune", "tests.test_runs:own_method", "--lr", 1],
+            "leave out --lr",
+        ),
+        (["--resume", "nowhere"], "no run to go on with"),
+        (["--resume", "whole"], "is complete"),
+        ([], "name a model to compress"),
+    ):
+        code, out, err = run("compress", *more)
+        assert (code, out) == (2, ""), (more, err)
+        assert message in err
+        assert err.count("\n") == 1
+
+    code, _, err = run(
+        "compress", "--resume", "stopped", "--finetune", "tests.test_runs:own_method"
+    )
+    assert code == 0, err
+    mine = load("stopped/model-pruned.safetensors").state_dict()
+    theirs = load("whole/model-pruned.safetensors").state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    reports = [json.loads(Path(f"{d}/report.json").read_text()) for d in ("stopped", "whole")]
+    assert reports[0]["plan"] == reports[1]["plan"]
+    assert (
+        reports[0]["evaluation"]["pruned"]["measurements"][1]["correct"]
+        == (reports[1]["evaluation"]["pruned"]["measurements"][1]["correct"])
+    )
+
+
+def test_an_error_before_anything_was_pruned_leaves_nothing(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+) -> None:
+    save(tiny_resnet(), "m.safetensors")
+    code, _, err = run("compress", "m.safetensors", "--ratio", 0.9999)
+    assert code == 5, err
+    assert not Path("m-pruned").exists()
