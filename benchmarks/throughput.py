@@ -7,7 +7,8 @@ PEERS is a folder outside this one: torchattacks' wheel brings a `robustbench` t
 the real one. Both loops run in this process on one thread, in turns, so that whatever else the
 machine does hits both; a ratio is the median over rounds of the two times of the same round. The
 network is the small ResNet of the criteria benchmark; speed does not depend on the weights, so
-random ones do. The ratios for layouts are from a child process, as torch's channels_last kernels
+random ones do. Attacks of our loop are in bfloat16 where the processor has it; another row has
+them in float32. The ratios for layouts are from a child process, as torch's channels_last kernels
 can corrupt memory on a CPU (not with the widths here).
 """
 
@@ -31,7 +32,9 @@ from robust_prune import builders
 from robust_prune.builders import versions
 from robust_prune.data import open_data
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.config import TrainingConfig
 from robust_prune.finetune.folding import Folded
+from robust_prune.finetune.preparing import attacks_in_bfloat16
 from robust_prune.finetune.registry import METHODS
 from robust_prune.finetune.trades import BETA
 from robust_prune.models import load
@@ -53,6 +56,8 @@ NETWORK = {
 }
 WIDE = {**NETWORK, "channels": [32, 64, 128, 256], "stem_width": 16}
 NORMALISATION = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
+
+DEFAULT = "ours"  # attacks in bfloat16 where the processor computes in it
 
 Step = Callable[[], None]
 
@@ -115,20 +120,47 @@ def textbook(attacks: Any, method: str, model: nn.Module, steps: int, batch: Any
     return step
 
 
-def ours(method: str, model: nn.Module, steps: int, batch: Any, fold: bool = True) -> Step:
-    """One step as the training loop does it."""
+def ours(
+    method: str,
+    model: nn.Module,
+    steps: int,
+    batch: Any,
+    *,
+    fold: bool = True,
+    bfloat16: bool = False,
+    amp: bool = False,
+) -> Step:
+    """One step as the training loop does it: `bfloat16` for attacks, `amp` for everything."""
     images, labels = batch
     folded = Folded.of(model, images) if fold else None
     assert (folded is not None) == fold
-    attack = Attack(THREAT, steps, torch.Generator().manual_seed(0), folded=folded)
+    generator = torch.Generator().manual_seed(0)
+    attack = Attack(THREAT, steps, generator, folded=folded, bfloat16=bfloat16)
     optimizer = sgd(model.train())
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        METHODS[method](model, images, labels, attack).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = METHODS[method](model, images, labels, attack)
+        loss.backward()
         optimizer.step()
 
     return step
+
+
+def strength(weights: Path | None, batch: Any, steps: int = 10) -> dict[str, float]:
+    """Mean cross-entropy, in float32, of PGD images made in float32 and in bfloat16."""
+    images, labels = batch
+    model = build(weights).eval()
+    folded = Folded.of(model, images)
+    found = {}
+    for name, bfloat16 in (("float32", False), ("bfloat16", True)):
+        generator = torch.Generator().manual_seed(0)
+        attack = Attack(THREAT, steps, generator, folded=folded, bfloat16=bfloat16)
+        moved = attack(model, images, labels)
+        with torch.no_grad():
+            found[name] = float(F.cross_entropy(model(moved), labels))
+    return found
 
 
 def in_turns(arms: dict[str, Step], rounds: int) -> dict[str, list[float]]:
@@ -205,14 +237,18 @@ def taken(data: str | None) -> tuple[Tensor, Tensor]:
 
 
 def measure(attacks: Any, weights: Path | None, batch: Any, tell: Callable[[str], None]) -> Any:
-    """All methods and step counts: textbook, our loop, and our loop without folding."""
+    """All methods and step counts: textbook, our loop as it is, and with parts of it left out."""
     found: dict[str, Any] = {}
+    config = TrainingConfig("pgd-at", 1, THREAT)
+    native = attacks_in_bfloat16(config, torch.device("cpu"))
     for method in ("pgd-at", "trades"):
         for steps, rounds in ROUNDS.items():
             arms = {
                 "textbook": textbook(attacks, method, build(weights), steps, batch),
-                "ours": ours(method, build(weights), steps, batch),
-                "ours, not folded": ours(method, build(weights), steps, batch, fold=False),
+                DEFAULT: ours(method, build(weights), steps, batch, bfloat16=native),
+                "ours, float32": ours(method, build(weights), steps, batch),
+                "ours, float32, not folded": ours(method, build(weights), steps, batch, fold=False),
+                "ours, --amp": ours(method, build(weights), steps, batch, bfloat16=True, amp=True),
             }
             compare = compared(in_turns(arms, rounds), "textbook")
             found[f"{method}, {steps} steps"] = compare
@@ -249,7 +285,6 @@ def main() -> None:
             "threads": 1,
             "batch_size": BATCH,
             "threat": str(THREAT),
-            "dtype": "float32",
             "rounds": ROUNDS,
             "network": NETWORK,
             "weights": asked.weights.name if asked.weights else "random",
@@ -259,11 +294,13 @@ def main() -> None:
         "hardware": hardware(torch.device("cpu")),
     }
     tell(json.dumps(record))
+    record["attack_loss"] = strength(asked.weights, batch)
+    tell(f"loss of PGD-10 images: {record['attack_loss']}")
     record["training"] = measure(attacks, asked.weights, batch, tell)
     record["layouts"] = child_layouts()
     for name, figures in record["layouts"].items():
         tell(line(f"wide, not folded, {name}", figures) if isinstance(figures, dict) else name)
-    slowest = min(found["ours"]["speedup_median"] for found in record["training"].values())
+    slowest = min(found[DEFAULT]["speedup_median"] for found in record["training"].values())
     tell(f"least speedup of our loop: {slowest:.2f} (limit {LIMIT})")
     if asked.out is not None:
         asked.out.mkdir(parents=True, exist_ok=True)

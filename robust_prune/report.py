@@ -168,6 +168,8 @@ def to_html(record: Mapping[str, Any]) -> str:
             f"<p>{html.escape(search_line(record))}</p>",
             _svg(lambda axes: _plot_curves(axes, record["curves"]), (6.4, 4.0)),
         ]
+    if record.get("steps"):
+        parts += ["<h2>Steps</h2>", _steps_table(record)]
     if record.get("finetune"):
         parts += ["<h2>Fine-tuning</h2>", _training_table(record["finetune"])]
     parts += ["<h2>What to know</h2>", _list([*record["notes"], *flags(record), *_fixed(plan)])]
@@ -317,18 +319,50 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _training_table(history: Mapping[str, Any]) -> str:
+    single = any(e.get("single_step") is not None for e in history["epochs"])
     rows = [
         (
             f"{e['epoch']}{' (kept)' if e['epoch'] == history['best_epoch'] else ''}",
             "-" if e["loss"] is None else f"{e['loss']:.4f}",
             f"{100 * e['clean']:.1f} %",
+            *([_share(e.get("single_step"))] if single else []),
             f"{100 * e['robust']:.1f} %",
             f"{e['seconds']:.0f}",
+            f"{e.get('images_per_second') or 0:.0f}",
         )
         for e in history["epochs"]
     ]
-    caption = f"<p>{html.escape(history['method'])}; selected by {history['validation']}</p>"
-    return caption + _table(("epoch", "loss", "clean", "robust", "seconds"), rows)
+    caption = (
+        f"<p>{html.escape(history['method'])}; {html.escape(history.get('how', ''))}; selected by "
+        f"{html.escape(history['validation'])}</p>"
+    )
+    head = ("epoch", "loss", "clean", *(["FGSM"] if single else []), "robust", "seconds")
+    return caption + _table((*head, "images/s"), rows)
+
+
+def _steps_table(record: Mapping[str, Any]) -> str:
+    """One row for each pruning step: what was left, and the epoch that was gone on with."""
+    dense = record["cost"]["dense"]["macs"]
+    steps = [(step["plan"]["pruned"]["macs"], step["finetune"]) for step in record["steps"]]
+    steps.append((record["cost"]["pruned"]["macs"], record["finetune"]))
+    rows = []
+    for number, (macs, history) in enumerate(steps, 1):
+        best = history["epochs"][history["best_epoch"]] if history else None
+        rows.append(
+            (
+                str(number),
+                f"{macs:,} ({100 * macs / dense:.1f} %)",
+                str(len(history["epochs"]) - 1) if history else "0",
+                _share(best and best["clean"]),
+                _share(best and best["robust"]),
+            )
+        )
+    head = ("step", "multiply-adds left", "epochs", "clean, validation", "robust, validation")
+    return _table(head, rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _mrs_line(s: Mapping[str, Any]) -> str:

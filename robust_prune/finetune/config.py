@@ -173,7 +173,10 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class History:
-    """A whole run: its epochs, and which one's weights the model now has."""
+    """A whole run: its epochs, and which one's weights the model now has.
+
+    `how` says in words what decided how attacks and passes were computed on this device.
+    """
 
     method: str
     epochs: tuple[EpochRecord, ...]
@@ -181,3 +184,4 @@ class History:
     validation: str
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    how: str = ""

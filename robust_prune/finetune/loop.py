@@ -109,6 +109,7 @@ def train_(
         validation=f"PGD-{VALIDATION_STEPS} on {len(run.labels)} validation images",
         interrupted=interrupted,
         notes=tuple(run.notes),
+        how=run.how,
     )
 
 
@@ -163,6 +164,20 @@ class _Run:
         self.switched = self.stopped = False
         self._busy, self._trained = 0.0, 0  # seconds and images, for the rate
         self._since = time.perf_counter()
+
+    @property
+    def how(self) -> str:
+        """What the settings left to the device and the model, in words."""
+        attack, config = self.attack, self.config
+        folded = "" if attack.folded is None else ", batch norms folded into convolutions"
+        average = f"; weights averaged at {config.ema:g}" if config.ema else ""
+        kind = "single steps" if is_single_step(self.name) else f"PGD-{attack.steps}"
+        return (
+            f"{config.optimizer}, peak rate {config.lr:g}, {config.schedule}; {kind} against "
+            f"{attack.batchnorm}-mode batch norms in "
+            f"{'bfloat16' if attack.bfloat16 or self.amp else 'float32'}{folded}; training passes "
+            f"in {'bfloat16' if self.amp else 'float32'}{average}"
+        )
 
     # the way through an epoch
 
