@@ -82,6 +82,10 @@ def test_the_command_line_under_a_launcher(launcher: list[str], tmp_path: Path) 
         "report.json",
         "run",
     ]
+    if launcher is TORCHRUN:
+        again = launch(*launcher, *command, cwd=tmp_path)
+        assert again.returncode != 0
+        assert again.stderr.count("error: m-pruned/m-pruned.safetensors exists") == 1
 
 
 def test_an_error_of_the_first_process_ends_all_with_one_line(tmp_path: Path) -> None:

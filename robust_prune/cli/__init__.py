@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from robust_prune.cli import compress, evaluate, export, info, sensitivity, train
+from robust_prune.cli import compress, evaluate, export, info, options, sensitivity, train
 from robust_prune.errors import Interrupted, RobustPruneError
 
 app = typer.Typer(
@@ -88,9 +88,8 @@ def _usage_error(error: Any) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     prefix = "" if code == Interrupted.exit_code else "error: "
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        prefix = f"process {rank}: {prefix}"
+    if not options.writes():
+        prefix = f"process {os.environ['RANK']}: {prefix}"
     print(prefix + _last_line(message), file=sys.stderr)
     sys.exit(code)
 

@@ -224,11 +224,9 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
     """Do what the arguments say."""
     if a.model is None:
         raise UsageError("name a model to compress, or a folder to go on with: --resume DIR")
-    from robust_prune.distributed import started_among
-
     name = f"{_stem(a.model)}-pruned"
     folder = resume or a.out or Path(name)
-    if resume is None and started_among() == 1:
+    if resume is None and o.writes():
         _refuse_overwrite(folder / f"{name}.safetensors", folder, a.force)
     replayed = None if a.plan is None else _read_plan(a.plan)
     if a.ratio is not None and replayed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -280,6 +281,11 @@ def builder_kwargs(text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UsageError(f"--model-kwargs must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes, by what its launcher told it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def all_processes(device: Device) -> Processes:

@@ -84,6 +84,7 @@ class Output:
         )
         task = bar.add_task("training", total=None, status="")
         board = None if self.silent else _board(tensorboard)
+        runs = 0
 
         def on_progress(p: Progress) -> None:
             text = (
@@ -101,6 +102,8 @@ class Output:
                 self.line(f"  {p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left")
 
         def on_epoch(e: EpochRecord) -> None:
+            nonlocal runs
+            runs += e.epoch == 0
             what = "before" if e.epoch == 0 else f"epoch {e.epoch}: loss {e.loss:.4f},"
             rate = f", {e.images_per_second:.0f} images/s" if e.epoch else ""
             self.line(
@@ -110,8 +113,9 @@ class Output:
             if board is not None:
                 for name in ("loss", "clean", "robust", "single_step", "lr", "images_per_second"):
                     value = getattr(e, name)
+                    tag = name if runs < 2 else f"{name}/step {runs}"
                     if value == value:  # not NaN
-                        board.add_scalar(name, value, e.epoch)
+                        board.add_scalar(tag, value, e.epoch)
                 board.flush()
 
         self._next_line = FIRST_LINE_SECONDS

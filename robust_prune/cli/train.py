@@ -191,7 +191,7 @@ def _target(a: SimpleNamespace, resume: Path | None) -> Path:
     target: Path = a.out or Path(f"{stem.replace('/', '-')}-trained.safetensors")
     if not target.parent.is_dir():
         raise UsageError(f"--out {target}: there is no folder {target.parent}")
-    if a.force:
+    if a.force or not o.writes():
         return target
     if target.exists():
         raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")

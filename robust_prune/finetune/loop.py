@@ -304,9 +304,9 @@ class _Run:
         self._watch(record)
         if record.epoch:
             self.epoch, self.batch, self.loss_sum, self.seen = record.epoch + 1, 0, 0.0, 0
-        self._save()
         if self.on_epoch is not None:
-            self.on_epoch(record)
+            self.on_epoch(record)  # before the state: what is told twice is replaced, not missed
+        self._save()
 
     def _watch(self, record: EpochRecord) -> None:
         """Stop early, and tell and treat catastrophic overfitting."""
