@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -171,6 +172,16 @@ class DataSplits:
     input_size: Size
     source: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """Return what tells these images from others: source, numbers, and a digest of a few."""
+        images, labels = self.train.take(min(16, len(self.train)), seed=0)
+        few = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+        return {
+            **self.source,
+            "images": [len(s) if s else 0 for s in (self.train, self.validation, self.test)],
+            "digest": few.hexdigest()[:12],
+        }
 
     def statistics(self, n: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel of up to `n` training images."""

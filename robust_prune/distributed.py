@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from robust_prune import errors
 from robust_prune.errors import UsageError
 
 T = TypeVar("T")
@@ -58,18 +59,21 @@ class Processes:
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Let the first process do something, and give its result, or its error, to all."""
-        value, error = None, None
+        value: T | None = None
+        mine: Exception | None = None
         if self.first:
             try:
                 value = work()
-            except Exception as caught:
-                if self.size == 1:
-                    raise
-                error = caught
-        value, error = self.from_first((value, error))
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+            except Exception as caught:  # noqa: BLE001 - raised again below, by all
+                mine = caught
+        # text, not the error itself: not every error can be sent
+        told = self.from_first(None if mine is None else (type(mine).__name__, str(mine)))
+        if mine is not None:
+            raise mine
+        if told is not None:
+            kind = getattr(errors, told[0], errors.RobustPruneError)
+            raise kind(told[1])
+        return self.from_first(value)  # type: ignore[return-value]
 
     def share_(self, model: nn.Module) -> None:
         """Give every process the parameters and buffers of the first."""
@@ -99,7 +103,9 @@ class _Several(Processes):
             return
         # one message for all: many small ones cost more than they carry
         with torch.no_grad():
-            flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+            wide = any(t.dtype == torch.float64 for t in tensors)
+            kind = torch.float64 if wide else torch.float32
+            flat = torch.cat([t.detach().reshape(-1).to(kind) for t in tensors])
             flat = self._utils.reduce(flat, reduction="mean")
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))

@@ -108,6 +108,21 @@ def check_outputs(
         )
 
 
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: Tensor) -> int:
+    """Return how many classes the model tells apart, from images [N, C, H, W] of its data."""
+    with evaluating(model):
+        logits: Tensor = model(images[:1].to(device_of(model)))
+    return logits.shape[1]
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of all batch norms."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    found = [t for layer in layers for t in (layer.running_mean, layer.running_var)]
+    return [t for t in found if t is not None]
+
+
 def plain_layout(tensor: Tensor) -> Tensor:
     """Return a CPU tensor in the contiguous layout with its canonical strides.
 
@@ -152,6 +167,16 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
             layer.track_running_stats = True
+
+
+@contextlib.contextmanager
+def float32_logits(model: nn.Module) -> Iterator[None]:
+    """Let the model give float32 logits under autocast: on a CPU losses would stay in bfloat16."""
+    handle = model.register_forward_hook(lambda module, inputs, output: output.float())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

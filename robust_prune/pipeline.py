@@ -17,7 +17,7 @@ from robust_prune.checkpoint import write_text
 from robust_prune.curves import measure_mrs
 from robust_prune.data import DataSplits, open_for
 from robust_prune.distributed import ALONE, Processes, processes
-from robust_prune.errors import DataError, Interrupted, UsageError
+from robust_prune.errors import DataError, Interrupted, RunError, UsageError
 from robust_prune.evaluation import Attack
 from robust_prune.finetune.config import EpochRecord, History, TrainingConfig
 from robust_prune.finetune.loop import train_
@@ -118,7 +118,12 @@ def compress(
     folder = None if run_dir is None else RunFolder(run_dir)
     all_processes = processes()
     if folder is not None and all_processes.first:
-        _open_run(folder, asked(model, splits, settings), resume)
+        if not resume and folder.exists() and not folder.complete:
+            raise RunError(
+                f"{folder.path} holds a run that is not complete; resume=True goes on with it, "
+                "or delete it"
+            )
+        _open_run(folder, asked(model, splits, settings, all_processes), resume)
     result = run(model, splits, settings, folder=folder, processes=all_processes)
     if folder is not None and all_processes.first:
         folder.close()
@@ -146,12 +151,15 @@ def run(
     return job.result
 
 
-def asked(model: nn.Module, splits: DataSplits | None, settings: Settings) -> dict[str, Any]:
+def asked(
+    model: nn.Module, splits: DataSplits | None, settings: Settings, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Return what a run is asked, as plain data: all that its result depends on."""
     plan = settings.plan
     return {
         "model": fingerprint(model),
-        "data": dict(splits.source) if splits else None,
+        "processes": processes.size,
+        "data": None if splits is None else splits.described(),
         "settings": to_plain(plain_settings(settings)),
         "plan": plan.digest if plan else None,
     }
@@ -292,9 +300,11 @@ def compress_file(
     if processes.first:
         _make_folder(folder)
         if state is not None:
-            config = {**asked(model, splits, settings), "arguments": dict(arguments or {})}
-            _open_run(state, config, resume)
+            config = asked(model, splits, settings, processes)
+            _open_run(state, {**config, "arguments": dict(arguments or {})}, resume)
             clear_drafts(folder)
+            if resume and paths["model"].exists():
+                written.append("that of the run before")
     try:
         result = run(
             model,

@@ -259,8 +259,8 @@ def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Setti
     )
 
 
-def step_settings(settings: Settings, left: float, step: int) -> Settings:
-    """Return the settings of one of several pruning steps.
+def step_settings(settings: Settings, left: float, step: int) -> Settings | None:
+    """Return the settings of one of several pruning steps, None where nothing is left to prune.
 
     What is left of the budget's target falls by the same factor in every step, and so does the
     least that a group may keep.
@@ -273,6 +273,8 @@ def step_settings(settings: Settings, left: float, step: int) -> Settings:
     if settings.steps == 1:
         return settings
     share = (1 - settings.budget.prune_ratio) ** (step / settings.steps)
+    if share >= left:
+        return None
     return replace(
         settings,
         budget=replace(settings.budget, prune_ratio=1 - share / left),

@@ -347,7 +347,7 @@ def _steps_table(record: Mapping[str, Any]) -> str:
     steps.append((record["cost"]["pruned"]["macs"], record["finetune"]))
     rows = []
     for number, (macs, history) in enumerate(steps, 1):
-        best = history["epochs"][history["best_epoch"]] if history else None
+        best = history["epochs"][history["best_epoch"]] if history and history["epochs"] else None
         rows.append(
             (
                 str(number),

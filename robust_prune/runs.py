@@ -42,9 +42,20 @@ class RunFolder:
         return self.path / "config.json"
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Start a run: forget what is there, and keep what is asked."""
+        """Start a run: forget the one that is there, and keep what is asked.
+
+        Raises:
+            RunError: the folder holds anything but a run of ours.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; a run needs a folder of its own")
+        if self.path.exists() and any(self.path.iterdir()):
+            self.config()  # what is not ours is not deleted
         self.clear()
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be made: {error.strerror}") from None
         text = json.dumps({**config, "schema": SCHEMA}, indent=1, sort_keys=True)
         write_text(self.config_path, text + "\n")
 
@@ -56,8 +67,8 @@ class RunFolder:
         """
         try:
             found = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(f"{self.path}: no run to go on with (no config.json)") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"{self.path}: no run there (no config.json)") from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.config_path}: can't be read: {error}") from None
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
@@ -82,6 +93,8 @@ class RunFolder:
                     f"{_difference(there.get(name), value)}; name another folder, or start anew"
                 )
 
+        if self.complete:
+            raise RunError(f"the run in {self.path} is complete; there is nothing to go on with")
         clear_drafts(self.path)
 
     def keep(self, name: str, value: Any) -> None:
@@ -123,13 +136,17 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if path.exists():
             for text in path.read_text(encoding="utf-8").splitlines():
-                yield json.loads(text)
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    raise RunError(f"{path}: a line is not JSON; delete it to go on") from None
+                yield line
 
     def close(self) -> None:
         """Delete the tensors of a run that is complete; what was asked and measured stays."""
+        self.keep("complete", True)  # first: without its tensors a run can't go on
         for path in self.path.glob("*.pt"):
             path.unlink(missing_ok=True)
-        self.keep("complete", True)
 
     @property
     def complete(self) -> bool:
@@ -137,7 +154,8 @@ class RunFolder:
         return self.kept("complete") is not None
 
     def clear(self) -> None:
-        """Delete everything."""
+        """Delete everything, what makes it a run first."""
+        self.config_path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -149,6 +167,10 @@ class StateFile:
         self.save_seconds = save_seconds
         self._saved = time.monotonic()
         self._took = 0.0
+
+    def exists(self) -> bool:
+        """Whether a state was saved."""
+        return self.path.exists()
 
     def load(self) -> dict[str, Any] | None:
         """Return the state, None where none was saved.

@@ -69,7 +69,8 @@ class Settings:
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
-        if (self.calibration_images or 1) < 1 or self.batch_size < 2:
+        few = self.calibration_images is not None and self.calibration_images < 1
+        if few or self.batch_size < 2:
             raise UsageError("calibration needs at least 1 image, and batches at least 2")
         known = (
             ("allocation", self.allocation, allocating.ALLOCATIONS),

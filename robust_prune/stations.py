@@ -11,16 +11,17 @@ from torch import nn
 from robust_prune import builders, calibration, data, evaluation, report, verify
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.errors import DataError
+from robust_prune.errors import DataError, RunError
 from robust_prune.evaluation import Attack, TestImages
 from robust_prune.finetune.config import EpochRecord, History
-from robust_prune.finetune.loop import Saved, train_
+from robust_prune.finetune.loop import train_
+from robust_prune.finetune.preparing import batches_of, layout_of, optimizer_of
 from robust_prune.journal import Journal
 from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
 from robust_prune.planning import Planned, Planning, graph_of, image_size_of, step_settings
 from robust_prune.reconstruction import kept_rows
 from robust_prune.record import describe_model, hardware, plain_history, plain_settings
-from robust_prune.runs import RunFolder, without_nan
+from robust_prune.runs import RunFolder, StateFile, without_nan
 from robust_prune.settings import CompressResult, Events, Settings
 from robust_prune.types import Evaluation, Measurement, PruningPlan, Sensitivity, to_plain
 
@@ -88,6 +89,11 @@ class Compression:
             )
         if settings.evaluation != "none" and splits.test is None:
             raise DataError("there is no test split to evaluate on; give test images as test=")
+        if settings.finetune is not None:
+            config = settings.training()
+            optimizer_of(self.model, config)
+            layout_of(self.model, config)
+            batches_of(len(splits.train), config.batch_size, self.processes.size)
 
     @property
     def plan(self) -> PruningPlan:
@@ -104,6 +110,9 @@ class Compression:
             step: which of the pruning steps, from 1.
         """
         settings = self._step_settings(step)
+        if settings is None:
+            self.journal.note(f"step {step} prunes nothing: the one before has gone that far")
+            return
         tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
         source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
         planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
@@ -112,10 +121,23 @@ class Compression:
         self.processes.share_(self.model)
         self.plans.append(planned.plan)
         self.sensitivity = self.sensitivity or planned.sensitivity
-        if step == settings.steps or settings.finetune is None:
+        self.history = None
+        if step < settings.steps:
+            if settings.finetune is None:
+                self._end_step(None)
+        elif not self._was_tuned(step):  # else the file that is there is the better one
             self._save("pruned")
 
-    def _step_settings(self, step: int) -> Settings:
+    def _end_step(self, history: History | None) -> None:
+        """Put what the report tells of a station aside, before the next step has its own."""
+        parts = {name: self.journal.parts.pop(name) for name in list(self.journal.parts)}
+        self.journal.steps.append({"plan": self.plans[-1], "finetune": history, **parts})
+
+    def _was_tuned(self, step: int) -> bool:
+        saved = self._saved(f"tuned-{step}")
+        return saved is not None and saved.exists()
+
+    def _step_settings(self, step: int) -> Settings | None:
         target = self.settings.budget.target
         left = self.plan.pruned.of(target) / self.plan.dense.of(target) if self.plans else 1.0
         return step_settings(self.settings, left, step)
@@ -130,7 +152,8 @@ class Compression:
             graph_of(self.model, self.input_size, settings).apply_(planned.plan)
             assert self.folder is not None
             state = self.folder.state(f"pruned-{step}").load()
-            assert state is not None, "the part is kept after its state"
+            if state is None:
+                raise RunError(f"{self.folder.path}: pruned-{step}.pt is missing; start anew")
             self.model.load_state_dict(state["model"])
             self.journal.restore(done["journal"])
             return planned
@@ -217,18 +240,12 @@ class Compression:
         self.history = history
         for line in history.notes:
             self.journal.note(line)
-        if not last:
-            self.journal.steps.append(
-                {
-                    "plan": self.plans[-1],
-                    "finetune": history,
-                    **{name: self.journal.parts.pop(name) for name in list(self.journal.parts)},
-                }
-            )
         if last or history.interrupted:
             self._save("fine-tuned" if not history.interrupted else "fine-tuning interrupted")
         if history.interrupted:
             raise KeyboardInterrupt
+        if not last:
+            self._end_step(history)
 
     def _listener(self, part: str) -> Any:
         def on_epoch(record: EpochRecord) -> None:
@@ -285,13 +302,19 @@ class Compression:
     def _kept(self, name: str) -> Any:
         if self.folder is None or not self.processes.first:
             return None
-        return self.folder.kept(name)
+        found = self.folder.kept(name)
+        if found is not None:
+            # what a run before has worked counts
+            for station, seconds in found["journal"]["seconds"].items():
+                so_far = self.journal.seconds.get(station, 0.0)
+                self.journal.seconds[station] = max(so_far, seconds)
+        return found
 
     def _keep(self, name: str, part: dict[str, Any]) -> None:
         if self.folder is not None and self.processes.first:
             self.folder.keep(name, {**part, "journal": self.journal.snapshot()})
 
-    def _saved(self, name: str) -> Saved | None:
+    def _saved(self, name: str) -> StateFile | None:
         return None if self.folder is None else self.folder.state(name)
 
     def _save(self, status: str) -> None:

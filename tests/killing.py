@@ -123,12 +123,17 @@ def main() -> None:
         moment = (i + generator.random()) / kills * seconds
         in_a_fork(lambda folder=folder: run(folder, False), moment)  # type: ignore[misc]
         at = progress(folder)
+        if at == "end":  # complete, but killed before its end was written here
+            RunFolder(folder).clear()
         if not (folder / "end.json").exists():
             began = (folder / "config.json").exists()
             # killed twice where there is time: the second run is killed early
             in_a_fork(lambda folder=folder, began=began: run(folder, began), 0.3 * seconds)  # type: ignore[misc]
         if not (folder / "end.json").exists():
-            in_a_fork(lambda folder=folder: run(folder, (folder / "config.json").exists()))  # type: ignore[misc]
+            began = (folder / "config.json").exists() and progress(folder) != "end"
+            if not began:
+                RunFolder(folder).clear()
+            in_a_fork(lambda folder=folder, began=began: run(folder, began))  # type: ignore[misc]
         end = json.loads((folder / "end.json").read_text())
         found.append({"seconds": moment, "at": at, "same": end == whole})
     print(json.dumps({"seconds": seconds, "kills": found}))

@@ -172,14 +172,22 @@ def record(epoch: int, clean: float, robust: float, fgsm: float = math.nan) -> E
 
 def test_catastrophic_overfitting_is_told() -> None:
     good = [record(0, 0.3, 0.2), record(1, 0.5, 0.3), record(2, 0.55, 0.28)]
-    assert collapse(good, 0) is None
+
+    def told(records: list[EpochRecord], **more: int) -> str:
+        return str(collapse(records, TrainingConfig("n-fgsm", 9, ThreatModel.linf(0.1), **more)))
+
+    assert told(good) == "None"
     broken = [*good, record(3, 0.8, 0.01)]
-    assert "epoch 3: robust 28.0 -> 1.0 %" in str(collapse(broken, 0))
-    assert collapse(broken, clean_epochs=3) is None
-    assert collapse([*good, record(3, 0.1, 0.1)], 0) is None  # everything broke: not this fault
+    assert "epoch 3: robust 28.0 -> 1.0 %" in told(broken)
+    assert told(broken, clean_epochs=3) == "None"
+    assert told(broken, eps_warmup=2) == "None"  # the epochs before had a smaller eps
+    assert told([*good, record(3, 0.1, 0.1)]) == "None"  # everything broke: not this fault
+    # a robust start that clean epochs have undone is no collapse of the epochs after them
+    undone = [record(0, 0.5, 0.45), record(1, 0.7, 0.02), record(2, 0.7, 0.01)]
+    assert told([*undone, record(3, 0.6, 0.21)], clean_epochs=2) == "None"
     # from scratch robustness never was there, but single steps do not fool the model
-    assert "70.0 % robust to FGSM" in str(collapse([record(0, 0.1, 0), record(1, 0.8, 0, 0.7)], 0))
-    assert collapse([record(0, 0.1, 0.0), record(1, 0.5, 0.3, 0.35)], 0) is None
+    assert "70.0 % robust to FGSM" in told([record(0, 0.1, 0), record(1, 0.8, 0, 0.7)])
+    assert told([record(0, 0.1, 0.0), record(1, 0.5, 0.3, 0.35)]) == "None"
 
 
 @pytest.mark.parametrize("on_collapse", ["switch", "stop", "continue"])
@@ -192,8 +200,8 @@ def test_a_collapse_is_treated_as_asked(
     told = iter([None, "catastrophic overfitting in epoch 2"])
     monkeypatch.setattr(loop, "collapse", lambda records, clean: next(told, None))
     seen = []
-    original = loop.METHODS["pgd-at"]
-    monkeypatch.setitem(loop.METHODS, "pgd-at", lambda *a: seen.append(1) or original(*a))
+    original = METHODS["pgd-at"]
+    monkeypatch.setitem(METHODS, "pgd-at", lambda *a: seen.append(1) or original(*a))
     config = TrainingConfig(
         "n-fgsm",
         epochs=3,
@@ -307,8 +315,9 @@ def test_schedules_and_eps() -> None:
         ({"on_collapse": "pray"}, "switch"),
         ({"attack_batchnorm": "both"}, "eval"),
         ({"ema": 1.0}, "0.999 is usual"),
-        ({"patience": -1}, "1 epoch or more"),
-        ({"clip_grad": -1.0}, "positive"),
+        ({"patience": 0}, "1 epoch or more"),
+        ({"clip_grad": 0.0}, "positive"),
+        ({"validation_images": 0}, "1 or more"),
         ({"label_smoothing": 1.0}, r"in \[0, 1\)"),
         ({"batch_size": 1}, "at least 2"),
     ],

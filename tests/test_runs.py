@@ -95,8 +95,62 @@ def test_a_run_with_other_settings_or_weights_is_refused(tmp_path: Path) -> None
         model.net.fc.bias += 1
     with pytest.raises(RunError, match="another model"):
         compress(model, data, allocation="uniform", run_dir=tmp_path / "run", resume=True)
-    with pytest.raises(RunError, match="no run to go on with"):
+    with pytest.raises(RunError, match="no run there"):
         compress(model, data, run_dir=tmp_path / "other", resume=True)
+
+
+def test_other_images_and_a_complete_run_are_refused(tmp_path: Path) -> None:
+    model, data = tiny_resnet(num_classes=5), own_data()
+    folder = tmp_path / "run"
+    compress(model, data, allocation="uniform", run_dir=folder)
+    with pytest.raises(RunError, match="is complete"):
+        compress(model, data, allocation="uniform", run_dir=folder, resume=True)
+    (folder / "complete.json").unlink()
+    with pytest.raises(RunError, match="another data: digest"):
+        compress(
+            model, (data[0].flip(0), data[1]), allocation="uniform", run_dir=folder, resume=True
+        )
+    with pytest.raises(RunError, match="not complete; resume=True goes on"):
+        compress(model, data, allocation="uniform", run_dir=folder)
+
+
+def test_a_folder_that_is_no_run_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="no run there"):
+        compress(tiny_resnet(num_classes=5), own_data(), run_dir=tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(RunError, match="is a file"):
+        compress(tiny_resnet(num_classes=5), own_data(), run_dir=tmp_path / "thesis.txt")
+
+
+def test_a_step_that_has_nothing_left_to_prune_is_passed_over() -> None:
+    result = compress(
+        tiny_resnet(num_classes=5),
+        own_data(),
+        prune_ratio=0.1,
+        steps=12,
+        round_to=4,
+        allocation="uniform",
+    )
+    assert any("prunes nothing" in note for note in result.report["notes"])
+    assert len(result.report["steps"]) >= 1
+
+
+def test_wrong_training_settings_fail_before_the_work(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+) -> None:
+    train(run)
+    code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--optimizer", "sdg")
+    assert code == 2
+    assert "sdg" in err
+    assert "adversarial set" not in out
+    assert not Path("model-pruned").exists()
+    code, out, err = run("train", "--from", "model.pt", "--method", "rslad", "--out", "a.pt")
+    assert code == 2
+    assert not Path("a.pt.run").exists()
+    Path("digits").mkdir()  # a folder does not hide the data set of that name
+    code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--data", "digits", "--quick")
+    assert code == 0, err
 
 
 class Evil:
@@ -213,7 +267,7 @@ def test_the_command_goes_on_with_what_it_was_asked(
             ["--resume", "stopped", "--finetune", "tests.test_runs:own_method", "--lr", 1],
             "leave out --lr",
         ),
-        (["--resume", "nowhere"], "no run to go on with"),
+        (["--resume", "nowhere"], "no run there"),
         (["--resume", "whole"], "is complete"),
         ([], "name a model to compress"),
     ):

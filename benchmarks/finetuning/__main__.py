@@ -25,7 +25,7 @@ from benchmarks.criteria.dense import dense_model
 from benchmarks.criteria.levels import CPU
 from benchmarks.criteria.protocol import Bench
 from benchmarks.finetuning import protocol, summary
-from benchmarks.finetuning.recipes import BASELINE, RECIPES
+from benchmarks.finetuning.recipes import RECIPES
 from robust_prune.builders import versions
 from robust_prune.data import open_data
 from robust_prune.record import hardware
@@ -76,10 +76,8 @@ def _run(options: argparse.Namespace, out: Path) -> None:
     }
     path.write_text(json.dumps(settings, indent=1) + "\n")
     bench = Bench(network.name, model, splits, CPU.threat, CPU.calibration_images, CPU.batch_size)
-    done = protocol.read(out)
-    known = protocol.arms_of(options.stage, done)
-    reference = protocol.chosen(done) if options.stage == protocol.FINAL else BASELINE
-    shop = protocol.Workshop(bench, network, options.cache / "finetuning", reference)
+    shop = protocol.Workshop(bench, network, options.cache / "finetuning")
+    known = protocol.arms_of(options.stage, protocol.read(out))
     arms = options.arms or known
     unknown = [arm for arm in arms if arm not in known]
     if unknown:

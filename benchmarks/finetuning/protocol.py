@@ -61,16 +61,10 @@ class Block:
 
 
 class Workshop:
-    """Prunes and tunes models, and keeps them in a folder, so that nothing is made twice.
+    """Prunes and tunes models, and keeps them in a folder, so that nothing is made twice."""
 
-    `reference` is the recipe of our run whose seconds a recipe without a number of epochs gets.
-    """
-
-    def __init__(
-        self, bench: Bench, network: Network, folder: Path, reference: str = BASELINE
-    ) -> None:
+    def __init__(self, bench: Bench, network: Network, folder: Path) -> None:
         self.bench, self.network, self.folder = bench, network, folder
-        self.reference = reference
         self.digest = digest(bench.model)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -89,6 +83,7 @@ class Workshop:
 
     def tuned(self, arm: str, name: str, seed: int) -> tuple[ImageModel, dict[str, Any]]:
         """Return the tuned model, and how it was tuned."""
+        timed = name in RECIPES and not RECIPES[name].epochs
 
         def make() -> tuple[ImageModel, dict[str, Any]]:
             model, _ = self.pruned(arm, seed)
@@ -106,8 +101,7 @@ class Workshop:
                 "cpu_seconds": watch.cpu_seconds,
             }
 
-        timed = name in RECIPES and not RECIPES[name].epochs
-        label = f"{name}-as-{self.reference}" if timed else name
+        label = f"{name}-as-{BASELINE}" if timed else name
         return self._kept(f"{arm}-{label}-{seed}", make)
 
     def _kept(
@@ -142,9 +136,9 @@ class Workshop:
         return train_(model, train, validation, config, teacher=bench.model, on_epoch=on_epoch)
 
     def _epochs_in_our_time(self, model: ImageModel, recipe: Recipe, seed: int) -> int:
-        """Return how many epochs take as long as our whole run, rounded up."""
+        """Return how many epochs take as long as our planning and tuning, rounded up."""
         ours: float = self.pruned(BEST, seed)[1]["cpu_seconds"]
-        ours += self.tuned(BEST, self.reference, seed)[1]["cpu_seconds"]
+        ours += self.tuned(BEST, BASELINE, seed)[1]["cpu_seconds"]
         clock = [time.process_time()]
         images = min(TIMED_BATCHES * self.bench.batch_size, len(self.bench.splits.train))
         self._train_(

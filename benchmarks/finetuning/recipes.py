@@ -21,7 +21,8 @@ Method = str | Callable[..., Tensor]
 class Recipe:
     """One way of fine-tuning, on all training images.
 
-    `epochs` 0 means as many as take the seconds of our whole run, planning included.
+    `epochs` 0 means as many as take the seconds of our whole run with `BASELINE`, planning
+    included.
     """
 
     method: Method

@@ -56,7 +56,18 @@ def main() -> NoReturn:
     # spends 6 to 15 % of its time in page faults without them
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        code = app(prog_name="robust-prune", standalone_mode=False)
+        code = _run()
+    finally:
+        if "robust_prune.distributed" in sys.modules:
+            sys.modules["robust_prune.distributed"].leave()
+    if code == Interrupted.exit_code:
+        _fail("stopped; nothing was written by this command", Interrupted.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run() -> Any:
+    try:
+        return app(prog_name="robust-prune", standalone_mode=False)
     except RobustPruneError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -72,9 +83,6 @@ def main() -> NoReturn:
             "ROBUST_PRUNE_DEBUG=1 shows where",
             1,
         )
-    if code == Interrupted.exit_code:
-        _fail("stopped; nothing was written by this command", Interrupted.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _usage_error(error: Any) -> NoReturn:

@@ -224,10 +224,13 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
     """Do what the arguments say."""
     if a.model is None:
         raise UsageError("name a model to compress, or a folder to go on with: --resume DIR")
+    from robust_prune.distributed import started_among
+
     name = f"{_stem(a.model)}-pruned"
     folder = resume or a.out or Path(name)
-    if resume is None and o.writes():
-        _refuse_overwrite(folder / f"{name}.safetensors", folder, a.force)
+    file = folder / f"{name}.safetensors"
+    if resume is None and started_among() == 1:
+        _refuse_overwrite(file, folder, a.force)
     replayed = None if a.plan is None else _read_plan(a.plan)
     if a.ratio is not None and replayed is not None:
         raise UsageError("--plan brings its own budget; leave out --ratio, or the plan")
@@ -238,6 +241,9 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
     from robust_prune.settings import Events
 
     processes = o.all_processes(a.device)
+    if resume is None and processes.size > 1:
+        # one asks for all: another might see the folder that the first has made
+        processes.on_first(lambda: _refuse_overwrite(file, folder, a.force))
     output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
     module, record = o.open_model(
         a.model,
@@ -252,6 +258,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
     )
     splits = o.open_splits(module, record, a.data, a.data_root, a.download, a.workers)
     settings = _settings(a, record, splits, replayed)
+    arguments = {**arguments, "n_eval": settings.n_eval}
     _announce(output, module, splits, settings)
     with output.training(folder if a.tensorboard else None) as (on_progress, on_epoch):
         events = Events(

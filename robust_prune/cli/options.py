@@ -312,7 +312,7 @@ def pick_device(device: Device) -> str:
 
 def eval_images(asked: int | None, device: Device) -> int:
     """Return how many test images to measure on: what was asked, else what the device can do."""
-    return asked or (1000 if pick_device(device) == "cuda" else 200)
+    return asked or (1000 if pick_device(device).startswith("cuda") else 200)
 
 
 def open_model(

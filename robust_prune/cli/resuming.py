@@ -16,7 +16,8 @@ from robust_prune.errors import RunError, UsageError
 FREE = {"resume", "device", "workers", "as_json", "quiet", "download", "trust_pickle"}
 PATHS = {"plan", "out", "data_root"}
 ENUMS: dict[str, type[Enum]] = {"mrs": o.MRSMethod, "eval_": o.Eval, "device": o.Device}
-FILES = {"model", "start", "data", *PATHS}
+FILES = {"model", "start", "teacher", "data", *PATHS}
+NAMES = ("digits", "cifar10", "cifar100", "svhn")  # of data sets, whatever folders there are
 
 
 def arguments_of(ctx: typer.Context) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def arguments_again(
         UsageError: an argument was typed that the run has its own for.
         RunError: the arguments are not those of this command.
     """
+    if not isinstance(recorded, Mapping):
+        raise RunError(f"{folder}: its arguments can't be read")
     typed = {name: value for name, value in ctx.params.items() if _was_typed(ctx, name)}
     own = recorded.get(method)
     if isinstance(own, str) and ":" in own and typed.pop(method, None) != own:
@@ -62,7 +65,7 @@ def arguments_again(
             f"{folder}: not a run of this command, or of another version ({min(unknown)})"
         )
     again = {name: _plain(name, value) for name, value in typed.items() if name != "resume"}
-    return {**recorded, **again}
+    return {**recorded, "download": False, **again}
 
 
 def arguments_typed(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def _option(name: str) -> str:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if name in FILES and value is not None and Path(value).exists():
+    if name in FILES and value is not None and value not in NAMES and Path(value).exists():
         return str(Path(value).resolve())
     return str(value) if isinstance(value, Path) else value
 

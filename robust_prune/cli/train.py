@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,7 +113,9 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     from robust_prune import models, pipeline, settings
     from robust_prune import record as records
     from robust_prune.finetune.config import TrainingConfig
+    from robust_prune.finetune.registry import needs_teacher, resolve
     from robust_prune.modules import ImageModel
+    from robust_prune.runs import fingerprint
     from robust_prune.types import to_plain
 
     threat = o.threat_model(a.norm, a.eps)
@@ -128,17 +132,29 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     )
     processes = o.all_processes(a.device)
     output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
-    target = _target(a, resume)
+    target = processes.on_first(lambda: _target(a, resume))
     model, spec, splits = _model_and_data(a)
     teacher = None
     if a.teacher is not None:
+        if not needs_teacher(resolve(a.method)[1]):
+            raise UsageError(f"--teacher: {a.method} does not learn from a model; rslad and ard do")
         teacher, _ = models.open_model(a.teacher, device=o.pick_device(a.device))
     output.line(
         f"{spec.arch}: {a.method}, {a.epochs} epochs, {threat}, {len(splits.train)} training and "
         f"{len(splits.validation or ())} validation images of {splits.name}, seed {a.seed}"
     )
-    folder = _run_folder(target, arguments, resume) if processes.first else None
-    with output.training(target.parent if a.tensorboard else None) as (on_progress, on_epoch):
+    asked = {
+        "data": splits.described(),
+        "processes": processes.size,
+        "start": None if model is None else fingerprint(model),
+        "teacher": None if teacher is None else fingerprint(teacher),
+    }
+    run_config = {**asked, "arguments": arguments}
+    folder = _run_folder(target, run_config, resume) if processes.first else None
+    with (
+        _forgetting(folder),
+        output.training(target.parent if a.tensorboard else None) as (on_progress, on_epoch),
+    ):
         trained, history = pipeline.train_model(
             spec,
             splits,
@@ -186,12 +202,15 @@ def run_path(target: Path) -> Path:
 def _target(a: SimpleNamespace, resume: Path | None) -> Path:
     """Return the file to write, if it may be written."""
     if resume is not None:
-        return resume.with_name(resume.name.removesuffix(".run"))
+        folder = resume.resolve()
+        if folder.suffix != ".run":
+            raise UsageError(f"--resume {resume}: the folder of a training run is named NAME.run")
+        return folder.with_suffix("")
     stem = a.arch or Path(str(a.start)).stem
     target: Path = a.out or Path(f"{stem.replace('/', '-')}-trained.safetensors")
     if not target.parent.is_dir():
         raise UsageError(f"--out {target}: there is no folder {target.parent}")
-    if a.force or not o.writes():
+    if a.force:
         return target
     if target.exists():
         raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")
@@ -204,13 +223,26 @@ def _target(a: SimpleNamespace, resume: Path | None) -> Path:
     return target
 
 
-def _run_folder(target: Path, arguments: dict[str, Any], resume: Path | None) -> RunFolder:
+def _run_folder(target: Path, config: dict[str, Any], resume: Path | None) -> RunFolder:
     from robust_prune.runs import RunFolder
 
     folder = RunFolder(run_path(target))
-    if resume is None:
-        folder.begin({"arguments": arguments})
+    if resume is not None:
+        folder.go_on(config)
+    else:
+        folder.begin(config)
     return folder
+
+
+@contextlib.contextmanager
+def _forgetting(folder: RunFolder | None) -> Iterator[None]:
+    """Leave no run behind that failed before it had a state to go on from."""
+    try:
+        yield
+    except Exception:
+        if folder is not None and not folder.state("training").path.exists():
+            folder.clear()
+        raise
 
 
 def _model_and_data(a: SimpleNamespace) -> tuple[nn.Module | None, ModelSpec, DataSplits]:

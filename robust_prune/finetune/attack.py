@@ -94,17 +94,21 @@ class Attack:
                 stack.enter_context(batch_statistics(model))
             elif self.folded is not None and self.folded.stands_for(model):
                 seen = self.folded.refreshed()
-            yield _InBfloat16(seen) if self.bfloat16 else seen
+            around = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+            yield _Autocast(seen, self.bfloat16) if self.bfloat16 or around else seen
 
 
-class _InBfloat16(nn.Module):
-    """A module whose forward pass runs in bfloat16 where autocast does; its logits are float32."""
+class _Autocast(nn.Module):
+    """A module whose forward pass runs in bfloat16 or not, whatever is around it.
 
-    def __init__(self, module: nn.Module) -> None:
+    Logits come in the type of the images: losses are not for bfloat16.
+    """
+
+    def __init__(self, module: nn.Module, bfloat16: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.enabled = module, bfloat16
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.enabled):
             logits: Tensor = self.module(images)
         return logits.to(images.dtype)

@@ -96,6 +96,8 @@ class TrainingConfig:
                 f"batch size {self.batch_size} must be at least 2, attack steps "
                 f"{self.attack_steps} at least 1 and the learning rate {self.lr:g} positive"
             )
+        patience = 1 if self.patience is None else self.patience
+        clip = 1.0 if self.clip_grad is None else self.clip_grad
         limits = (
             ("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)"),
             ("EMA decay", self.ema, 0 <= self.ema < 1, "in [0, 1); 0.999 is usual, 0 for none"),
@@ -104,8 +106,9 @@ class TrainingConfig:
             ("cutout", self.cutout, self.cutout >= 0, "0 or more pixels"),
             ("clean epochs", self.clean_epochs, self.clean_epochs >= 0, "0 or more"),
             ("eps warm-up", self.eps_warmup, self.eps_warmup >= 0, "0 or more epochs"),
-            ("patience", self.patience or 1, (self.patience or 1) >= 1, "1 epoch or more"),
-            ("gradient norm", self.clip_grad or 1, (self.clip_grad or 1) > 0, "positive"),
+            ("validation images", self.validation_images, self.validation_images >= 1, "1 or more"),
+            ("patience", patience, patience >= 1, "1 epoch or more"),
+            ("gradient norm", clip, clip > 0, "positive"),
         )
         for what, value, fits, limit in limits:
             if not fits:

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the batch in hand."""
+"""Ctrl-C that waits until a batch is finished."""
 
 from __future__ import annotations
 

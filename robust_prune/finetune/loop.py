@@ -28,14 +28,17 @@ from robust_prune.finetune.preparing import (
     optimizer_of,
     uses_bfloat16,
 )
-from robust_prune.finetune.registry import METHODS, bind, is_single_step, needs_teacher, resolve
+from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve
 from robust_prune.finetune.validation import VALIDATION_STEPS, collapse, validate
 from robust_prune.modules import (
     check_outputs,
     device_of,
+    float32_logits,
     make_contiguous_,
+    outputs_of,
     random_states,
     restore_random_states,
+    running_statistics,
     seeded,
 )
 
@@ -67,8 +70,8 @@ def train_(
 ) -> History:
     """Train in place; the model ends with the epoch that was most robust on validation images.
 
-    Epoch 0, the model as it came, is a candidate too. Ctrl-C ends the run after the batch in hand
-    with the best epoch so far, and `interrupted` says so; a second one ends it at once.
+    Epoch 0, the model as it came, is a candidate too. Ctrl-C ends the run between two batches with
+    the best epoch so far, and `interrupted` says so; a second one ends it at once.
 
     Args:
         model: takes images in [0, 1]; ends in eval mode.
@@ -96,7 +99,7 @@ def train_(
             while not run.finished:
                 run.batches(asked)
                 run.close_epoch()
-            if asked():
+            if processes.total(torch.tensor([float(asked())])).item() > 0:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         interrupted = True
@@ -141,6 +144,13 @@ class _Run:
         count = min(config.validation_images, len(validation))
         self.images, self.labels = validation.take(count, config.seed)
         check_outputs(model, self.images, self.labels)
+        if teacher is not None and needs_teacher(resolve(config.method)[1]):
+            mine, theirs = outputs_of(model, self.images), outputs_of(teacher, self.images)
+            if mine != theirs:
+                raise UsageError(
+                    f"{self.name} needs a teacher of the same classes: it has {theirs} outputs, "
+                    f"the model {mine}"
+                )
         self.layout = layout_of(model, config)
         self.amp = uses_bfloat16(config, self.device)
         self.optimizer = optimizer_of(model, config)
@@ -161,7 +171,7 @@ class _Run:
         self.notes: list[str] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
-        self.switched = self.stopped = False
+        self.switched, self.stopped = 0, False  # the epoch it was switched after
         self._busy, self._trained = 0.0, 0  # seconds and images, for the rate
         self._since = time.perf_counter()
 
@@ -186,7 +196,13 @@ class _Run:
         mine = self.saved is not None and self.processes.first
         state = self.processes.from_first(self.saved.load() if mine and self.saved else None)
         if state is not None:
-            self._take_up(state)
+            try:
+                self._take_up(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise TrainingError(
+                    f"the saved state does not fit this run ({str(error).splitlines()[0]}); delete "
+                    "it to train anew"
+                ) from None
         else:
             self.processes.share_(self.model)
             self._close(self._validated(0, math.nan))
@@ -226,10 +242,12 @@ class _Run:
         config, processes = self.config, self.processes
         draws = mixed(config.seed, self.step * processes.size + processes.rank)
         attack.generator.manual_seed(draws)
+        torch.manual_seed(draws)  # dropout and the like: by step and process
         images = images.to(self.device, memory_format=self.layout)
         labels = labels.to(self.device)
         clean = self.epoch <= config.clean_epochs
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        logits = float32_logits(self.model) if self.amp else contextlib.nullcontext()
+        with logits, torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss = (
                 attack.cross_entropy(self.model(images), labels)
                 if clean
@@ -262,8 +280,7 @@ class _Run:
     def _agree(self) -> None:
         """Average gradients, and the running statistics of batch norms."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        buffers = [b for b in self.model.buffers() if b.is_floating_point()]
-        self.processes.average_([*gradients, *buffers])
+        self.processes.average_([*gradients, *running_statistics(self.model)])
 
     def close_epoch(self) -> None:
         """Validate, keep the best, and decide how the run goes on."""
@@ -311,25 +328,26 @@ class _Run:
     def _watch(self, record: EpochRecord) -> None:
         """Stop early, and tell and treat catastrophic overfitting."""
         config = self.config
-        waited = record.epoch - max(self.best_epoch, config.clean_epochs)
-        if config.patience is not None and waited >= config.patience:
+        told = collapse(self.records, config) if record.epoch and not self.switched else None
+        if told is not None:
+            self._treat(told, last=record.epoch == config.epochs)
+        waited = record.epoch - max(self.best_epoch, config.clean_epochs, self.switched)
+        if config.patience is not None and waited >= config.patience and not self.stopped:
             self.stopped = True
             self.notes.append(
                 f"stopped after epoch {record.epoch}: {waited} epochs without a more robust one"
             )
-        told = (
-            None
-            if self.switched or not record.epoch
-            else collapse(self.records, config.clean_epochs)
-        )
-        if told is None:
-            return
-        if not self.single_step or config.on_collapse == "continue":
+
+    def _treat(self, told: str, *, last: bool) -> None:
+        """Do about catastrophic overfitting what the run was asked to."""
+        config = self.config
+        if not self.single_step or config.on_collapse == "continue" or last:
             self.notes.append(f"{told}; the best epoch before was kept, pgd-at and trades avoid it")
         elif config.on_collapse == "stop":
             self.stopped = True
             self.notes.append(f"{told}; training was stopped")
         else:
+            self.switched = self.epoch
             self._switch()
             self.notes.append(
                 f"{told}; trained on with pgd-at ({config.attack_steps} steps) from epoch "
@@ -338,8 +356,8 @@ class _Run:
 
     def _switch(self) -> None:
         """Go on with PGD training from the best epoch."""
-        self.switched = True
-        self.method, self.single_step = METHODS["pgd-at"], False
+        name = "pgd-at+awp" if self.name.endswith("+awp") else "pgd-at"
+        self.method, self.single_step = resolve(name)[1], False
         assert self.best is not None
         self.model.load_state_dict(self.best)
         if self.average is not None:
@@ -393,6 +411,8 @@ class _Run:
         """Give the model its best weights, and no gradients."""
         if self.best is not None:
             self.model.load_state_dict(self.best)
+        if self.config.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)  # as it came, for other devices
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.grad = None

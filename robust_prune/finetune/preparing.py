@@ -54,7 +54,7 @@ def layout_of(model: nn.Module, config: TrainingConfig) -> torch.memory_format:
 def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     """Return whether forward passes run in bfloat16: as asked, else on GPUs that have it."""
     if config.amp is None:
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.amp
 
 

@@ -77,7 +77,7 @@ def _imported(path: str, asked: str) -> Callable[..., Tensor]:
     try:
         with importable_folder():
             function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UsageError(f"fine-tuning method {asked!r} can't be imported: {error}") from None
     if not callable(function):
         raise UsageError(

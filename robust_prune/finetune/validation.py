@@ -65,17 +65,20 @@ def validate(
     )
 
 
-def collapse(records: Sequence[EpochRecord], clean_epochs: int) -> str | None:
+def collapse(records: Sequence[EpochRecord], config: TrainingConfig) -> str | None:
     """Tell catastrophic overfitting in the last epoch, in one line, or return None.
 
     Robustness to PGD breaks down while clean accuracy does not, or while single steps still fail
-    to fool the model.
+    to fool the model. Only epochs at the whole eps count: clean ones, and those before it is
+    reached, lose robustness for other reasons.
     Source: Wong et al., "Fast is better than free", ICLR 2020, arXiv 2001.03994, Sec. 5.
     """
     last = records[-1]
-    if last.epoch <= clean_epochs:
+    first = config.clean_epochs + config.eps_warmup
+    if last.epoch <= first:
         return None
-    before = next((r for r in reversed(records[:-1]) if not 0 < r.epoch <= clean_epochs), None)
+    counted = [r for r in records[:-1] if r.epoch > first or (r.epoch == 0 and first == 0)]
+    before = counted[-1] if counted else None
     if (
         before is not None
         and before.robust >= 0.1
