@@ -69,7 +69,7 @@ def test_train_then_the_bare_command(run: Callable[..., tuple[int, str, str]]) -
     # the bare command, but for the size of the evaluation
     code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--n-eval", 6)
     assert code == 0, err
-    assert "fine-tuning trades, 3 epochs" in out
+    assert "fine-tuning pgd-at, 3 epochs" in out
     assert "threat linf 0.06" in out
     assert "AutoAttack on 6 test images" in out
     report = json.loads(Path("model-pruned/report.json").read_text())

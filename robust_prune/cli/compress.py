@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from robust_prune.settings import Settings
 
 PRUNING, TRAINING, OUTPUT = "Pruning", o.TRAINING, "Output"
-DEFAULT_METHOD, DEFAULT_EPOCHS = "trades", 3
+DEFAULT_METHOD, DEFAULT_EPOCHS = "pgd-at", 3
 
 
 def compress(
