@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from robust_prune.augmentation import Augmentation, crop_and_flip
-from robust_prune.data import as_split, from_iterable, open_data, synthetic_images
+from robust_prune.data import Split, as_split, from_iterable, open_data, synthetic_images
+from robust_prune.datasets import ImageTensors
 from robust_prune.errors import DataError
 
 
@@ -221,3 +223,33 @@ def test_synthetic_images_are_images() -> None:
     assert float(images.min()) >= 0
     assert float(images.max()) <= 1
     assert torch.equal(images, synthetic_images(5, (3, 20, 24), seed=1))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_do_not_depend_on_where_one_begins_or_who_reads_them(
+    in_memory: bool, tmp_path: Path
+) -> None:
+    """Skipping, sharing out and worker processes leave every image as it would have been."""
+    pixels = torch.randint(0, 256, (22, 12, 12, 3), generator=torch.Generator().manual_seed(0))
+    items = [(Image.fromarray(p.byte().numpy()), i % 3) for i, p in enumerate(pixels)]
+
+    def split(workers: int) -> Split:
+        views = [ImageTensors(items, (3, 8, 8), training, True) for training in (False, True)]
+        return Split(views[0], in_memory=in_memory, workers=workers, training_view=views[1])
+
+    what = Augmentation(cutout=3, randaugment=True)
+
+    def read(workers: int = 0, **more: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        torch.manual_seed(len(more))  # what was drawn before does not matter
+        return list(split(workers).batches(8, seed=3, augment=what, **more))
+
+    whole = read()
+    assert [len(labels) for _, labels in whole] == [8, 8, 6]
+    for found, expected in zip(read(start=1), whole[1:], strict=True):
+        assert torch.equal(found[0], expected[0])
+    for found, expected in zip(read(workers=2), whole, strict=True):
+        assert torch.equal(found[0], expected[0])
+    shares = [read(share=(rank, 2)) for rank in (0, 1)]
+    for mine, theirs, (_, labels) in zip(*shares, whole, strict=True):
+        assert torch.equal(mine[1], labels[0::2])
+        assert torch.equal(theirs[1], labels[1::2])

@@ -14,7 +14,8 @@ from robust_prune.calibration import recalibrate_batchnorm_
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError, ModelError, UsageError
 from robust_prune.evaluation import draw, pgd_correct
-from robust_prune.types import ThreatModel, to_plain
+from robust_prune.proportions import Proportion
+from robust_prune.types import Measurement, ThreatModel, to_plain
 from tests.conftest import OwnNet, tiny_resnet
 from tests.oracles import linear_classifier, near_middle
 
@@ -157,3 +158,16 @@ def test_an_image_that_is_wrong_when_clean_is_never_robust() -> None:
         seed=0,
     )
     assert not right.any()
+
+
+def test_measurements_that_are_there_are_not_made_again() -> None:
+    model = tiny_resnet()
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = (images, torch.arange(6))
+    known = Measurement("pgd", Proportion(5, 6), (True,) * 5 + (False,))
+    made: list[str] = []
+    found = evaluate(
+        model, data, attack="pgd", n=6, done=[known], on_measured=lambda m: made.append(m.attack)
+    )
+    assert found.get("pgd") is known
+    assert made == ["clean"]
