@@ -68,9 +68,9 @@ def validate(
 def collapse(records: Sequence[EpochRecord], config: TrainingConfig) -> str | None:
     """Tell catastrophic overfitting in the last epoch, in one line, or return None.
 
-    Robustness to PGD breaks down while clean accuracy does not, or while single steps still fail
-    to fool the model. Only epochs at the whole eps count: clean ones, and those before it is
-    reached, lose robustness for other reasons.
+    Robustness to PGD breaks down while clean accuracy does not or the training loss falls, or while
+    single steps still fail to fool the model. Only epochs at the whole eps count: clean ones, and
+    those before it is reached, lose robustness for other reasons.
     Source: Wong et al., "Fast is better than free", ICLR 2020, arXiv 2001.03994, Sec. 5.
     """
     last = records[-1]
@@ -78,12 +78,12 @@ def collapse(records: Sequence[EpochRecord], config: TrainingConfig) -> str | No
     if last.epoch <= first:
         return None
     counted = [r for r in records[:-1] if r.epoch > first or (r.epoch == 0 and first == 0)]
-    before = counted[-1] if counted else None
+    before = max(counted, key=lambda r: r.robust, default=None)
     if (
         before is not None
-        and before.robust >= 0.1
+        and before.robust >= 0.05
         and last.robust < 0.5 * before.robust
-        and last.clean >= before.clean - 0.02
+        and (last.clean >= before.clean - 0.02 or last.loss < before.loss)
     ):
         return (
             f"catastrophic overfitting in epoch {last.epoch}: robust {100 * before.robust:.1f} -> "
