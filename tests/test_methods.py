@@ -27,6 +27,7 @@ from robust_prune.finetune.registry import (
 )
 from robust_prune.finetune.rslad import rslad
 from robust_prune.finetune.trades import trades
+from robust_prune.modules import float32_logits
 from robust_prune.types import ThreatModel
 from tests.conftest import randomize_, tiny_resnet
 
@@ -607,3 +608,28 @@ def test_teachers_are_asked_for_and_bound(net: nn.Module, batch: Batch) -> None:
         assert not needs_teacher(outer)
         given = awp(rslad)(net, *batch, attack(threat), teacher=teacher)
         torch.testing.assert_close(outer(net, *batch, attack(threat)), given)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+def test_the_attack_s_precision_is_its_own(bfloat16: bool, around: bool) -> None:
+    """Whatever autocast is around it, and logits always come in the images' type."""
+    model = tiny_resnet()
+    seen: list[torch.dtype] = []
+    model.net.fc.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = attack(ThreatModel.linf("8/255"), bfloat16=bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around), made.seen_by(model) as module:
+        assert module(images).dtype == torch.float32
+    assert seen == [torch.bfloat16 if bfloat16 else torch.float32]
+
+
+def test_losses_are_in_float32_under_autocast() -> None:
+    model = tiny_resnet()
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with float32_logits(model), torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.float32
+        loss = trades(model, images, torch.arange(4), attack(ThreatModel.linf("8/255")))
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.bfloat16  # the hook is gone
