@@ -37,15 +37,16 @@ def launch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
     )
 
 
-def lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+def told(folder: Path, *launcher: str) -> list[dict[str, Any]]:
+    """What the processes of `distributed_child` wrote, by rank."""
+    done = launch(*launcher, "-m", "tests.distributed_child", folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return sorted(found, key=lambda line: line["rank"])
+    return [json.loads(p.read_text()) for p in sorted(folder.parent.glob(f"{folder.name}-*.json"))]
 
 
 def test_two_processes_agree_with_one_another_and_with_one_alone(tmp_path: Path) -> None:
-    (alone,) = lines(launch("-m", "tests.distributed_child", tmp_path / "one"))
-    two = lines(launch(*TORCHRUN, "-m", "tests.distributed_child", tmp_path / "two"))
+    (alone,) = told(tmp_path / "one")
+    two = told(tmp_path / "two", *TORCHRUN)
     assert [(line["rank"], line["size"]) for line in two] == [(0, 2), (1, 2)]
     # between ranks: weights, batch-norm statistics, plan and verdicts
     assert {k: v for k, v in two[0].items() if k != "rank"} == {

@@ -39,13 +39,13 @@ ROBUST = ThreatModel.linf(0.06)
 
 
 def tuned(model: nn.Module, digits: DataSplits, method: str, **more: object) -> nn.Module:
+    settings = {"epochs": 2, "lr": 0.05, "threat": ROBUST, **more}
     config = TrainingConfig(
         method,
-        threat=ROBUST,
         attack_steps=2,
         batch_size=64,
         augment=False,
-        **{"epochs": 2, "lr": 0.05, **more},  # type: ignore[arg-type]
+        **settings,  # type: ignore[arg-type]
     )
     model = copy.deepcopy(model)
     train_(model, digits.train, digits.validation, config, teacher=TEACHER.get("model"))
@@ -57,7 +57,9 @@ TEACHER: dict[str, nn.Module] = {}
 
 @pytest.fixture(scope="module")
 def clean_start(digits: DataSplits) -> nn.Module:
-    start = tuned(small_digits_model(digits), digits, "pgd-at", epochs=3, clean_epochs=3, lr=0.1)
+    # a tiny eps, so that the epoch that is kept is the one that has learned most
+    tiny = {"epochs": 4, "clean_epochs": 4, "lr": 0.1, "threat": ThreatModel.linf(1e-4)}
+    start = tuned(small_digits_model(digits), digits, "pgd-at", **tiny)
     TEACHER["model"] = tuned(start, digits, "pgd-at", epochs=3)
     return start
 

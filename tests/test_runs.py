@@ -19,7 +19,7 @@ from robust_prune.runs import RunFolder, StateFile, fingerprint
 from tests.conftest import tiny_resnet
 from tests.test_cli import run, train  # noqa: F401 - a fixture and a helper
 
-KILLS = 20
+KILLS = 12  # `python -m tests.killing FOLDER 20` kills more often
 
 
 def own_data(n: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
