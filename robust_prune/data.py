@@ -24,7 +24,6 @@ from torch.utils.data import (
 
 from robust_prune.augmentation import Augmentation, Numbered, augment, mixed
 from robust_prune.datasets import (
-    NAMES,
     ImageTensors,
     Size,
     native_size,
@@ -35,6 +34,7 @@ from robust_prune.datasets import (
 )
 from robust_prune.errors import DataError
 from robust_prune.modules import ImageModel, image_channels, plain_layout
+from robust_prune.types import DATA_NAMES
 
 IN_MEMORY_BYTES = 2 << 30
 ITERABLE_BYTES = 4 << 30
@@ -218,7 +218,7 @@ def open_data(
     """
     name = str(spec)
     workers = max(1, (os.cpu_count() or 2) // 2) if workers is None else workers
-    if name in NAMES:
+    if name in DATA_NAMES:
         root = Path(data_root) if data_root else Path.home() / ".cache" / "robust-prune"
         parts = read_digits() if name == "digits" else read_torchvision(name, root, download)
         source: dict[str, Any] = {"data": name}
@@ -228,8 +228,8 @@ def open_data(
         path = Path(name)
         if not path.is_dir():
             raise DataError(
-                f"data {name!r} is neither a folder nor one of {', '.join(NAMES)}; an image folder "
-                "needs train/<class>/ and test/<class>/ or val/<class>/"
+                f"data {name!r} is neither a folder nor one of {', '.join(DATA_NAMES)}; an image "
+                "folder needs train/<class>/ and test/<class>/ or val/<class>/"
             )
         parts = (
             read_tiny_imagenet(path) if (path / "wnids.txt").exists() else read_image_folder(path)
@@ -255,7 +255,7 @@ def open_data(
         )
 
     return DataSplits(
-        name=name if name in NAMES else Path(name).resolve().name,
+        name=name if name in DATA_NAMES else Path(name).resolve().name,
         train=split(parts.train, kept[0]),
         validation=split(parts.train, kept[1]),
         test=split(parts.test, None),

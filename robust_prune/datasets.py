@@ -23,9 +23,6 @@ from robust_prune.errors import DataError
 Size = tuple[int, int, int]
 
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn")
-
-
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 

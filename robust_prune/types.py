@@ -17,6 +17,7 @@ Norm = Literal["linf", "l2"]
 Target = Literal["macs", "params", "channels"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
 TARGETS: tuple[Target, ...] = ("macs", "params", "channels")
+DATA_NAMES = ("digits", "cifar10", "cifar100", "svhn")  # data sets that need no folder
 PLAN_SCHEMA = "robust-prune/plan/1"
 
 

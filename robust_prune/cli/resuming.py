@@ -11,13 +11,13 @@ import typer
 
 from robust_prune.cli import options as o
 from robust_prune.errors import RunError, UsageError
+from robust_prune.types import DATA_NAMES
 
 # what may be given again: none of it changes the result, but for the device's arithmetic
 FREE = {"resume", "device", "workers", "as_json", "quiet", "download", "trust_pickle"}
 PATHS = {"plan", "out", "data_root"}
 ENUMS: dict[str, type[Enum]] = {"mrs": o.MRSMethod, "eval_": o.Eval, "device": o.Device}
 FILES = {"model", "start", "teacher", "data", *PATHS}
-NAMES = ("digits", "cifar10", "cifar100", "svhn")  # of data sets, whatever folders there are
 
 
 def arguments_of(ctx: typer.Context) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _option(name: str) -> str:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if name in FILES and value is not None and value not in NAMES and Path(value).exists():
+    if name in FILES and value is not None and value not in DATA_NAMES and Path(value).exists():
         return str(Path(value).resolve())
     return str(value) if isinstance(value, Path) else value
 
