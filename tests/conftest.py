@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# workers of pytest-xdist share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,10 @@ from robust_prune import builders
 from robust_prune.data import DataSplits, open_data
 from robust_prune.modules import ImageModel
 from robust_prune.types import ModelSpec, ThreatModel
+
+# the same examples on every machine; --hypothesis-profile=default searches for new ones
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 TINY = {
     "layers": [1, 1, 1, 1],
