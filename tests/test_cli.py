@@ -109,7 +109,7 @@ def test_train_then_the_bare_command(run: Callable[..., tuple[int, str, str]]) -
 def test_a_timm_checkpoint_without_data(run: Callable[..., tuple[int, str, str]]) -> None:
     net = timm.create_model("resnet18", num_classes=10)
     torch.save({"arch": "resnet18", "state_dict": net.state_dict()}, "model.pt")
-    code, out, err = run("compress", "model.pt", "--ratio", 0.5)
+    code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--calibration-images", 8)
     assert code == 0, err
     assert "synthetic images" in out
     assert "normalisation assumed" in out
@@ -129,9 +129,8 @@ def test_a_pickled_module_is_refused_in_one_line_then_compressed(
     assert err.count("\n") == 1
     assert "--trust-pickle" in err
     assert not Path("model-pruned").exists()
-    code, out, err = run(
-        "compress", "model.pt", "--ratio", 0.5, "--trust-pickle", "--input-size", "3,64,64"
-    )
+    more = ["--trust-pickle", "--input-size", "3,64,64", "--calibration-images", 8]
+    code, out, err = run("compress", "model.pt", "--ratio", 0.5, *more)
     assert code == 0, err
     assert load("model-pruned/model-pruned.safetensors")(torch.rand(1, 3, 64, 64)).shape == (1, 4)
 
