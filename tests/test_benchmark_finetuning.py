@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from benchmarks import collapse
 from benchmarks.criteria.networks import Network, narrow_resnet
 from benchmarks.criteria.protocol import BEST, Bench, verdicts
 from benchmarks.finetuning import protocol, summary
-from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, Block, Tuned, Workshop
+from benchmarks.finetuning.protocol import (
+    FINAL,
+    METHODS,
+    PEER,
+    REACH,
+    Block,
+    Tuned,
+    Workshop,
+)
 from benchmarks.finetuning.recipes import (
     RECIPES,
     TEXTBOOK,
@@ -73,6 +82,30 @@ def test_tables_compare_on_the_same_images() -> None:
     )
 
 
+def test_reach_is_where_accuracy_is_a_point_below_the_dense_one() -> None:
+    def at(ratio: float, arm: str, stage: str, right: int) -> Tuned:
+        verdicts = "1" * right + "0" * (100 - right)
+        return replace(cell(stage, arm, "11", pgd=verdicts), ratio=ratio, clean="1" * 100)
+
+    cells = [
+        *TRIED,
+        at(0.0, "dense/untuned", REACH, 50),
+        at(0.75, f"{BEST}/pgd-at", FINAL, 51),
+        at(0.9, f"{BEST}/pgd-at", REACH, 45),
+        at(0.85, f"{BEST}/pgd-at", REACH, 50),
+        at(0.75, f"{PEER}/pgd-at", FINAL, 48),
+        at(0.85, f"{PEER}/pgd-at", REACH, 40),
+        at(0.75, f"{BEST}/rslad", FINAL, 20),
+    ]
+    text = summary.tables(cells)
+    assert f"- {BEST}/pgd-at: falls below 49.0 % at -86.0 % (dense 50.0)" in text
+    assert f"- {PEER}/pgd-at: below 49.0 % already at -75 % (dense 50.0)" in text
+    part = text[text.index("`reach`") :]
+    assert part.count(f"| {BEST}/pgd-at -") == 3
+    assert "rslad" not in part
+    assert "still above" in summary.tables(cells[:5])
+
+
 def test_models_are_made_once_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +119,7 @@ def test_models_are_made_once_and_come_back(
     bench = Bench("tiny", model, splits, ThreatModel.linf("8/255"), 16, 32)
     monkeypatch.setitem(RECIPES, "pgd-at", Recipe("pgd-at", epochs=1, steps=1))
     shop = Workshop(bench, network, tmp_path)
-    monkeypatch.setattr(protocol, "TEST_IMAGES", {METHODS: 20, FINAL: 20})
+    monkeypatch.setattr(protocol, "TEST_IMAGES", {METHODS: 20, FINAL: 20, REACH: 20})
     monkeypatch.setattr(protocol, "BLOCK", 2)
     # a peer stands for both, planning would take most of the seconds
     peer = "tp-l2-global"
@@ -107,6 +140,12 @@ def test_models_are_made_once_and_come_back(
     found = verdicts(again, splits.test, 20, bench.threat, "pgd")
     assert found["pgd"] == first.pgd
     assert [b.block for b in protocol.read_blocks(out)] == [0, 0]
+
+    narrower = Workshop(bench, network, tmp_path, 0.8)
+    for _ in range(2):
+        protocol.run(narrower, REACH, arms[:1], [0], 0, out, said.append)
+    assert len(said) == 5
+    assert protocol.read(out)[-1].macs < first.macs
 
 
 @pytest.mark.parametrize("method", [half_labels, rslad_cross_entropy, same_function])

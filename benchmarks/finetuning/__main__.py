@@ -3,9 +3,13 @@
     python -m benchmarks.finetuning --data DIR [--warm DIR] --out RECORD --stage methods
     python -m benchmarks.finetuning --data DIR [--warm DIR] --out RECORD --stage final \
         [--arms ARM,ARM] [--seeds 0,1] [--blocks 2]
+    python -m benchmarks.finetuning --data DIR [--warm DIR] --out RECORD --stage reach \
+        [--ratios 0.85,0.9]
 
 Stage `methods` tunes one pruned model in many ways; the one with the best robustness on validation
-images goes on to `final`, where it meets torch-pruning's best arm and the dense model. A run that
+images goes on to `final`, where it meets torch-pruning's best arm and the dense model. `reach` asks
+how much can go before robust accuracy is a point below the dense model's: both ways of pruning, the
+same fine-tuning, and the models that `final` has measured beside those of --ratios. A run that
 stops is taken up where it was: every model measured is a line of OUT/cells.jsonl, every 250 images
 of AutoAttack a line of OUT/autoattack.jsonl. More --blocks or --seeds add to what is there.
 """
@@ -76,14 +80,16 @@ def _run(options: argparse.Namespace, out: Path) -> None:
     }
     path.write_text(json.dumps(settings, indent=1) + "\n")
     bench = Bench(network.name, model, splits, CPU.threat, CPU.calibration_images, CPU.batch_size)
-    shop = protocol.Workshop(bench, network, options.cache / "finetuning")
     known = protocol.arms_of(options.stage, protocol.read(out))
     arms = options.arms or known
     unknown = [arm for arm in arms if arm not in known]
     if unknown:
         raise SystemExit(f"no arm is named {unknown[0]!r}; there are {', '.join(known)}")
     blocks = options.blocks if options.stage == protocol.FINAL else 0
-    protocol.run(shop, options.stage, arms, options.seeds, blocks, out, tell)
+    ratios = options.ratios if options.stage == protocol.REACH else [protocol.RATIO]
+    for ratio in ratios:
+        shop = protocol.Workshop(bench, network, options.cache / "finetuning", ratio)
+        protocol.run(shop, options.stage, arms, options.seeds, blocks, out, tell)
 
 
 def _options() -> argparse.Namespace:
@@ -95,7 +101,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where models are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
     parser.add_argument(
-        "--stage", choices=(protocol.METHODS, protocol.FINAL), default=protocol.METHODS
+        "--stage",
+        choices=(protocol.METHODS, protocol.FINAL, protocol.REACH),
+        default=protocol.METHODS,
+    )
+    parser.add_argument(
+        "--ratios",
+        type=lambda text: [float(r) for r in text.split(",")],
+        default=[0.85, 0.9],
+        help="shares of the multiply-adds removed in stage reach",
     )
     parser.add_argument(
         "--arms", type=lambda text: text.split(","), help="default all, in order of importance"

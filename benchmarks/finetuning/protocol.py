@@ -23,8 +23,8 @@ from robust_prune.modules import ImageModel, seeded
 
 RATIO = 0.75
 PEER = "tp-bn-scale"  # torch-pruning's best arm before fine-tuning
-METHODS, FINAL = "methods", "final"
-TEST_IMAGES = {METHODS: 2000, FINAL: 5000}
+METHODS, FINAL, REACH = "methods", "final", "reach"
+TEST_IMAGES = {METHODS: 2000, FINAL: 5000, REACH: 5000}
 BLOCK = 250  # images of one line of AutoAttack
 TIMED_BATCHES = 20
 NO_TUNING = "untuned"
@@ -61,10 +61,10 @@ class Block:
 
 
 class Workshop:
-    """Prunes and tunes models, and keeps them in a folder, so that nothing is made twice."""
+    """Prunes by `ratio` and tunes, and keeps the models in a folder, so that none is made twice."""
 
-    def __init__(self, bench: Bench, network: Network, folder: Path) -> None:
-        self.bench, self.network, self.folder = bench, network, folder
+    def __init__(self, bench: Bench, network: Network, folder: Path, ratio: float = RATIO) -> None:
+        self.bench, self.network, self.folder, self.ratio = bench, network, folder, ratio
         self.digest = digest(bench.model)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +76,7 @@ class Workshop:
         def make() -> tuple[ImageModel, dict[str, Any]]:
             watch = Stopwatch()
             with seeded(seed):
-                model = self.bench.pruned(arm, RATIO, seed)
+                model = self.bench.pruned(arm, self.ratio, seed)
             return model, {"seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds}
 
         return self._kept(f"{arm}-{seed}", make)
@@ -107,6 +107,8 @@ class Workshop:
     def _kept(
         self, name: str, make: Callable[[], tuple[ImageModel, dict[str, Any]]]
     ) -> tuple[ImageModel, dict[str, Any]]:
+        if self.ratio != RATIO:
+            name = f"{100 * self.ratio:g}%-{name}"
         path = self.folder / f"{self.network.name}-{self.digest}-{name}.safetensors"
         if not path.exists():
             model, told = make()
@@ -194,7 +196,7 @@ def measure(shop: Workshop, stage: str, arm: str, seed: int) -> Tuned:
         bench.network,
         stage,
         arm,
-        0.0 if start == "dense" else RATIO,
+        0.0 if start == "dense" else shop.ratio,
         seed,
         macs=cost.macs,
         params=cost.params,
@@ -243,6 +245,8 @@ def arms_of(stage: str, cells: Sequence[Tuned]) -> list[str]:
     """Return the arms of a stage, the most important first."""
     if stage == METHODS:
         return [f"{BEST}/{name}" for name in (NO_TUNING, *RECIPES) if name != TEXTBOOK]
+    if stage == REACH:
+        return [f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}", f"dense/{NO_TUNING}"]
     best = chosen(cells)
     return list(
         dict.fromkeys(
@@ -270,7 +274,9 @@ def run(
     """Measure what the record does not hold yet, seed by seed, and add it line by line."""
     for seed in seeds:
         for arm in arms:
-            if any((c.stage, c.arm, c.seed) == (stage, arm, seed) for c in read(out)):
+            ratio = 0.0 if arm.startswith("dense/") else shop.ratio
+            key = stage, arm, ratio, seed
+            if any((c.stage, c.arm, c.ratio, c.seed) == key for c in read(out)):
                 continue
             cell = measure(shop, stage, arm, seed)
             _append(out / "cells.jsonl", asdict(cell))
@@ -334,10 +340,11 @@ def attacked(cells: Sequence[Tuned], blocks: Sequence[Block]) -> list[Tuned]:
 def describe(cell: Tuned) -> str:
     """Return a line for the log."""
     return (
-        f"{cell.stage} {cell.arm} seed {cell.seed}: {cell.macs / 1e6:.2f} M, {cell.params:,} "
-        f"parameters, validation PGD-10 {percent(cell.validation):.1f}, clean "
-        f"{percent(cell.clean):.1f} PGD-20 {percent(cell.pgd):.1f} of {len(cell.pgd)}, best epoch "
-        f"{cell.best_epoch} of {cell.epochs}, planned in {cell.plan_cpu_seconds:.0f} and tuned in "
+        f"{cell.stage} {cell.arm} -{100 * cell.ratio:g} % seed {cell.seed}: "
+        f"{cell.macs / 1e6:.2f} M, {cell.params:,} parameters, "
+        f"validation PGD-10 {percent(cell.validation):.1f}, clean {percent(cell.clean):.1f} "
+        f"PGD-20 {percent(cell.pgd):.1f} of {len(cell.pgd)}, best epoch {cell.best_epoch} of "
+        f"{cell.epochs}, planned in {cell.plan_cpu_seconds:.0f} and tuned in "
         f"{cell.tune_cpu_seconds:.0f} s of one core"
     )
 

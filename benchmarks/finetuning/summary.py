@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
 from benchmarks.criteria.summary import _p, _spread, accuracy, compare
-from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, Tuned, chosen
+from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, REACH, Tuned, chosen
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
 COLUMNS = (
@@ -28,6 +29,8 @@ def tables(cells: Sequence[Tuned]) -> str:
         parts.append(_methods([c for c in cells if c.stage == METHODS]))
     if any(c.stage == FINAL for c in cells):
         parts.append(_final([c for c in cells if c.stage == FINAL], chosen(cells)))
+    if any(c.stage == REACH for c in cells):
+        parts.append(_reach(cells))
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,6 +76,37 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
             continue
         lines.append(f"- {one} against {other}: {_difference(arms[one], arms[other])}")
     return "\n".join(lines)
+
+
+def _reach(cells: Sequence[Tuned]) -> str:
+    """Return how robust accuracy falls with the share removed, and where it is a point lower."""
+    found: dict[tuple[str, float], list[Tuned]] = {}
+    names = (f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}")
+    for cell in sorted(cells, key=lambda c: (c.ratio, c.arm)):
+        if cell.stage in (FINAL, REACH) and (cell.arm in names or cell.arm.startswith("dense/")):
+            found.setdefault((cell.arm, cell.ratio), []).append(cell)
+    lines = _head(f"Stage `{REACH}`", ())
+    for (arm, ratio), runs in found.items():
+        label = arm if arm.startswith("dense/") else f"{arm} -{100 * ratio:g} %"
+        lines.append(_row(label, runs, ()))
+    lines.append("")
+    dense = [accuracy(runs, "pgd") for (arm, _), runs in found.items() if arm.startswith("dense/")]
+    for name in names:
+        points = [(r, accuracy(runs, "pgd")) for (arm, r), runs in found.items() if arm == name]
+        for level in dense if points else ():
+            lines.append(f"- {name}: {_crossing(points, level - 1)} (dense {level:.1f})")
+    return "\n".join(lines)
+
+
+def _crossing(points: Sequence[tuple[float, float]], level: float) -> str:
+    """Say what share can go until accuracy falls below the level, straight between ratios."""
+    if points[0][1] < level:
+        return f"below {level:.1f} % already at -{100 * points[0][0]:g} %"
+    for (low, above), (high, below) in itertools.pairwise(points):
+        if below < level:
+            share = low + (high - low) * (above - level) / (above - below)
+            return f"falls below {level:.1f} % at -{100 * share:.1f} %"
+    return f"still above {level:.1f} % at -{100 * points[-1][0]:g} %"
 
 
 def _by_arm(cells: Sequence[Tuned]) -> dict[str, list[Tuned]]:
