@@ -22,13 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks.criteria import estimators, protocol, summary
-from benchmarks.criteria.dense import dense_model
+from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import LEVELS, Level
 from robust_prune.builders import versions
 from robust_prune.data import open_data
 from robust_prune.record import hardware
-
-CACHE = Path.home() / ".cache" / "robust-prune" / "benchmarks"
 
 
 def main() -> None:
@@ -86,7 +84,7 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
             )
             label = network.name if len(level.data) == 1 else f"{network.name}/{splits.name}"
             path = out / f"settings{tag}.json"
-            _check_same(path, label, trained["digest"])
+            check_same(path, label, trained["digest"])
             settings["dense"][label] = trained
             path.write_text(json.dumps(settings, indent=1) + "\n")
             bench = protocol.Bench(
@@ -96,16 +94,6 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
             estimators.run_effort(bench, out, tell)
             stages = [s for s in level.stages if options.stage in ("", s.name)]
             protocol.run(bench, stages, out / f"cells{tag}.jsonl", tell)
-
-
-def _check_same(path: Path, label: str, digest: str) -> None:
-    """Stop before cells of different dense models are mixed in one record."""
-    known = json.loads(path.read_text())["dense"].get(label, {}) if path.exists() else {}
-    if known.get("digest", digest) != digest:
-        raise SystemExit(
-            f"{path.parent} was measured on another dense {label} ({known['digest']}, not "
-            f"{digest}); name another --out, or the --cache that holds that model"
-        )
 
 
 def _options() -> argparse.Namespace:

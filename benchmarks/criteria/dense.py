@@ -20,6 +20,8 @@ from robust_prune.finetune.loop import train_
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 
+CACHE = Path.home() / ".cache" / "robust-prune" / "benchmarks"
+
 
 def dense_model(
     network: Network,
@@ -76,3 +78,13 @@ def digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:12]
+
+
+def check_same(path: Path, label: str, digest: str) -> None:
+    """Stop before cells of different dense models are mixed in one record."""
+    known = json.loads(path.read_text())["dense"].get(label, {}) if path.exists() else {}
+    if known.get("digest", digest) != digest:
+        raise SystemExit(
+            f"{path.parent} was measured on another dense {label} ({known['digest']}, not "
+            f"{digest}); name another --out, or the --cache that holds that model"
+        )

@@ -45,13 +45,13 @@ def _table(
             lines.append(f"| {arm} | {len(runs)} | {runs[0].error[:80]} | | | | | |")
             continue
         good = [c for c in runs if not c.error]
-        p = "" if best in ("", arm) or arm == "dense" else _p(compare(good, here[best], "pgd"))
+        p = "" if best in ("", arm) or arm == "dense" else p_value(compare(good, here[best], "pgd"))
         lines.append(
             f"| {arm}{' (best peer)' if arm == best else ''} | {len(good)} | "
             f"{statistics.mean(c.macs for c in good) / 1e6:.2f} | "
-            f"{statistics.mean(c.params for c in good):,.0f} | {_spread(good, 'clean')} | "
-            f"{_spread(good, 'pgd')} | "
-            f"{_spread(good, 'autoattack') if attack == 'autoattack' else ''} | {p} |"
+            f"{statistics.mean(c.params for c in good):,.0f} | {spread(good, 'clean')} | "
+            f"{spread(good, 'pgd')} | "
+            f"{spread(good, 'autoattack') if attack == 'autoattack' else ''} | {p} |"
         )
     return "\n".join(lines)
 
@@ -81,13 +81,13 @@ def targets(cells: Sequence[Cell], ours: str = BEST) -> str:
                 lines.append(
                     f"- {stage}, {network}, -{100 * ratio:.0f} %: {ours} {we:.1f} against {best} "
                     f"{they:.1f} ({attack}, dense {top:.1f}): {we - they:+.1f} points, "
-                    f"{_p(compare(here[ours], here[best], attack))}; parameters "
+                    f"{p_value(compare(here[ours], here[best], attack))}; parameters "
                     f"{_params(here[ours])} against {_params(here[best])}"
                 )
         if gains:
             lines.append(
                 f"- **{stage}: {statistics.mean(gains):+.1f} points on average over {len(gains)} "
-                f"cells** (target {least:g}), over images {_p(clustered(pooled))}"
+                f"cells** (target {least:g}), over images {p_value(clustered(pooled))}"
             )
     return "\n".join(lines) + "\n"
 
@@ -206,7 +206,7 @@ def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def _spread(runs: Sequence[Cell], attack: Attack) -> str:
+def spread(runs: Sequence[Cell], attack: Attack) -> str:
     """One seed: the Wilson interval over images. More: the t interval over seeds."""
     found = [getattr(c, attack) for c in runs if getattr(c, attack)]
     if not found:
@@ -223,5 +223,6 @@ def _params(runs: Sequence[Cell]) -> str:
     return f"{statistics.mean(c.params for c in runs):,.0f}"
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
+    """Write a p value with two digits, and none below a ten-thousandth."""
     return f"p = {value:.2g}" if value >= 1e-4 else "p < 1e-4"

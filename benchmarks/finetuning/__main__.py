@@ -24,8 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.criteria.__main__ import CACHE, _check_same
-from benchmarks.criteria.dense import dense_model
+from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import CPU
 from benchmarks.criteria.protocol import Bench
 from benchmarks.finetuning import protocol, summary
@@ -63,7 +62,7 @@ def _run(options: argparse.Namespace, out: Path) -> None:
         network, splits, CPU.threat, options.cache, options.warm, "cpu", tell
     )
     path = out / "settings.json"
-    _check_same(path, network.name, trained["digest"])
+    check_same(path, network.name, trained["digest"])
     settings = {
         "threat": str(CPU.threat),
         "ratio": protocol.RATIO,

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
-from benchmarks.criteria.summary import _p, _spread, accuracy, compare
+from benchmarks.criteria.summary import accuracy, compare, p_value, spread
 from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, REACH, Tuned, chosen
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
@@ -42,7 +42,7 @@ def _methods(cells: Sequence[Tuned]) -> str:
     order = sorted(arms, key=lambda arm: -accuracy(arms[arm], "validation"))
     for arm in order:
         same = arm == f"{BEST}/{BASELINE}" or not base
-        ps = ["" if same else _p(compare(arms[arm], base, a)) for a in ("validation", "pgd")]
+        ps = ["" if same else p_value(compare(arms[arm], base, a)) for a in ("validation", "pgd")]
         lines.append(_row(f"**{arm}** (chosen)" if arm == best else arm, arms[arm], ps))
     return "\n".join(lines)
 
@@ -56,12 +56,12 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
     for arm in sorted(arms, key=lambda arm: -accuracy(arms[arm], "pgd")):
         runs = arms[arm]
         ps = [
-            "" if arm == ours or ours not in arms else _p(compare(runs, arms[ours], attack))
+            "" if arm == ours or ours not in arms else p_value(compare(runs, arms[ours], attack))
             for attack in ("pgd", "autoattack")
         ]
         if not all(c.autoattack for c in runs):
             ps[1] = ""
-        lines.append(_row(arm, runs, [_spread(runs, "autoattack"), *ps]))
+        lines.append(_row(arm, runs, [spread(runs, "autoattack"), *ps]))
     pairs = (
         (ours, f"{PEER}/{best}"),
         (ours, f"{PEER}/{TEXTBOOK}"),
@@ -125,7 +125,7 @@ def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:
         if not all(getattr(c, attack) for c in (*ours, *theirs)):
             continue
         gain = accuracy(ours, attack) - accuracy(theirs, attack)
-        told.append(f"{name} {gain:+.1f} points, {_p(compare(ours, theirs, attack))}")
+        told.append(f"{name} {gain:+.1f} points, {p_value(compare(ours, theirs, attack))}")
     return f"{'; '.join(told)} (seeds {', '.join(map(str, sorted(seeds)))})"
 
 
@@ -150,9 +150,9 @@ def _row(label: str, runs: Sequence[Tuned], more: Sequence[str]) -> str:
         f"{statistics.mean(c.params for c in runs):,.0f}",
         epochs,
         f"{plan:.0f} + {tuning:.0f}",
-        _spread(runs, "validation"),
-        _spread(runs, "clean"),
-        _spread(runs, "pgd"),
+        spread(runs, "validation"),
+        spread(runs, "clean"),
+        spread(runs, "pgd"),
         *more,
     )
     return f"| {' | '.join(fields)} |"
