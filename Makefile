@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# processes that share the tests, one core each
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test bench bench-zoo check clean
 
@@ -16,7 +19,7 @@ demo: $(VENV)/installed
 	@echo "the report is demo/digits-pruned/report.html"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.speed
@@ -29,7 +32,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # constraints.txt holds the versions that were tried together
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
-# workers of pytest-xdist share the cores
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# workers of pytest-xdist share the cores: two threads each would wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import hypothesis
 import pytest
