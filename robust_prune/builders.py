@@ -58,8 +58,8 @@ def resolve(
     else:
         config = _timm_config(arch, kwargs)
         channels = int(kwargs.get("in_chans", config["input_size"][0]))
-        default_mean = _per_channel(config["mean"], channels)
-        default_std = _per_channel(config["std"], channels)
+        default_mean = per_channel(config["mean"], channels)
+        default_std = per_channel(config["std"], channels)
         num_classes = int(kwargs.get("num_classes", config["num_classes"]))
     spec = ModelSpec(
         source="torchvision" if arch.startswith(TORCHVISION) else "timm",
@@ -109,7 +109,8 @@ def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(net.pretrained_cfg)
 
 
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return a value per channel: those given, or their mean for each where the number differs."""
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels

@@ -20,12 +20,13 @@ from robust_prune.builders import (
     default_input_size,
     infer_kwargs,
     is_name,
+    per_channel,
     resolve,
     similar,
     versions,
 )
 from robust_prune.checkpoint import Checkpoint
-from robust_prune.errors import ModelError
+from robust_prune.errors import ModelError, UsageError
 from robust_prune.modules import ImageModel, device_of, evaluating, make_contiguous_, network_of
 from robust_prune.resize import fields_of, fit_, set_fields_
 from robust_prune.types import ModelSpec, to_plain
@@ -120,6 +121,8 @@ def open_model(
             ]
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
+    else:
+        loaded = _normalised(loaded, mean, std)
     make_contiguous_(loaded)
     return loaded.to(device).eval(), record
 
@@ -289,22 +292,38 @@ def _identify(
     config = getattr(module, "pretrained_cfg", None) or {}
     arch = config.get("architecture") if isinstance(config, Mapping) else None
     known = isinstance(arch, str) and is_name(arch)
+    theirs = config if isinstance(config, Mapping) else {}
+    mean, std = mean or theirs.get("mean"), std or theirs.get("std")
     state = module.state_dict()
     for cifar_stem in (False, True) if known else ():
         assert isinstance(arch, str)
         with contextlib.suppress(ModelError, RuntimeError):
-            kwargs = infer_kwargs(arch, {}, state)
-            spec = resolve(arch, kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
+            spec = resolve(arch, infer_kwargs(arch, {}, state), cifar_stem=cifar_stem)
+            channels = len(spec.mean)
+            spec = replace(
+                spec,
+                mean=per_channel(mean or spec.mean, channels),
+                std=per_channel(std or spec.std, channels),
+            )
             candidate = create(spec)
             candidate.net.load_state_dict(state)
             images = torch.rand(2, *default_input_size(spec), device=device_of(module))
             with evaluating(module), evaluating(candidate):
                 if torch.equal(candidate.net(images), module(images)):
                     return candidate
-    mean = mean or (config.get("mean") if isinstance(config, Mapping) else None)
-    std = std or (config.get("std") if isinstance(config, Mapping) else None)
-    if mean and std:
-        cls = type(module)
-        spec = ModelSpec("custom", f"{cls.__module__}.{cls.__qualname__}")
-        return ImageModel(module, replace(spec, mean=tuple(mean), std=tuple(std)))
-    return module
+    return _normalised(module, mean, std) if mean and std else module
+
+
+def _normalised(
+    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    """Put a class of one's own behind the normalisation that is given, if any."""
+    if mean is None and std is None:
+        return module
+    if mean is None or std is None:
+        raise UsageError("a normalisation is a mean and a std, one value per channel; give both")
+    cls = type(module)
+    spec = ModelSpec("custom", f"{cls.__module__}.{cls.__qualname__}")
+    spec = replace(spec, mean=tuple(mean), std=tuple(std))
+    check_normalisation(spec)
+    return ImageModel(module, spec).train(module.training)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from robust_prune import checkpoint, load, save
-from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.errors import ModelError, UnsafeFileError, UsageError
 from robust_prune.graph import ModelGraph, prune_
 from robust_prune.modules import ImageModel
 from tests.conftest import TINY, OwnNet, randomize_, tiny_resnet
@@ -227,6 +227,50 @@ def test_a_pickled_timm_module_of_unknown_arguments_keeps_its_normalisation(tmp_
         model=timm.create_model("resnet18", num_classes=4, channels=(8, 16, 16, 16)),
     )
     assert same_outputs(model, again, size=64)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pickled_timm_module_keeps_its_own_normalisation(channels: int, tmp_path: Path) -> None:
+    own = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    net = timm.create_model(
+        "resnet18", num_classes=4, in_chans=channels, pretrained_cfg_overlay=own
+    )
+    torch.save(randomize_(net).eval(), tmp_path / "whole.pt")
+    model = load(tmp_path / "whole.pt", trust_pickle=True)
+    assert isinstance(model, ImageModel)
+    assert model.spec.source == "timm"
+    assert model.spec.mean == pytest.approx(own["mean"] if channels == 3 else [0.4])
+    assert model.spec.std == pytest.approx(own["std"] if channels == 3 else [0.2])
+    given = load(
+        tmp_path / "whole.pt", trust_pickle=True, mean=[0.7] * channels, std=[1.0] * channels
+    )
+    assert given.spec.mean == (0.7,) * channels
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_own_class_gets_the_normalisation_that_is_given(pickled: bool, tmp_path: Path) -> None:
+    net = randomize_(OwnNet()).eval()
+    path = tmp_path / "own.pt"
+    if pickled:
+        torch.save(net, path)
+    else:
+        save(net, path)
+
+    def again(**kwargs: object) -> torch.nn.Module:
+        how = {"trust_pickle": True} if pickled else {"model": OwnNet()}
+        return load(path, **how, **kwargs)  # type: ignore[arg-type]
+
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        found = again(mean=[0.5, 0.4, 0.3], std=[0.5, 1, 2])(images)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.5, 1, 2]))
+        assert torch.equal(found, net((images - mean) / std))
+    with pytest.raises(UsageError, match="give both"):
+        again(mean=[0.5, 0.5, 0.5])
+    with pytest.raises(UsageError, match="one value per channel"):
+        again(mean=[0.5, 0.5], std=[1.0])
+    with pytest.raises(UsageError, match="positive"):
+        again(mean=[0.5], std=[0.0])
 
 
 def test_the_content_decides_and_not_the_suffix(resnet: ImageModel, tmp_path: Path) -> None:
