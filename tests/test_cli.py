@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from robust_prune import load, save
 from robust_prune.cli import main
+from robust_prune.models import open_model
 from tests.conftest import TINY, OwnNet, randomize_, tiny_resnet
 
 KWARGS = json.dumps(TINY)
@@ -146,6 +148,44 @@ def test_a_pickled_module_of_an_own_class_is_compressed_too(
     assert "without normalisation" in out
     model = load("own-pruned/own-pruned.safetensors", model=OwnNet(width=32))
     assert model(torch.rand(1, 3, 16, 16)).shape == (1, 5)
+
+
+def test_training_goes_on_against_the_threat_that_the_file_records(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    threat = {"norm": "l2", "eps": 0.5}
+    save(
+        tiny_resnet(in_chans=1),
+        "m.safetensors",
+        {"data": {"data": "digits", "input_size": [1, 8, 8]}, "threat": threat},
+    )
+    more = ["--epochs", 1, "--attack-steps", 1, "--input-size", "1,8,8"]
+    code, out, err = run("train", "--from", "m.safetensors", *more)
+    assert code == 0, err
+    assert "l2 0.5" in out
+    _, record = open_model("m-trained.safetensors")
+    assert record["threat"] == threat
+    code, out, err = run("train", "--from", "m.safetensors", *more, "--norm", "linf", "--force")
+    assert code == 0, err
+    assert "linf 8/255" in out
+
+
+def test_images_of_an_own_class_have_the_size_that_is_asked_for(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    torch.save(OwnNet(width=12, classes=2), "own.pt")
+    for place in ("train", "test"):
+        for label, level in (("a", 50), ("b", 200)):
+            folder = Path("images", place, label)
+            folder.mkdir(parents=True)
+            for i in range(12):
+                Image.new("RGB", (16, 16), (level, level, i)).save(folder / f"{i}.png")
+    command = ["compress", "own.pt", "--ratio", 0.3, "--trust-pickle", "--data", "images"]
+    command += ["--quick", "--n-eval", 4, "--input-size", "3,24,24", "--allocation", "uniform"]
+    code, _, err = run(*command)
+    assert code == 0, err
+    report = json.loads(Path("own-pruned/report.json").read_text())
+    assert report["plan"]["input_size"] == [3, 24, 24]
 
 
 def test_json_is_one_document_on_stdout(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -256,7 +256,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
         a.trust_pickle,
         a.device,
     )
-    splits = o.open_splits(module, record, a.data, a.data_root, a.download, a.workers)
+    splits = o.open_splits(module, record, a.data, a.data_root, a.download, a.workers, a.input_size)
     settings = _settings(a, record, splits, replayed)
     arguments = {**arguments, "n_eval": settings.n_eval}
     _announce(output, module, splits, settings)

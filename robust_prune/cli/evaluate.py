@@ -45,7 +45,7 @@ def evaluate(
     module, record = o.open_model(
         model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, device
     )
-    splits = o.open_splits(module, record, data, data_root, download, workers)
+    splits = o.open_splits(module, record, data, data_root, download, workers, input_size)
     if splits is None or splits.test is None:
         raise UsageError(f"{model} records no data; name it with --data")
     threat = o.threat_model(norm, eps, record)

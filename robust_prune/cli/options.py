@@ -349,8 +349,12 @@ def open_splits(
     data_root: Path | None,
     download: bool,
     workers: int | None,
+    input_size: str | None = None,
 ) -> DataSplits | None:
-    """Open --data, else what the model's record names; None where neither is there."""
+    """Open --data, else what the model's record names; None where neither is there.
+
+    Images have the size that the model is known to take, else --input-size, else their own.
+    """
     from robust_prune import data
     from robust_prune.errors import DataError
     from robust_prune.modules import ImageModel, image_channels
@@ -360,7 +364,7 @@ def open_splits(
         return None
     if spec is None and data_root is None and "data_root" in recorded:
         data_root = Path(recorded["data_root"])
-    size = model.spec.input_size if isinstance(model, ImageModel) else None
+    size = model.spec.input_size if isinstance(model, ImageModel) else image_size(input_size)
     try:
         return data.open_data(
             spec or recorded["data"],

@@ -50,7 +50,7 @@ def sensitivity(
     module, record = o.open_model(
         model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, device
     )
-    splits = o.open_splits(module, record, data, data_root, download, workers)
+    splits = o.open_splits(module, record, data, data_root, download, workers, input_size)
     if splits is None:
         output.note("no data is known: measured on synthetic images labelled by the model itself")
     result = pipeline.sensitivity(

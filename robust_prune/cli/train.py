@@ -35,7 +35,7 @@ def train(
         typer.Option("--from", help="Model file to go on from.", rich_help_panel=o.MODEL),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default ARCH-DATA.safetensors.")
+        Path | None, typer.Option(help="File to write; default NAME-trained.safetensors.")
     ] = None,
     method: Annotated[
         str,
@@ -118,11 +118,10 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     from robust_prune.runs import fingerprint
     from robust_prune.types import to_plain
 
-    threat = o.threat_model(a.norm, a.eps)
     config = TrainingConfig(
         method=a.method,
         epochs=a.epochs,
-        threat=threat,
+        threat=o.threat_model(a.norm, a.eps),
         attack_steps=a.attack_steps,
         batch_size=a.batch_size,
         lr=a.lr,
@@ -133,7 +132,9 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     processes = o.all_processes(a.device)
     output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
     target = processes.on_first(lambda: _target(a, resume))
-    model, spec, splits = _model_and_data(a)
+    model, record, spec, splits = _model_and_data(a)
+    threat = o.threat_model(a.norm, a.eps, record)
+    config = replace(config, threat=threat)
     teacher = None
     if a.teacher is not None:
         if not needs_teacher(resolve(a.method)[1]):
@@ -245,8 +246,13 @@ def _forgetting(folder: RunFolder | None) -> Iterator[None]:
         raise
 
 
-def _model_and_data(a: SimpleNamespace) -> tuple[nn.Module | None, ModelSpec, DataSplits]:
-    """Return the model to start from, None for a new one, how to build it, and the data."""
+def _model_and_data(
+    a: SimpleNamespace,
+) -> tuple[nn.Module | None, dict[str, Any], ModelSpec, DataSplits]:
+    """Return the model to start from and its record, how to build it, and the data.
+
+    A new one is None, with an empty record.
+    """
     from robust_prune import builders
     from robust_prune import data as datasets
     from robust_prune.modules import ImageModel
@@ -270,7 +276,7 @@ def _model_and_data(a: SimpleNamespace) -> tuple[nn.Module | None, ModelSpec, Da
             raise UsageError(
                 f"{a.start} is of a class that only Python code can build; train it there"
             )
-        return model, replace(model.spec, input_size=found.input_size), found
+        return model, record, replace(model.spec, input_size=found.input_size), found
     kwargs = o.builder_kwargs(a.model_kwargs) or {}
     splits = datasets.open_data(
         str(a.data),
@@ -292,4 +298,4 @@ def _model_and_data(a: SimpleNamespace) -> tuple[nn.Module | None, ModelSpec, Da
         mean=o.numbers(a.mean, "--mean") or statistics[0],
         std=o.numbers(a.std, "--std") or statistics[1],
     )
-    return None, replace(spec, input_size=splits.input_size), splits
+    return None, {}, replace(spec, input_size=splits.input_size), splits
