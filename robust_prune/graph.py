@@ -214,6 +214,10 @@ class ModelGraph:
                 f"parameters, the plan promised {plan.pruned.macs:,} and {plan.pruned.params:,}"
             )
 
+    def names_after(self, plan: PruningPlan) -> dict[str, str]:
+        """Return, by the name that each group has once the plan is applied, its name here."""
+        return self._wiring.names_after(self.dropped(plan))
+
     def mask_(self, plan: PruningPlan) -> None:
         """Silence the channels that `plan` drops, in place."""
         self.check(plan)

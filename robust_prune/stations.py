@@ -16,6 +16,7 @@ from robust_prune.evaluation import Attack, TestImages
 from robust_prune.finetune.config import EpochRecord, History
 from robust_prune.finetune.loop import train_
 from robust_prune.finetune.preparing import batches_of, layout_of, optimizer_of
+from robust_prune.graph import ModelGraph
 from robust_prune.journal import Journal
 from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
 from robust_prune.planning import Planned, Planning, graph_of, image_size_of, step_settings
@@ -57,6 +58,7 @@ class Compression:
             self.model.spec = replace(self.model.spec, input_size=self.input_size)
         self.model.eval()
         self.plans: list[PruningPlan] = []
+        self._names: dict[str, str] = {}  # of groups, from those they have now to the dense model's
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.history: History | None = None
         self.evaluations: dict[str, Evaluation] = {}
@@ -110,28 +112,38 @@ class Compression:
             step: which of the pruning steps, from 1.
         """
         settings = self._step_settings(step)
+        last = step == self.settings.steps
         if settings is None:
             self.journal.note(f"step {step} prunes nothing: the one before has gone that far")
-            return
-        tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
-        source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
-        planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
-        if not self.processes.first:
-            graph_of(self.model, self.input_size, settings).apply_(planned.plan)
-        self.processes.share_(self.model)
-        self.plans.append(planned.plan)
-        self.sensitivity = self.sensitivity or planned.sensitivity
-        self.history = None
-        if step < settings.steps:
-            if settings.finetune is None:
+        else:
+            self._prune(settings, step)
+            if not last and settings.finetune is None:
                 self._end_step(None)
-        elif not self._was_tuned(step):  # else the file that is there is the better one
+        if last and not self._was_tuned(step):  # else the file that is there is the better one
             self._save("pruned")
 
+    def _prune(self, settings: Settings, step: int) -> None:
+        tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
+        source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
+        self.journal.parts.clear()  # those of the step before
+        planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
+        if not self.processes.first:
+            self._cut(graph_of(self.model, self.input_size, settings), planned.plan)
+        self.processes.share_(self.model)
+        self.sensitivity = self.sensitivity or planned.sensitivity
+        self.history = None
+
+    def _cut(self, graph: ModelGraph, plan: PruningPlan) -> None:
+        """Apply a plan, and remember it under the names that groups have in the dense model."""
+        names = graph.names_after(plan)
+        graph.apply_(plan)
+        self.plans.append(plan.renamed(self._names))
+        self._names = {after: self._names.get(name, name) for after, name in names.items()}
+
     def _end_step(self, history: History | None) -> None:
-        """Put what the report tells of a station aside, before the next step has its own."""
-        parts = {name: self.journal.parts.pop(name) for name in list(self.journal.parts)}
-        self.journal.steps.append({"plan": self.plans[-1], "finetune": history, **parts})
+        """Tell of a step in the report, as the last one is told of."""
+        step = {"plan": self.plans[-1], "finetune": history, **self.journal.parts}
+        self.journal.steps.append(step)
 
     def _was_tuned(self, step: int) -> bool:
         saved = self._saved(f"tuned-{step}")
@@ -149,7 +161,7 @@ class Compression:
         done = self._kept(f"pruned-{step}")
         if planned is not None and done is not None:
             self.journal.stage(f"pruned as before{tell}: plan {planned.plan.digest}")
-            graph_of(self.model, self.input_size, settings).apply_(planned.plan)
+            self._cut(graph_of(self.model, self.input_size, settings), planned.plan)
             assert self.folder is not None
             state = self.folder.state(f"pruned-{step}").load()
             if state is None:
@@ -183,7 +195,7 @@ class Compression:
         journal.stage(f"pruning {len(plan.groups)} groups{tell}")
         rows = kept_rows(planning.graph, plan)
         with journal.timed("prune"):
-            planning.graph.apply_(plan)
+            self._cut(planning.graph, plan)
         journal.parts["self_check"] = self._self_check(source, plan)
         if planning.reconstruction is not None:
             with journal.timed("reconstruction"):

@@ -305,6 +305,11 @@ class PruningPlan:
             notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
         )
 
+    def renamed(self, names: Mapping[str, str]) -> PruningPlan:
+        """Return the plan with other names of groups, where `names` has one."""
+        groups = (dataclasses.replace(g, name=names.get(g.name, g.name)) for g in self.groups)
+        return dataclasses.replace(self, groups=tuple(groups))
+
     def to_json(self) -> str:
         """Return the plan as JSON text, the same for the same plan on every machine."""
         return json.dumps({"schema": PLAN_SCHEMA, **to_plain(self)}, indent=1, sort_keys=True)

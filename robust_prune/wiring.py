@@ -74,6 +74,43 @@ class Wiring:
             names=names,
         )
 
+    def names_after(self, gone: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return, by the name that each group has once units are gone, its name here.
+
+        Groups that share a tensor are told by their first channel in it, which moves. One that is
+        left with a single unit is no group any more.
+
+        Args:
+            gone: by group, True [units] for the units that go.
+        """
+        found: dict[str, str] = {}
+        sharing: dict[str, list[tuple[int, str]]] = {}
+        for g, name in self.names.items():
+            title, shared, first = name.rpartition("@")
+            if not shared:
+                found[name] = name
+                continue
+            maker = next(
+                s
+                for s in self.coupling.groups[g]
+                if s.tensor.removesuffix(".weight") == title and int(s.indices[0]) == int(first)
+            )
+            left = ~gone.get(name, torch.zeros(self.coupling.sizes[g], dtype=torch.bool))
+            if int(left.sum()) < 2:
+                continue
+            here = int(maker.indices[left[maker.units]][0])
+            before = sum(
+                int((s.indices[mask[s.units]] < here).sum())
+                for other, mask in gone.items()
+                for s in self.slots[other]
+                if (s.tensor, s.dim) == (maker.tensor, maker.dim)
+            )
+            sharing.setdefault(title, []).append((here - before, name))
+        for title, places in sharing.items():
+            for place, name in places:
+                found[f"{title}@{place}" if len(places) > 1 else title] = name
+        return found
+
     def without(self, broken: Mapping[str, str]) -> Wiring:
         """Return the wiring in which some groups count as unprunable, with the reasons."""
         return Wiring(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from robust_prune import compress, load, save
 from robust_prune.errors import RunError
 from robust_prune.runs import RunFolder, StateFile, fingerprint
+from robust_prune.types import PruningPlan
 from tests.conftest import tiny_resnet
 from tests.test_cli import run, train  # noqa: F401 - a fixture and a helper
 
@@ -134,6 +136,60 @@ def test_a_step_that_has_nothing_left_to_prune_is_passed_over() -> None:
     )
     assert any("prunes nothing" in note for note in result.report["notes"])
     assert len(result.report["steps"]) >= 1
+
+
+@pytest.mark.parametrize("finetune", [None, "pgd-at"])
+def test_a_last_step_that_prunes_nothing_leaves_the_report_of_the_one_before(
+    finetune: str | None,
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    )
+    net(torch.rand(1, 3, 16, 16))
+    result = compress(
+        net,
+        own_data(),
+        prune_ratio=0.124,
+        target="channels",
+        steps=2,
+        finetune=finetune,
+        epochs=0 if finetune is None else 2,
+    )
+    report = result.report
+    assert "step 2 prunes nothing: the one before has gone that far" in report["notes"]
+    assert report["status"] == ("pruned" if finetune is None else "fine-tuned")
+    assert report["self_check"]["done"]
+    assert report["reconstruction"]["layers"]
+    assert report["steps"][0]["self_check"] == report["self_check"]
+    assert sum(g.width - g.keep_width for g in result.plan.groups) == 1
+
+
+class Sharing(nn.Module):
+    """Two groups in the channels of one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Conv2d(3, 32, 3)
+        self.first, self.second = 12, 20
+        self.one, self.two = nn.Conv2d(12, 5, 1), nn.Conv2d(20, 5, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first, second = self.both(images).relu().split([self.first, self.second], 1)
+        return (self.one(first) + self.two(second)).mean((2, 3))
+
+
+def test_steps_on_groups_that_share_a_tensor_make_one_plan() -> None:
+    torch.manual_seed(0)
+    net = Sharing().eval()
+    options: dict[str, Any] = {"score": "l2", "reconstruct": False}
+    result = compress(
+        net, None, prune_ratio=0.6, steps=3, allocation="uniform", input_size=(3, 16, 16), **options
+    )
+    assert [g.name for g in result.plan.groups] == ["both@0", "both@12"]
+    plan = PruningPlan.from_json(result.plan.to_json())
+    replayed = compress(net, None, plan=plan, input_size=(3, 16, 16), **options)
+    assert fingerprint(replayed.model) == fingerprint(result.model)
 
 
 def test_wrong_training_settings_fail_before_the_work(
