@@ -106,10 +106,10 @@ def expected_n_fgsm(net: nn.Module, teacher: nn.Module, batch: Batch, a: Attack)
         direction = torch.randn(size, generator=a.generator, dtype=images.dtype).flatten(1)
         radius = torch.rand(6, 1, generator=a.generator, dtype=images.dtype) ** (1 / 48)
         noise = 2 * threat.eps * (radius * F.normalize(direction)).view(size)
-    start = (images + noise).requires_grad_(True)
+    start = (images + noise).clamp(0, 1).requires_grad_(True)
     (slope,) = torch.autograd.grad(F.cross_entropy(net(start), labels), start)
     step = slope.sign() if threat.norm == "linf" else F.normalize(slope.flatten(1)).view(size)
-    return F.cross_entropy(net(start.detach() + threat.eps * step), labels)
+    return F.cross_entropy(net((start.detach() + threat.eps * step).clamp(0, 1)), labels)
 
 
 def expected_trades(net: nn.Module, teacher: nn.Module, batch: Batch, a: Attack) -> Tensor:

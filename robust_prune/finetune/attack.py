@@ -64,7 +64,7 @@ class Attack:
             )
 
     def single_step(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return images [N, C, H, W] after noise of 2 * eps and one step of eps, not clipped.
+        """Return images [N, C, H, W] in [0, 1] after noise of 2 * eps and one step of eps.
 
         Source: de Jorge et al., "Make some noise: reliable and efficient single-step adversarial
         training", NeurIPS 2022, arXiv 2202.01181. As there, the sum is not projected to the ball;
@@ -73,11 +73,12 @@ class Attack:
         threat = self.threat
         most = min(2 * threat.eps, 0.999) if threat.norm == "linf" else 2 * threat.eps
         wide = ThreatModel(threat.norm, most)
-        noisy = (images + random_start(images, wide, self.generator)).requires_grad_(True)
+        noise = random_start(images, wide, self.generator)
+        noisy = (images + noise).clamp(0, 1).requires_grad_(True)
         with self.seen_by(model) as seen, torch.enable_grad():
             loss = F.cross_entropy(seen(noisy), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, noisy)
-        return noisy.detach() + threat.eps * steepest(gradient, threat)
+        return (noisy.detach() + threat.eps * steepest(gradient, threat)).clamp(0, 1)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy that the run learns by, with its label smoothing."""
