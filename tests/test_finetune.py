@@ -344,20 +344,21 @@ def test_what_needs_something_that_is_not_there(digits: DataSplits) -> None:
             train_(small_digits_model(digits), digits.train, digits.validation, config)
 
 
-def test_patience_ends_a_run_early(digits: DataSplits) -> None:
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_patience_ends_a_run_early(digits: DataSplits, warmup: int) -> None:
     def method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, a: Attack) -> torch.Tensor:
         return F.cross_entropy(m(images), labels) * 0
 
     config = TrainingConfig(
         method, epochs=9, threat=ThreatModel.linf(0.06), patience=2, weight_decay=0.0,
-        batch_size=256, validation_images=32, lr=1e-6,
+        batch_size=256, validation_images=32, lr=1e-6, eps_warmup=warmup,
     )  # fmt: skip
     model = small_digits_model(digits)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0
     history = train_(model, digits.train, digits.validation, config)
-    assert len(history.epochs) == 3
+    assert len(history.epochs) == 3 + warmup  # counted from the whole eps on
     assert "2 epochs without a more robust one" in history.notes[0]
 
 

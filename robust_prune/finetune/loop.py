@@ -81,7 +81,7 @@ def train_(
         teacher: the dense model, for methods that distil; left as it was.
         processes: of the run; each takes its share of every batch.
         saved: keeps the state, and gives the one to go on from; the result is then bit for bit
-            that of a run without a break, on one device with the same number of threads.
+            that of a run without a break, on a CPU with the same number of threads.
         on_progress: called after every batch.
         on_epoch: called after every epoch, 0 included.
 
@@ -331,7 +331,8 @@ class _Run:
         told = collapse(self.records, config) if record.epoch and not self.switched else None
         if told is not None:
             self._treat(told, last=record.epoch == config.epochs)
-        waited = record.epoch - max(self.best_epoch, config.clean_epochs, self.switched)
+        full = config.clean_epochs + config.eps_warmup  # before, eps still rises
+        waited = record.epoch - max(self.best_epoch, full, self.switched)
         if config.patience is not None and waited >= config.patience and not self.stopped:
             self.stopped = True
             self.notes.append(
