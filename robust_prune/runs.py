@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_prune.checkpoint import atomic, write_text
+from robust_prune.checkpoint import atomic, write_tensors, write_text
 from robust_prune.errors import RunError
 
 SCHEMA = "robust-prune/run/1"
+DELETED = "deleted"  # in the file of what was asked, while the rest goes
 SAVE_SECONDS = 60.0
 SAVE_SHARE = 20  # a state takes at most this part of the time
 
@@ -49,8 +50,10 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; a run needs a folder of its own")
-        if self.path.exists() and any(self.path.iterdir()):
-            self.config()  # what is not ours is not deleted
+        if self.path.exists():
+            clear_drafts(self.path)
+            if any(self.path.iterdir()):
+                self._asked()  # what is not ours is not deleted
         self.clear()
         try:
             self.path.mkdir(parents=True)
@@ -63,8 +66,14 @@ class RunFolder:
         """Return what was asked.
 
         Raises:
-            RunError: there is no run, or it is not one of ours.
+            RunError: there is no run, it is not one of ours, or it was being deleted.
         """
+        asked = self._asked()
+        if asked.get(DELETED):
+            raise RunError(f"{self.path}: the run was being deleted; start anew")
+        return asked
+
+    def _asked(self) -> dict[str, Any]:
         try:
             found = json.loads(self.config_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -76,8 +85,8 @@ class RunFolder:
         return found
 
     def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return self.config_path.exists()
+        """Whether a run was begun here, and is not half deleted."""
+        return self.config_path.exists() and not self._asked().get(DELETED)
 
     def go_on(self, config: Mapping[str, Any]) -> None:
         """Check that a run asked for the same, and clear what a kill left half-written.
@@ -154,8 +163,14 @@ class RunFolder:
         return self.kept("complete") is not None
 
     def clear(self) -> None:
-        """Delete everything, what makes it a run first."""
-        self.config_path.unlink(missing_ok=True)
+        """Delete everything; what a kill leaves of it is no run to go on with, but still ours."""
+        if self.config_path.exists():
+            write_text(self.config_path, json.dumps({"schema": SCHEMA, DELETED: True}) + "\n")
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path != self.config_path:
+                    path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -193,7 +208,7 @@ class StateFile:
         """Write the state, whole or not at all."""
         start = time.monotonic()
         with atomic(self.path) as temporary:
-            torch.save(dict(state), temporary)
+            write_tensors(dict(state), temporary)
         self._saved = time.monotonic()
         self._took = self._saved - start
 

@@ -247,6 +247,34 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         folder.config()
 
 
+def test_a_run_whose_deletion_was_cut_off_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"a": 1})
+    folder.state("tuned-1").save({"x": torch.zeros(2)})
+
+    def cut(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear()
+    assert not folder.exists()
+    with pytest.raises(RunError, match="was being deleted; start anew"):
+        folder.go_on({"a": 1})
+    folder.begin({"a": 2})
+    assert not folder.state("tuned-1").exists()
+    assert folder.config()["a"] == 2
+    # a kill within `begin` leaves a draft alone
+    folder.clear()
+    folder.path.mkdir()
+    (folder.path / ".config.json.abc.tmp").touch()
+    folder.begin({"a": 3})
+    assert folder.config()["a"] == 3
+
+
 def test_states_are_saved_as_seldom_as_they_are_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
