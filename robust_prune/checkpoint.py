@@ -82,7 +82,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Tensor], manifest: A
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     with atomic(path) as temporary:
         if path.suffix in (".pt", ".pth"):
-            torch.save({METADATA_KEY: text, "state_dict": tensors}, temporary)
+            write_tensors({METADATA_KEY: text, "state_dict": tensors}, temporary)
         else:
             safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: text})
     return path
@@ -105,8 +105,9 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: can't be written: {error.strerror or error}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path}: can't be written: {why}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,6 +117,14 @@ def write_text(path: Path, text: str) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """Write tensors as torch does; raises OSError, not torch's own error, where it can't."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from None
 
 
 def _umask() -> int:

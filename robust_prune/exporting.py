@@ -65,7 +65,11 @@ def export(
     exact = copy.deepcopy(model).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(n, *input_size, generator=generator) for n in BATCHES]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+    try:
+        drafts = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
+    except OSError as fault:
+        raise ModelError(f"{path.parent}: can't write there: {fault.strerror}") from None
+    with drafts as folder:
         draft = Path(folder) / path.name
         with _quiet(), torch.no_grad():
             try:

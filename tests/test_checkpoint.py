@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import pickle
+import resource
+import signal
 from collections import OrderedDict
 from pathlib import Path
 
@@ -194,6 +196,20 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         save(tiny_resnet(1), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_full_disk_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(ModelError, match="can't be written"):
+            save(tiny_resnet(), tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_does_not_change_the_model(resnet: ImageModel, tmp_path: Path) -> None:

@@ -304,6 +304,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no such plan": (["compress", "good.safetensors", "--plan", "none.json"], 5, "no such plan"),
     "plan is no plan": (["compress", "good.safetensors", "--plan", "plan.json"], 5, "malformed"),
     "plan is no JSON": (["compress", "good.safetensors", "--plan", "notjson.json"], 5, "not JSON"),
+    "plan is a folder": (
+        ["compress", "good.safetensors", "--plan", "folder"],
+        5,
+        "folder: can't be read",
+    ),
     "training without data": (["train", "--arch", "resnet18"], 2, "--data"),
     "training nothing": (["train", "--data", "digits"], 2, "--arch NAME"),
     "evaluating without data": (["evaluate", "good.safetensors"], 2, "--data"),

@@ -422,6 +422,8 @@ def _read_plan(path: Path) -> Any:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"{path}: no such plan or report") from None
+    except OSError as error:
+        raise PlanError(f"{path}: can't be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: not JSON: {error}") from None
     return PruningPlan.from_plain(data.get("plan", data) if isinstance(data, dict) else data)
