@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_targets_are_judged_against_the_best_peer() -> None:
     table = summary.tables(cells)
     assert table.index("curve-l2") < table.index("tp-l2-local (best peer)")
     assert table.index("tp-l2-local (best peer)") < table.index("tp-lamp")
+
+
+def test_what_was_not_measured_together_is_not_compared() -> None:
+    ours = [cell("curve-l2", s, "1110") for s in (0, 1, 2)]
+    theirs = [cell("tp-lamp", s, "1000") for s in (0, 1)]
+    assert math.isnan(summary.compare(ours[2:], theirs, "pgd"))
+    assert summary.p_value(summary.compare(ours, theirs, "autoattack")) == ""
+    ours[2] = cell("curve-l2", 2, "0000")
+    dense = cell("dense", 0, "1111", ratio=0.0)
+    line = summary.targets([dense, *ours, *theirs])
+    assert "curve-l2 75.0 against tp-lamp 25.0" in line
+    assert "(seeds 0, 1)" in line
+    assert "±" in summary.spread([cell("tp-lamp", s, "1000") for s in range(8)], "pgd")
 
 
 def test_finalists_are_the_best_peers_of_each_ratio() -> None:

@@ -7,13 +7,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.criteria.protocol import ARMS, BEST, WITHOUT_FIT, Cell, percent
 from robust_prune.proportions import PairedTest, Proportion
 
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
+# Student's t, two-sided, by number of seeds
+T_95 = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26), 2))
 Attack = str
+C = TypeVar("C", bound=Cell)
 
 
 def tables(cells: Sequence[Cell]) -> str:
@@ -67,22 +69,23 @@ def targets(cells: Sequence[Cell], ours: str = BEST) -> str:
         gains: list[float] = []
         pooled: list[tuple[int, ...]] = []
         for network in dict.fromkeys(c.network for c in cells):
-            mine = [c for c in cells if c.network == network and c.stage == stage and not c.error]
+            done = [c for c in cells if c.network == network and c.stage == stage and not c.error]
             dense = _dense(network, stage, cells)
-            for ratio in sorted({c.ratio for c in mine if c.ratio}):
-                here = _by_arm([c for c in mine if c.ratio == ratio])
+            for ratio in sorted({c.ratio for c in done if c.ratio}):
+                here = _by_arm([c for c in done if c.ratio == ratio])
                 best = best_peer(here, attack)
                 if ours not in here or not best:
                     continue
-                we, they = accuracy(here[ours], attack), accuracy(here[best], attack)
-                pooled += paired(here[ours], here[best], attack)
+                mine, theirs = on_common_seeds(here[ours], here[best])
+                we, they = accuracy(mine, attack), accuracy(theirs, attack)
+                pooled += paired(mine, theirs, attack)
                 gains.append(we - they)
                 top = accuracy(dense, attack)
                 lines.append(
                     f"- {stage}, {network}, -{100 * ratio:.0f} %: {ours} {we:.1f} against {best} "
                     f"{they:.1f} ({attack}, dense {top:.1f}): {we - they:+.1f} points, "
-                    f"{p_value(compare(here[ours], here[best], attack))}; parameters "
-                    f"{_params(here[ours])} against {_params(here[best])}"
+                    f"{p_value(compare(mine, theirs, attack))}; parameters {_params(mine)} against "
+                    f"{_params(theirs)} (seeds {', '.join(str(c.seed) for c in mine)})"
                 )
         if gains:
             lines.append(
@@ -103,6 +106,12 @@ def best_peer(by_arm: Mapping[str, Sequence[Cell]], attack: Attack) -> str:
     """Return torch-pruning's best arm, by the mean over its seeds."""
     peers = [a for a, runs in by_arm.items() if a.startswith("tp-") and not runs[0].error]
     return max(peers, key=lambda a: accuracy(by_arm[a], attack), default="")
+
+
+def on_common_seeds(ours: Sequence[C], theirs: Sequence[C]) -> tuple[Sequence[C], Sequence[C]]:
+    """Return the runs of both whose seed the other has too."""
+    seeds = {c.seed for c in ours} & {c.seed for c in theirs}
+    return [c for c in ours if c.seed in seeds], [c for c in theirs if c.seed in seeds]
 
 
 def compare(ours: Sequence[Cell], theirs: Sequence[Cell], attack: Attack) -> float:
@@ -131,9 +140,11 @@ def paired(ours: Sequence[Cell], theirs: Sequence[Cell], attack: Attack) -> list
 
 
 def clustered(differences: Sequence[Sequence[int]]) -> float:
-    """Return the p-value of runs [runs, images] whose images are the same."""
+    """Return the p-value of runs [runs, images] whose images are the same, NaN without images."""
     sums = [sum(image) for image in zip(*differences, strict=True)]
-    if len(sums) < 2 or not any(sums):
+    if len(sums) < 2:
+        return math.nan
+    if not any(sums):
         return 1.0
     error = statistics.stdev(sums) / math.sqrt(len(sums))
     if error == 0:
@@ -224,5 +235,7 @@ def _params(runs: Sequence[Cell]) -> str:
 
 
 def p_value(value: float) -> str:
-    """Write a p value with two digits, and none below a ten-thousandth."""
+    """Write a p value with two digits, none below a ten-thousandth; nothing if it is NaN."""
+    if math.isnan(value):
+        return ""
     return f"p = {value:.2g}" if value >= 1e-4 else "p < 1e-4"

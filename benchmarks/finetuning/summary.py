@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
-from benchmarks.criteria.summary import accuracy, compare, p_value, spread
+from benchmarks.criteria.summary import accuracy, compare, on_common_seeds, p_value, spread
 from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, REACH, Tuned, chosen
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
@@ -50,7 +50,7 @@ def _methods(cells: Sequence[Tuned]) -> str:
 def _final(cells: Sequence[Tuned], best: str) -> str:
     arms = _by_arm(cells)
     n = max((len(c.autoattack) for c in cells), default=0)
-    ours = f"{BEST}/{best}"
+    ours = f"{BEST}/{best}" if f"{BEST}/{best}" in arms else f"{BEST}/{BASELINE}"
     column = f"AutoAttack %, {n} images"
     lines = _head("Stage `final`", (column, f"p against {ours}: PGD-20", "AutoAttack"))
     for arm in sorted(arms, key=lambda arm: -accuracy(arms[arm], "pgd")):
@@ -118,15 +118,14 @@ def _by_arm(cells: Sequence[Tuned]) -> dict[str, list[Tuned]]:
 
 def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:
     """Return the gain in points over the seeds that both have, attack by attack."""
-    seeds = {c.seed for c in ours} & {c.seed for c in theirs}
-    ours, theirs = [c for c in ours if c.seed in seeds], [c for c in theirs if c.seed in seeds]
+    ours, theirs = on_common_seeds(ours, theirs)
     told = []
     for attack, name in (("clean", "clean"), ("pgd", "PGD-20"), ("autoattack", "AutoAttack")):
         if not all(getattr(c, attack) for c in (*ours, *theirs)):
             continue
         gain = accuracy(ours, attack) - accuracy(theirs, attack)
         told.append(f"{name} {gain:+.1f} points, {p_value(compare(ours, theirs, attack))}")
-    return f"{'; '.join(told)} (seeds {', '.join(map(str, sorted(seeds)))})"
+    return f"{'; '.join(told)} (seeds {', '.join(str(c.seed) for c in ours)})"
 
 
 def _head(title: str, more: Sequence[str]) -> list[str]:
