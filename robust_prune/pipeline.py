@@ -87,7 +87,7 @@ def compress(
         n_eval: test images to measure on.
         plan: replay this plan instead of making one; its budget and rules then count.
         run_dir: folder to keep the run's state in; deleted first unless `resume`.
-        resume: go on with the run in `run_dir`, to the result it would have had, bit for bit.
+        resume: go on with the run in `run_dir`; on a CPU to what it would have been, bit for bit.
         more: further fields of `Settings`: `steps` prunes in several, `training_options` are
             fields of `TrainingConfig`.
 
