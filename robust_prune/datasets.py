@@ -24,6 +24,7 @@ Size = tuple[int, int, int]
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+GREY_MODES = ("1", "L", "LA")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,24 @@ class _Files(Dataset[tuple[Image.Image, int]]):
         path, label = self.samples[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB" if image.mode != "L" else "L"), label
+                return _eight_bit(path, image), label
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{path}: can't be decoded: {error}") from None
+
+
+def _eight_bit(path: Path, image: Image.Image) -> Image.Image:
+    """Return the image in mode L or RGB; wider grey values are scaled, PIL would clip them."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("L" if image.mode in GREY_MODES else "RGB")
+    white = 1 if image.mode == "F" else 65535
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):
+        raise DataError(
+            f"{path}: grey values of mode {image.mode} must lie in 0..{white}, but go from {low:g} "
+            f"to {high:g}; save the image with 8 or 16 bits"
+        )
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
 
 
 def native_size(parts: Parts) -> Size:

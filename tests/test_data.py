@@ -190,6 +190,49 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
         open_data(folder).test.take(6, seed=0)
 
 
+GREYS = np.linspace(0, 1, 320).reshape(16, 20)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "suffix"),
+    [
+        (np.round(GREYS * 65535).astype(np.uint16), ".png"),
+        (np.round(GREYS * 65535).astype(np.int32), ".tiff"),
+        (GREYS.astype(np.float32), ".tiff"),
+    ],
+)
+def test_wide_grey_values_are_scaled_and_not_clipped(
+    tmp_path: Path, pixels: Any, suffix: str
+) -> None:
+    for split, n in (("train", 12), ("test", 1)):
+        for i in range(2 * n):
+            path = tmp_path / split / "ab"[i % 2] / f"{i}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    splits = open_data(tmp_path)
+    assert splits.input_size == (1, 16, 20)
+    images, _ = splits.test.take(2, seed=0)
+    expected = torch.from_numpy(GREYS).float().expand(2, 1, 16, 20)
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.51 / 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "LA"])
+def test_grey_images_of_other_modes_have_one_channel(tmp_path: Path, mode: str) -> None:
+    for path in image_folder(tmp_path).rglob("*.png"):
+        with Image.open(path) as image:
+            image.convert(mode).save(path)
+    assert open_data(tmp_path).input_size == (1, 16, 20)
+
+
+@pytest.mark.parametrize("value", [70000, -1, float("nan"), 3.0])
+def test_grey_values_of_unknown_range_are_refused(tmp_path: Path, value: float) -> None:
+    folder = image_folder(tmp_path)
+    kind = np.int32 if isinstance(value, int) else np.float32
+    Image.fromarray(np.full((16, 20), value, kind)).save(folder / "test" / "cat" / "9.tiff")
+    with pytest.raises(DataError, match=r"9\.tiff: grey values of mode"):
+        open_data(folder).test.take(7, seed=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
