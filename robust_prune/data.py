@@ -56,8 +56,10 @@ class Split:
         workers: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
         training_view: Dataset[Any] | None = None,
+        classes: int = 0,
     ) -> None:
         self.dataset = dataset
+        self.classes = classes  # 0 where it is not known
         self.flip = flip
         self.workers = workers
         self._collate = collate or default_collate
@@ -252,6 +254,7 @@ def open_data(
             flip=parts.flip,
             workers=workers,
             training_view=view(True),
+            classes=parts.classes,
         )
 
     return DataSplits(
@@ -399,6 +402,7 @@ def _subset(split: Split, indices: list[int]) -> Split:
         flip=split.flip,
         workers=split.workers,
         collate=split._collate,
+        classes=split.classes,
     )
 
 

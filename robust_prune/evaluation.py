@@ -37,7 +37,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TestImages:
-    """Images [n, C, H, W] drawn once, so that every model is judged on the same ones."""
+    """Images [n, C, H, W] drawn once, so that every model is judged on the same ones.
+
+    `classes` is 0 where it is not known.
+    """
 
     __test__ = False  # not a test class of pytest's
 
@@ -45,6 +48,7 @@ class TestImages:
     labels: Tensor
     split: str
     seed: int
+    classes: int = 0
 
 
 def draw(split: data.Split, n: int, seed: int, *, name: str = "test") -> TestImages:
@@ -54,7 +58,7 @@ def draw(split: data.Split, n: int, seed: int, *, name: str = "test") -> TestIma
     if len(split) == 0:
         raise DataError(f"the {name} split holds no images")
     images, labels = split.take(min(n, len(split)), seed)
-    return TestImages(images.cpu(), labels.cpu(), name, seed)
+    return TestImages(images.cpu(), labels.cpu(), name, seed, split.classes)
 
 
 def evaluate(
@@ -95,7 +99,7 @@ def evaluate(
     threat = threat or ThreatModel.linf("8/255")
     model = contiguous(model)
     test = _test_images(model, data_, n, seed)
-    check_outputs(model, test.images, test.labels)
+    check_outputs(model, test.images, test.labels, test.classes or None)
     report = on_progress or (lambda line: None)
     share = _share(test, processes)
     makers: dict[str, Callable[[], Measurement]] = {
@@ -213,7 +217,8 @@ def _test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
         splits = data.open_for(model, data_)
         if splits is None or splits.test is None:
             raise DataError(f"{data_}: no test split")
-        return draw(splits.test, n, seed)
+        test = draw(splits.test, n, seed)
+        return replace(test, classes=splits.classes or test.classes)
     return draw(data.as_split(data_), n, seed, name="the caller's")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from robust_prune import evaluate
 from robust_prune.calibration import recalibrate_batchnorm_
-from robust_prune.data import DataSplits
+from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import DataError, ModelError, UsageError
 from robust_prune.evaluation import draw, pgd_correct
 from robust_prune.proportions import Proportion
@@ -93,6 +94,16 @@ def test_models_and_labels_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(model or tiny_resnet(), (torch.rand(8, 3, 32, 32), labels), attack="none")
+
+
+def test_a_model_of_more_outputs_than_the_data_has_classes_is_refused(digits: DataSplits) -> None:
+    model = tiny_resnet(in_chans=1, num_classes=12)
+    few = digits.test.take(8, seed=0)
+    of_known_classes = replace(digits, test=as_split(few))
+    for data in (digits, digits.test, draw(digits.test, 8, seed=0), of_known_classes):
+        with pytest.raises(DataError, match="12 outputs, the data has 10 classes"):
+            evaluate(model, data, attack="none", n=8)
+    assert evaluate(model, few, attack="none").n == 8
 
 
 def test_unknown_attacks_and_counts_are_errors() -> None:
