@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,12 +20,45 @@ from robust_prune.types import ModelSpec
 
 TORCHVISION = "torchvision/"
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
+# arguments that make a builder read other files or the network
+READING_ARGUMENTS = (
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "weights",
+    "weights_backbone",
+)
 
 
 def create(spec: ModelSpec, *, pretrained: bool = False) -> ImageModel:
-    """Build the network that `spec` describes, with random or (timm's own) pretrained weights."""
+    """Build the network that `spec` describes, with random or (timm's own) pretrained weights.
+
+    The model's own spec is what timm builds it from without the Hub or other files.
+    """
     net = _build_net(spec, pretrained)
-    return ImageModel(net, spec)
+    arch, kwargs = spec.arch, dict(spec.kwargs)
+    if ":" in arch:
+        arch, kwargs = net.pretrained_cfg["architecture"], {**net._model_args, **kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in READING_ARGUMENTS}
+    return ImageModel(net, replace(spec, arch=arch, kwargs=kwargs))
+
+
+def check_stored(path: Path, arch: str | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise ModelError where a file's own name or arguments would have more read than the file."""
+    if reading := [name for name in READING_ARGUMENTS if name in kwargs]:
+        raise ModelError(
+            f"{path}: its builder argument {reading[0]!r} can make timm read other files or the "
+            "network, which no file may ask for; take it out of the file"
+        )
+    if arch is not None and ":" in arch:
+        raise ModelError(
+            f"{path}: its network {arch!r} would be read from elsewhere, which no file may ask "
+            "for; name it yourself with --arch, or build it: load(path, model=NETWORK)"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -145,7 +180,7 @@ def _builder_errors(arch: str) -> Iterator[None]:
         raise ModelError(f"{arch}: can't be built: {type(error).__name__}: {line}") from error
 
 
-def _build_net(spec: ModelSpec, pretrained: bool) -> nn.Module:
+def _build_net(spec: ModelSpec, pretrained: bool) -> Any:
     if spec.source == "custom":
         raise ModelError(
             f"the file holds a {spec.arch}, a class that only you can build: "

@@ -16,6 +16,7 @@ from torch import nn
 from robust_prune import checkpoint
 from robust_prune.builders import (
     check_normalisation,
+    check_stored,
     create,
     default_input_size,
     infer_kwargs,
@@ -161,6 +162,7 @@ def _from_manifest(found: Checkpoint) -> nn.Module:
         spec = ModelSpec.from_plain(found.manifest["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
+    check_stored(found.path, spec.arch, spec.kwargs)
     model = create(spec)
     _load_state(model, found)
     return model
@@ -198,6 +200,7 @@ def _from_state(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> ImageModel:
+    check_stored(found.path, None if arch else found.arch, found.kwargs)
     arch = arch or found.arch
     if arch is None:
         name, tensor = next(iter(found.state.items()))

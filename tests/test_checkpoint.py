@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import pickle
 import resource
@@ -136,6 +137,58 @@ def test_a_hugging_face_folder_as_timm_writes_it(tmp_path: Path) -> None:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
     with torch.no_grad():
         assert torch.equal(model(images), net((images - mean) / std))
+
+
+def hugging_face_folder(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    net = randomize_(timm.create_model("resnet18", num_classes=10, **TINY))
+    safetensors.torch.save_file(net.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "resnet18", "model_args": TINY, "pretrained_cfg": {}, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained", "pretrained_cfg_overlay"])
+def test_a_files_arguments_open_nothing_else(tmp_path: Path, argument: str) -> None:
+    state = tiny_resnet().net.state_dict()
+    arguments = {**TINY, argument: str(tmp_path / "other.pth")}
+    spec = {"source": "timm", "arch": "resnet18", "kwargs": arguments, "num_classes": 10}
+    torch.save({"state_dict": state, "arch": "resnet18", "model_kwargs": arguments}, tmp_path / "a")
+    files = (
+        hugging_face_folder(tmp_path / "folder", model_args=arguments),
+        checkpoint.write(tmp_path / "own.safetensors", state, {"model": spec}),
+        tmp_path / "a",
+    )
+    for path in files:
+        with pytest.raises(ModelError, match=f"{path}: its builder argument '{argument}'"):
+            load(path)
+
+
+def test_a_files_network_is_not_fetched_unless_it_is_named(tmp_path: Path) -> None:
+    elsewhere = f"local-dir:{hugging_face_folder(tmp_path / 'other')}"
+    folder = hugging_face_folder(tmp_path / "folder", architecture=elsewhere)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    spec = {"source": "timm", "arch": elsewhere, "num_classes": 10}
+    for path in (folder, checkpoint.write(tmp_path / "own.safetensors", state, {"model": spec})):
+        with pytest.raises(ModelError, match=f"its network '{elsewhere}' would be read"):
+            load(path)
+    assert load(folder, arch="resnet18").spec.num_classes == 10
+
+
+def test_a_model_from_elsewhere_is_stored_by_what_timm_builds_alone(tmp_path: Path) -> None:
+    from robust_prune import builders
+    from robust_prune.types import ModelSpec
+
+    folder = hugging_face_folder(tmp_path / "hub")
+    spec = ModelSpec(
+        "timm", f"local-dir:{folder}", {"cache_dir": str(tmp_path)}, num_classes=10, mean=(0.5,) * 3
+    )
+    model = builders.create(dataclasses.replace(spec, std=(0.25,) * 3), pretrained=True)
+    assert model.spec.arch == "resnet18"
+    path = save(model, tmp_path / "m.safetensors")
+    for file in folder.iterdir():
+        file.unlink()
+    assert same_outputs(model, load(path))
 
 
 class Bomb:
