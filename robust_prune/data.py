@@ -32,7 +32,7 @@ from robust_prune.datasets import (
     read_tiny_imagenet,
     read_torchvision,
 )
-from robust_prune.errors import DataError
+from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import ImageModel, image_channels, plain_layout
 from robust_prune.types import DATA_NAMES
 
@@ -341,9 +341,17 @@ def _plain_loader(loader: DataLoader[Any]) -> bool:
 
 
 def open_for(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits | None:
-    """Open a name or folder at the model's image size, or wrap the caller's own data."""
-    if source is None or isinstance(source, DataSplits):
-        return source
+    """Open a name or folder at the model's image size, or wrap the caller's own data.
+
+    Raises:
+        UsageError: `test` without `source`.
+    """
+    if source is None:
+        if test is not None:
+            raise UsageError("test images are measured on only where there is data; give data too")
+        return None
+    if isinstance(source, DataSplits):
+        return source if test is None else replace(source, test=as_split(test))
     if isinstance(source, (str, os.PathLike)):
         size = model.spec.input_size if isinstance(model, ImageModel) else None
         splits = open_data(source, input_size=size, channels=image_channels(model))

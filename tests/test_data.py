@@ -14,9 +14,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from robust_prune.augmentation import Augmentation, crop_and_flip
-from robust_prune.data import Split, as_split, from_iterable, open_data, synthetic_images
+from robust_prune.data import (
+    Split,
+    as_split,
+    from_iterable,
+    open_data,
+    open_for,
+    synthetic_images,
+)
 from robust_prune.datasets import ImageTensors
-from robust_prune.errors import DataError
+from robust_prune.errors import DataError, UsageError
+from tests.conftest import OwnNet
 
 
 def paint(path: Path, value: int, size: tuple[int, int] = (20, 16)) -> None:
@@ -181,6 +189,17 @@ def test_every_kind_of_user_data() -> None:
     assert len(as_split(DataLoader(Stream(), batch_size=10))) == 40
     with pytest.raises(DataError, match="only once"):
         as_split(iter([]))
+
+
+def test_own_test_images_count_whatever_the_data_is(tmp_path: Path) -> None:
+    own = torch.rand(5, 3, 16, 20), torch.zeros(5, dtype=torch.long)
+    folder = image_folder(tmp_path)
+    for data in (folder, open_data(folder), (torch.rand(24, 3, 16, 20), torch.arange(24) % 2)):
+        splits = open_for(OwnNet(), data, test=own)
+        assert torch.equal(splits.test.take(5, seed=0)[0].sort(0)[0], own[0].sort(0)[0])
+    assert open_for(OwnNet(), None) is None
+    with pytest.raises(UsageError, match="give data too"):
+        open_for(OwnNet(), None, test=own)
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
