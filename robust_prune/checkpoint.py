@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -25,8 +25,10 @@ from robust_prune.imports import importable_folder
 
 SCHEMA = "robust-prune/model/1"
 METADATA_KEY = "robust_prune"
+AVERAGES = ("state_dict_ema", "model_ema")
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "state_dict.", "network.")
+COUNTER = "n_averaged"  # of torch's AveragedModel, beside the prefixed weights
 
 Kind = Literal["robust-prune", "timm", "huggingface", "state_dict", "module"]
 
@@ -43,6 +45,7 @@ class Checkpoint:
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpoint:
@@ -243,19 +246,36 @@ def _from_object(path: Path, loaded: Any, trusted: bool) -> Checkpoint:
     if isinstance(loaded.get(METADATA_KEY), str):
         return Checkpoint(path, "robust-prune", state, manifest=_manifest(path, loaded))
     arch, kwargs = _find_arch(loaded)
-    return Checkpoint(path, "timm" if arch else "state_dict", strip_prefixes(state), arch, kwargs)
+    kind: Kind = "timm" if arch else "state_dict"
+    return Checkpoint(path, kind, strip_prefixes(state), arch, kwargs, notes=_averages_note(loaded))
 
 
 def _find_state(path: Path, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in WRAPPERS:
-        inner = loaded.get(key)
-        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+    for key in (*AVERAGES, *WRAPPERS):
+        if _holds_tensors(inner := loaded.get(key)):
             return _find_state(path, inner)
     state = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
     if not state:
         keys = ", ".join(repr(key) for key in list(loaded)[:5]) or "nothing"
         raise ModelError(f"{path}: no weights found; it holds {keys}")
     return state
+
+
+def _holds_tensors(inner: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values())
+
+
+def _averages_note(loaded: Mapping[str, Any]) -> tuple[str, ...]:
+    average, other = (
+        next((key for key in keys if _holds_tensors(loaded.get(key))), None)
+        for keys in (AVERAGES, WRAPPERS)
+    )
+    if average is None or other is None:
+        return ()
+    return (
+        f"the file holds two sets of weights; the moving average {average!r} is taken, as timm "
+        f"does, and {other!r} is not",
+    )
 
 
 def _find_arch(loaded: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -268,13 +288,14 @@ def _find_arch(loaded: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop prefixes such as `module.` that every key shares."""
+    """Drop prefixes such as `module.` that every key shares, but for a count of averaged models."""
     result = dict(state)
     for _ in range(4):
-        shared = next((p for p in PREFIXES if result and all(k.startswith(p) for k in result)), "")
+        names = [key for key in result if key != COUNTER]
+        shared = next((p for p in PREFIXES if names and all(k.startswith(p) for k in names)), "")
         if not shared:
             break
-        result = {key[len(shared) :]: value for key, value in result.items()}
+        result = {key[len(shared) :]: result[key] for key in names}
     return result
 
 

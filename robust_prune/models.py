@@ -120,6 +120,8 @@ def open_model(
                 f"normalisation assumed: timm's for {loaded.spec.arch}, mean {loaded.spec.mean}, "
                 f"std {loaded.spec.std}; the file does not say, --mean and --std do"
             ]
+    if found.notes:
+        record["assumed"] = [*record.get("assumed", ()), *found.notes]
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
     else:

@@ -76,6 +76,7 @@ def test_an_own_class_is_stored_by_widths_and_weights(tmp_path: Path) -> None:
 def state_dict_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> dict[str, Path]:
     """The same weights in every wrapping people use."""
     files = {}
+    averaged = {f"module.{k}": v for k, v in state.items()} | {"n_averaged": torch.tensor(2)}
     wrappings = {
         "plain": state,
         "state_dict": {"state_dict": state, "epoch": 3},
@@ -83,6 +84,8 @@ def state_dict_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> dict[str
         "module": OrderedDict((f"module.{k}", v) for k, v in state.items()),
         "lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()}},
         "compiled": {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        "averaged": averaged,
+        "averaged, parallel": {"model": {f"module.{k}": v for k, v in averaged.items()}},
     }
     for name, content in wrappings.items():
         files[name] = tmp_path / f"{name}.pth"
@@ -137,6 +140,24 @@ def test_a_hugging_face_folder_as_timm_writes_it(tmp_path: Path) -> None:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
     with torch.no_grad():
         assert torch.equal(model(images), net((images - mean) / std))
+
+
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
+def test_the_moving_average_is_taken_and_it_is_said(tmp_path: Path, average: str) -> None:
+    from robust_prune.models import open_model
+
+    last, mean = tiny_resnet(0), tiny_resnet(1)
+    wrapper = "state_dict" if average == "state_dict_ema" else "model"
+    path = tmp_path / "trained.pt"
+    torch.save({wrapper: last.net.state_dict(), average: mean.net.state_dict()}, path)
+    model, record = open_model(path, **ARCH)
+    assert same_outputs(model, mean)
+    assert f"the moving average '{average}' is taken" in record["assumed"][-1]
+    for content in ({average: mean.net.state_dict()}, {wrapper: last.net.state_dict()}):
+        torch.save(content | {"epoch": 3}, path)
+        model, record = open_model(path, **ARCH)
+        assert same_outputs(model, mean if average in content else last)
+        assert not any("average" in line for line in record["assumed"])
 
 
 def hugging_face_folder(folder: Path, **config: object) -> Path:
