@@ -139,22 +139,26 @@ def read_torchvision(name: str, root: Path, download: bool) -> Parts:
 
 
 def read_image_folder(path: Path) -> Parts:
-    """train/<class>/ and, for testing, test/<class>/ or else val/<class>/."""
+    """train/<class>/ and, for testing, the first of test, val, validation with labelled images."""
     folders = {d.name for d in path.iterdir() if d.is_dir()}
-    testing = next((name for name in ("test", "val", "validation") if name in folders), None)
-    if "train" not in folders or testing is None:
-        there = ", ".join(sorted(folders)[:5]) or "no folders"
+    there = [name for name in ("test", "val", "validation") if name in folders]
+    if "train" not in folders or not there:
+        found = ", ".join(sorted(folders)[:5]) or "no folders"
         raise DataError(
             f"{path}: an image folder needs train/<class>/ and test/<class>/ or val/<class>/; "
-            f"there is {there}"
+            f"there is {found}"
         )
     classes = sorted(d.name for d in (path / "train").iterdir() if d.is_dir())
-    other = sorted(d.name for d in (path / testing).iterdir() if d.is_dir())
     if not classes:
         raise DataError(f"{path / 'train'}: no class folders in it")
+    labelled = (name for name in there if _any_image(path / name, classes))
+    testing = next(labelled, there[0])
+    other = sorted(d.name for d in (path / testing).iterdir() if d.is_dir())
     if unknown := sorted(set(other) - set(classes)):
         raise DataError(f"{path / testing}: class {unknown[0]!r} is not in train/")
     notes: tuple[str, ...] = (f"test images come from {testing}/",)
+    for name in there[: there.index(testing)]:
+        notes += (f"{name}/ has no images in folders called as those of train/",)
     if missing := sorted(set(classes) - set(other)):
         warnings.warn(f"{path / testing}: no images of class {missing[0]!r}", stacklevel=2)
         notes += (f"{len(missing)} classes have no test images",)
@@ -164,6 +168,11 @@ def read_image_folder(path: Path) -> Parts:
         classes=len(classes),
         notes=notes,
     )
+
+
+def _any_image(folder: Path, names: Sequence[str]) -> bool:
+    files = (file for name in names for file in (folder / name).rglob("*"))
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
 
 
 def _list_files(

@@ -50,6 +50,20 @@ def test_an_image_folder(tmp_path: Path, testing: str) -> None:
     assert torch.equal((images.mean((1, 2, 3)) * 255 > 50).long(), labels)
 
 
+@pytest.mark.parametrize("unlabelled", ["test/7.png", "test/images/7.png", "test/cat/7.txt"])
+def test_a_test_folder_without_labels_leaves_the_testing_to_val(
+    tmp_path: Path, unlabelled: str
+) -> None:
+    folder = image_folder(tmp_path, "val")
+    (folder / unlabelled).parent.mkdir(parents=True)
+    if unlabelled.endswith(".png"):
+        paint(folder / unlabelled, 9)
+    splits = open_data(folder)
+    assert len(splits.test) == 6
+    assert splits.notes[0] == "test images come from val/"
+    assert "test/ has no images" in splits.notes[1]
+
+
 def test_training_and_validation_images_are_disjoint_and_the_carve_is_the_datas_own(
     tmp_path: Path,
 ) -> None:
