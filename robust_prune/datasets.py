@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,12 @@ def read_image_folder(path: Path) -> Parts:
             f"{path}: an image folder needs train/<class>/ and test/<class>/ or val/<class>/; "
             f"there is {found}"
         )
-    classes = sorted(d.name for d in (path / "train").iterdir() if d.is_dir())
+    classes = _class_names(path / "train")
     if not classes:
         raise DataError(f"{path / 'train'}: no class folders in it")
     labelled = (name for name in there if _any_image(path / name, classes))
     testing = next(labelled, there[0])
-    other = sorted(d.name for d in (path / testing).iterdir() if d.is_dir())
+    other = _class_names(path / testing)
     if unknown := sorted(set(other) - set(classes)):
         raise DataError(f"{path / testing}: class {unknown[0]!r} is not in train/")
     notes: tuple[str, ...] = (f"test images come from {testing}/",)
@@ -162,17 +162,38 @@ def read_image_folder(path: Path) -> Parts:
     if missing := sorted(set(classes) - set(other)):
         warnings.warn(f"{path / testing}: no images of class {missing[0]!r}", stacklevel=2)
         notes += (f"{len(missing)} classes have no test images",)
+    train = _list_files(path / "train", classes)
+    if empty := sorted(set(range(len(classes))) - {label for _, label in train}):
+        raise DataError(
+            f"{path / 'train' / classes[empty[0]]}: no images in this class folder; add some, or "
+            "delete it"
+        )
     return Parts(
-        _Files(_list_files(path / "train", classes)),
+        _Files(train),
         _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
         classes=len(classes),
         notes=notes,
     )
 
 
+def _class_names(folder: Path) -> list[str]:
+    names = (d.name for d in folder.iterdir() if d.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def _any_image(folder: Path, names: Sequence[str]) -> bool:
-    files = (file for name in names for file in (folder / name).rglob("*"))
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+    return any(_is_image(file) for name in names for file in _visible(folder / name))
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """What a class folder holds, but for hidden files and what lies in hidden folders."""
+    for file in folder.rglob("*"):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _list_files(
@@ -182,8 +203,8 @@ def _list_files(
     samples = [
         (file, labels[name])
         for name in names
-        for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        for file in sorted(_visible(folder / name))
+        if _is_image(file)
     ]
     if not samples:
         raise DataError(f"{folder}: no images in its class folders")

@@ -64,6 +64,18 @@ def test_a_test_folder_without_labels_leaves_the_testing_to_val(
     assert "test/ has no images" in splits.notes[1]
 
 
+def test_hidden_files_and_folders_are_neither_classes_nor_images(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "test" / ".ipynb_checkpoints").mkdir()
+    paint(folder / "test" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png", 0)
+    (folder / "test" / "dog" / "._0.png").write_bytes(b"not a picture")
+    splits = open_data(folder)
+    assert (splits.classes, len(splits.test)) == (2, 6)
+    images, labels = splits.test.take(6, seed=0)
+    assert torch.equal((images.mean((1, 2, 3)) * 255 > 50).long(), labels)
+
+
 def test_training_and_validation_images_are_disjoint_and_the_carve_is_the_datas_own(
     tmp_path: Path,
 ) -> None:
@@ -284,6 +296,10 @@ def test_grey_values_of_unknown_range_are_refused(tmp_path: Path, value: float) 
                 (p / "test" / "a").mkdir(parents=True),
             ),
             "no images",
+        ),
+        (
+            lambda p: (image_folder(p), (p / "train" / "bird").mkdir()),
+            "train/bird: no images in this class folder",
         ),
     ],
 )
