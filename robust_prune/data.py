@@ -39,6 +39,7 @@ from robust_prune.types import DATA_NAMES
 IN_MEMORY_BYTES = 2 << 30
 ITERABLE_BYTES = 4 << 30
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
+FEWEST_TO_SHARE = 20  # of fewer images none are kept back for validation
 
 
 class Split:
@@ -101,9 +102,9 @@ class Split:
 
     def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
-        batches = list(self.batches(256, seed=seed, limit=n))
-        if not batches:
+        if len(self) == 0:
             raise DataError("the split holds no images")
+        batches = list(self.batches(256, seed=seed, limit=n))
         return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
 
     def _from_memory(
@@ -239,7 +240,8 @@ def open_data(
         source = {"data": str(path.resolve())}
     native = native_size(parts)
     size = input_size or (channels or native[0], *native[1:])
-    kept = _carve(len(parts.train), split_seed)
+    few = len(parts.train) < FEWEST_TO_SHARE
+    kept = (None, None) if few else _carve(len(parts.train), split_seed)
     source["input_size"], source["split_seed"] = list(size), split_seed
 
     def split(dataset: Any, indices: Sequence[int] | None) -> Split:
@@ -260,7 +262,7 @@ def open_data(
     return DataSplits(
         name=name if name in DATA_NAMES else Path(name).resolve().name,
         train=split(parts.train, kept[0]),
-        validation=split(parts.train, kept[1]),
+        validation=None if few else split(parts.train, kept[1]),
         test=split(parts.test, None),
         classes=parts.classes,
         input_size=size,
@@ -281,8 +283,10 @@ def from_iterable(
         DataError: images outside [0, 1], or an iterable too large to hold.
     """
     whole = as_split(data)
+    if len(whole) == 0:
+        raise DataError("the data holds no images")
     images, _ = next(whole.batches(2))
-    if validation and len(whole) >= 20:
+    if validation and len(whole) >= FEWEST_TO_SHARE:
         first, second = _carve(len(whole), split_seed)
         train, held_out = _subset(whole, first), _subset(whole, second)
     else:
@@ -360,7 +364,7 @@ def open_for(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits |
 
 
 def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return float images [N, C, H, W] in [0, 1] and integer labels [N], or say what is wrong."""
+    """Return float32 images [N, C, H, W] in [0, 1] and int64 labels [N], or say what is wrong."""
     try:
         images, labels = batch[0], batch[1]
         shape = tuple(images.shape)
@@ -368,10 +372,13 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise DataError(f"a batch must be (images, labels), not a {type(batch).__name__}") from None
     if len(shape) != 4:
         raise DataError(f"images must be [N, C, H, W], not {list(shape)}")
+    if 0 in shape:
+        raise DataError(f"a batch holds no images: its shape is {list(shape)}")
     if images.dtype == torch.uint8:
         images = images.float() / 255
     if not images.is_floating_point():
         raise DataError(f"images must be float in [0, 1] or uint8, not {images.dtype}")
+    images = images.float()
     low, high = (float(v) for v in torch.aminmax(images))
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise DataError(

@@ -189,6 +189,7 @@ def test_shifts_move_images_by_whole_pixels_and_flips_mirror() -> None:
         ((torch.rand(4, 3, 8, 8), torch.zeros(3, dtype=torch.long)), "must be 4 integers"),
         (torch.rand(4, 3, 8, 8)[0, 0, 0, 0], "must be"),
         ({"images": 1}, "must be"),
+        ((torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.long)), "holds no images"),
     ],
 )
 def test_bad_batches_are_explained(batch: object, message: str) -> None:
@@ -215,6 +216,26 @@ def test_every_kind_of_user_data() -> None:
     assert len(as_split(DataLoader(Stream(), batch_size=10))) == 40
     with pytest.raises(DataError, match="only once"):
         as_split(iter([]))
+    with pytest.raises(DataError, match="holds no images"):
+        from_iterable(TensorDataset(images[:0], labels[:0]))
+    with pytest.raises(DataError, match="holds no images"):
+        as_split(TensorDataset(images[:0], labels[:0])).take(4, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_of_any_float_type_come_in_float32(dtype: torch.dtype) -> None:
+    images, labels = torch.rand(24, 3, 8, 8).to(dtype), torch.arange(24) % 4
+    for data in ((images, labels), [(images, labels)], TensorDataset(images, labels)):
+        found, _ = as_split(data).take(24, seed=0)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.sort(0)[0], images.float().sort(0)[0])
+
+
+def test_of_few_images_none_are_kept_back(tmp_path: Path) -> None:
+    few, enough = (open_data(image_folder(tmp_path / str(n), n=n)) for n in (1, 10))
+    assert (len(few.train), few.validation) == (2, None)
+    assert few.train.take(2, seed=0)[0].shape == (2, 3, 16, 20)
+    assert (len(enough.train), len(enough.validation)) == (18, 2)
 
 
 def test_own_test_images_count_whatever_the_data_is(tmp_path: Path) -> None:
