@@ -19,6 +19,7 @@ from robust_prune.costs import count_cost
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import (
+    check_float32,
     check_outputs,
     contiguous,
     device_of,
@@ -97,6 +98,7 @@ def evaluate(
     if attack not in ATTACKS:
         raise UsageError(f"attack {attack!r} is not known; use one of {', '.join(ATTACKS)}")
     threat = threat or ThreatModel.linf("8/255")
+    check_float32(model)
     model = contiguous(model)
     test = _test_images(model, data_, n, seed)
     check_outputs(model, test.images, test.labels, test.classes or None)

@@ -14,7 +14,7 @@ from robust_prune import allocation, data
 from robust_prune.curves import Curve, structural_curves
 from robust_prune.errors import UsageError
 from robust_prune.graph import MIN_WIDTH, ModelGraph
-from robust_prune.modules import network_of
+from robust_prune.modules import check_float32, network_of
 from robust_prune.mrs import AdversarialSet, Method, adversarial_set, sensitivities
 from robust_prune.scores import Score, channel_scores
 from robust_prune.types import Sensitivity, ThreatModel
@@ -102,6 +102,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         if method == "structural":
             raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
+        check_float32(model)
         images, labels = data.as_split(data_).take(n, seed)
         self.rule, self.score = rule, score
         self._model = model

@@ -84,6 +84,17 @@ def contiguous(model: nn.Module) -> nn.Module:
     return copied
 
 
+def check_float32(model: nn.Module) -> None:
+    """Raise ModelError where weights are of another floating-point type than images."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the model's weights are {kind} ({name}), images come in float32; give "
+                "model.float()"
+            )
+
+
 @torch.no_grad()
 def check_outputs(
     model: nn.Module, images: Tensor, labels: Tensor, classes: int | None = None

@@ -23,7 +23,7 @@ from robust_prune.finetune.config import EpochRecord, History, TrainingConfig
 from robust_prune.finetune.loop import train_
 from robust_prune.finetune.registry import Method
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import contiguous, seeded
+from robust_prune.modules import check_float32, contiguous, seeded
 from robust_prune.planning import calibration_images, image_size_of
 from robust_prune.record import plain_settings
 from robust_prune.runs import RunFolder, clear_drafts, fingerprint
@@ -97,8 +97,10 @@ def compress(
     Raises:
         BudgetError: the budget is out of reach; the message says what is possible.
         DataError: the data can't be read or does not fit the model.
+        ModelError: the model's weights are not float32.
         RunError: `resume`, and there is no run in `run_dir`, or one with other settings.
     """
+    check_float32(model)
     budget = plan.budget if plan is not None else Budget(target, prune_ratio)
     settings = Settings(
         budget=budget,
@@ -201,6 +203,7 @@ def sensitivity(
         input_size: (channels, height, width), where neither model nor data tell.
         on_module: called with each layer's name when its ascent is done.
     """
+    check_float32(model)
     model = contiguous(model)
     splits = open_for(model, source)
     size = image_size_of(model, splits, input_size)
@@ -279,6 +282,7 @@ def compress_file(
         Interrupted: the user stopped the run; the message says which file is there.
         RunError: `resume`, and the run there is another one.
     """
+    check_float32(model)
     paths = {
         "model": folder / f"{name}.safetensors",
         "report": folder / "report.json",

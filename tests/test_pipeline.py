@@ -23,7 +23,14 @@ from robust_prune import (
     sensitivity,
 )
 from robust_prune.costs import count_cost
-from robust_prune.errors import BudgetError, DataError, Interrupted, PlanError, UsageError
+from robust_prune.errors import (
+    BudgetError,
+    DataError,
+    Interrupted,
+    ModelError,
+    PlanError,
+    UsageError,
+)
 from robust_prune.graph import ModelGraph
 from robust_prune.pipeline import compress_file
 from robust_prune.settings import Events, Settings
@@ -209,6 +216,29 @@ def test_mistakes_are_explained(
 ) -> None:
     with pytest.raises(error, match=message):
         compress(tiny_resnet(), (torch.rand(24, 3, 32, 32), torch.arange(24) % 10), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_models_of_other_types_are_told_to_be_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, data = OwnNet().to(dtype), own_data()
+    kind = str(dtype).removeprefix("torch.")
+    for attempt in (
+        lambda: compress(model, data, run_dir=tmp_path / "run"),
+        lambda: compress_file(model, None, Settings(), tmp_path / "out", "m", Events()),
+        lambda: sensitivity(model, data),
+        lambda: robust_prune.evaluate(model, data),
+        lambda: robust_prune.MRSImportance(model, data),
+    ):
+        with pytest.raises(ModelError, match=rf"{kind} \(first.weight\).*model\.float\(\)"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_in_float64_are_pruned_with() -> None:
+    images, labels = own_data()
+    one = compress(randomize_(OwnNet()), (images.double(), labels), allocation="uniform")
+    two = compress(randomize_(OwnNet()), (images, labels), allocation="uniform")
+    assert one.plan.reached == two.plan.reached
 
 
 def test_a_pruned_model_that_is_not_the_masked_one_is_never_written(
