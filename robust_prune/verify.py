@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import PlanError
-from robust_prune.graph import RUN_ERRORS, TOLERANCES, difference, mask_
+from robust_prune.graph import mask_
 from robust_prune.modules import device_of, evaluating
+from robust_prune.probing import RUN_ERRORS, TOLERANCES, difference
 from robust_prune.types import PruningPlan
 
 

@@ -32,6 +32,7 @@ ORDER = [
     "costs",
     "wiring",
     "masking",
+    "probing",
     "graph",
     "verify",
     "calibration",
