@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -344,8 +345,16 @@ def _plain_loader(loader: DataLoader[Any]) -> bool:
     )
 
 
-def open_for(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits | None:
+def open_for(
+    model: nn.Module, source: Any, *, test: Any = None, input_size: Size | None = None
+) -> DataSplits | None:
     """Open a name or folder at the model's image size, or wrap the caller's own data.
+
+    Args:
+        model: what the data is for.
+        source: a name, a folder, splits, or images and labels in any form; None is no data.
+        test: images and labels to measure on, in place of those of `source`.
+        input_size: (channels, height, width) for a name or folder, where the model does not tell.
 
     Raises:
         UsageError: `test` without `source`.
@@ -357,8 +366,8 @@ def open_for(model: nn.Module, source: Any, *, test: Any = None) -> DataSplits |
     if isinstance(source, DataSplits):
         return source if test is None else replace(source, test=as_split(test))
     if isinstance(source, (str, os.PathLike)):
-        size = model.spec.input_size if isinstance(model, ImageModel) else None
-        splits = open_data(source, input_size=size, channels=image_channels(model))
+        known = model.spec.input_size if isinstance(model, ImageModel) else None
+        splits = open_data(source, input_size=known or input_size, channels=image_channels(model))
         return splits if test is None else replace(splits, test=as_split(test))
     return from_iterable(source, test=test)
 
@@ -372,6 +381,8 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise DataError(f"a batch must be (images, labels), not a {type(batch).__name__}") from None
     if len(shape) != 4:
         raise DataError(f"images must be [N, C, H, W], not {list(shape)}")
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
     if 0 in shape:
         raise DataError(f"a batch holds no images: its shape is {list(shape)}")
     if images.dtype == torch.uint8:

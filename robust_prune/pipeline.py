@@ -116,7 +116,7 @@ def compress(
         plan=plan,
         **more,
     )
-    splits = open_for(model, data, test=test)
+    splits = open_for(model, data, test=test, input_size=settings.input_size)
     folder = None if run_dir is None else RunFolder(run_dir)
     all_processes = processes()
     if folder is not None and all_processes.first:
@@ -205,7 +205,7 @@ def sensitivity(
     """
     check_float32(model)
     model = contiguous(model)
-    splits = open_for(model, source)
+    splits = open_for(model, source, input_size=input_size)
     size = image_size_of(model, splits, input_size)
     graph = ModelGraph(model, size, protect=protect)
     images, labels = calibration_images(model, splits, size, n, seed)

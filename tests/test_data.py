@@ -24,7 +24,7 @@ from robust_prune.data import (
 )
 from robust_prune.datasets import ImageTensors
 from robust_prune.errors import DataError, UsageError
-from tests.conftest import OwnNet
+from tests.conftest import OwnNet, tiny_resnet
 
 
 def paint(path: Path, value: int, size: tuple[int, int] = (20, 16)) -> None:
@@ -220,6 +220,22 @@ def test_every_kind_of_user_data() -> None:
         from_iterable(TensorDataset(images[:0], labels[:0]))
     with pytest.raises(DataError, match="holds no images"):
         as_split(TensorDataset(images[:0], labels[:0])).take(4, seed=0)
+
+
+def test_arrays_of_numpy_are_taken_too() -> None:
+    images = np.random.default_rng(0).random((4, 8, 8, 3)).transpose(0, 3, 1, 2)
+    split = as_split([(images, np.arange(4))])
+    found, labels = split.take(4, 0)
+    assert found.dtype == torch.float32
+    assert sorted(labels.tolist()) == [0, 1, 2, 3]
+
+
+def test_a_folder_is_opened_at_the_size_that_is_given(tmp_path: Path) -> None:
+    model, folder = OwnNet(), image_folder(tmp_path)
+    assert open_for(model, folder).input_size == (3, 16, 20)
+    assert open_for(model, folder, input_size=(3, 24, 24)).input_size == (3, 24, 24)
+    known = tiny_resnet()
+    assert open_for(known, folder, input_size=(3, 24, 24)).input_size == known.spec.input_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
