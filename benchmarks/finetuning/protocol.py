@@ -23,6 +23,7 @@ from robust_prune.modules import ImageModel, seeded
 
 RATIO = 0.75
 PEER = "tp-bn-scale"  # torch-pruning's best arm before fine-tuning
+EVEN = "uniform-l2"  # ours with equal shares, reconstructed
 METHODS, FINAL, REACH = "methods", "final", "reach"
 TEST_IMAGES = {METHODS: 2000, FINAL: 5000, REACH: 5000}
 BLOCK = 250  # images of one line of AutoAttack
@@ -246,7 +247,7 @@ def arms_of(stage: str, cells: Sequence[Tuned]) -> list[str]:
     if stage == METHODS:
         return [f"{BEST}/{name}" for name in (NO_TUNING, *RECIPES) if name != TEXTBOOK]
     if stage == REACH:
-        return [f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}", f"dense/{NO_TUNING}"]
+        return [*(f"{start}/{BASELINE}" for start in (BEST, PEER, EVEN)), f"dense/{NO_TUNING}"]
     best = chosen(cells)
     return list(
         dict.fromkeys(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
 from benchmarks.criteria.summary import accuracy, compare, on_common_seeds, p_value, spread
-from benchmarks.finetuning.protocol import FINAL, METHODS, PEER, REACH, Tuned, chosen
+from benchmarks.finetuning.protocol import EVEN, FINAL, METHODS, PEER, REACH, Tuned, chosen
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
 COLUMNS = (
@@ -81,7 +81,7 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
 def _reach(cells: Sequence[Tuned]) -> str:
     """Return how robust accuracy falls with the share removed, and where it is a point lower."""
     found: dict[tuple[str, float], list[Tuned]] = {}
-    names = (f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}")
+    names = tuple(f"{start}/{BASELINE}" for start in (BEST, PEER, EVEN))
     for cell in sorted(cells, key=lambda c: (c.ratio, c.arm)):
         if cell.stage in (FINAL, REACH) and (cell.arm in names or cell.arm.startswith("dense/")):
             found.setdefault((cell.arm, cell.ratio), []).append(cell)
