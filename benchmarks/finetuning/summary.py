@@ -121,11 +121,18 @@ def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:
     ours, theirs = on_common_seeds(ours, theirs)
     told = []
     for attack, name in (("clean", "clean"), ("pgd", "PGD-20"), ("autoattack", "AutoAttack")):
-        if not all(getattr(c, attack) for c in (*ours, *theirs)):
+        measured = ([c for c in runs if getattr(c, attack)] for runs in (ours, theirs))
+        mine, others = on_common_seeds(*measured)
+        if not mine:
             continue
-        gain = accuracy(ours, attack) - accuracy(theirs, attack)
-        told.append(f"{name} {gain:+.1f} points, {p_value(compare(ours, theirs, attack))}")
-    return f"{'; '.join(told)} (seeds {', '.join(str(c.seed) for c in ours)})"
+        gain = accuracy(mine, attack) - accuracy(others, attack)
+        some = f" (seeds {_seeds(mine)})" if len(mine) < len(ours) else ""
+        told.append(f"{name} {gain:+.1f} points, {p_value(compare(mine, others, attack))}{some}")
+    return f"{'; '.join(told)} (seeds {_seeds(ours)})"
+
+
+def _seeds(runs: Sequence[Tuned]) -> str:
+    return ", ".join(str(c.seed) for c in runs)
 
 
 def _head(title: str, more: Sequence[str]) -> list[str]:
