@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from robust_prune.runs import RunFolder, fingerprint
 from tests.conftest import tiny_resnet
 
 DIGITS = open_data("digits", input_size=(1, 16, 16))
+STATIONS = "sensitivity", "fine-tuning", "evaluation", "fine-tuning 2"
 SPLITS = replace(DIGITS, train=as_split(DIGITS.train.take(192, 0)))
 
 
@@ -73,8 +75,15 @@ def run(folder: Path, resume: bool) -> None:
     (folder / "end.json").write_text(json.dumps(end))
 
 
-def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Do something in a process of its own; kill it after some seconds. True if it came to end."""
+def in_a_fork(
+    work: Callable[[], None],
+    kill_after: float | None = None,
+    when: Callable[[], bool] = lambda: True,
+) -> bool:
+    """Do something in a process of its own; True if it came to its end.
+
+    It is killed some seconds after `when` has become true.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -84,6 +93,10 @@ def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool
             os._exit(1)
         os._exit(0)
     if kill_after is not None:
+        while not when():
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break  # it has ended before
+            time.sleep(0.002)
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -107,8 +120,16 @@ def progress(folder: Path) -> str:
     return f"pruning {step}" if f"planned-{step}.json" in parts else f"sensitivity {step}"
 
 
+def _has_come_to(station: str, folder: Path) -> bool:
+    return progress(folder).startswith(station)
+
+
 def main() -> None:
-    """Run once without a break, then kill and go on, the kills spread over the whole run."""
+    """Run once without a break, then kill and go on, the kills spread over the whole run.
+
+    A busy machine makes later runs slower than the first, so that every third kill waits for a
+    station to begin instead of a moment.
+    """
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     with seeded(0):
@@ -121,7 +142,13 @@ def main() -> None:
     for i in range(kills):
         folder = root / f"killed-{i}"
         moment = (i + generator.random()) / kills * seconds
-        in_a_fork(lambda folder=folder: run(folder, False), moment)  # type: ignore[misc]
+        begin = partial(run, folder, False)
+        if i % 3 == 2:
+            station = STATIONS[i // 3 % len(STATIONS)]
+            wait = 0.02 * generator.random() * seconds
+            in_a_fork(begin, wait, partial(_has_come_to, station, folder))
+        else:
+            in_a_fork(begin, moment)
         at = progress(folder)
         if at == "end":  # complete, but killed before its end was written here
             RunFolder(folder).clear()
