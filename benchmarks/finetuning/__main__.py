@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import CPU
-from benchmarks.criteria.protocol import Bench
+from benchmarks.criteria.protocol import ARMS, Bench
 from benchmarks.finetuning import protocol, summary
 from benchmarks.finetuning.recipes import RECIPES
 from robust_prune.builders import versions
@@ -79,11 +79,13 @@ def _run(options: argparse.Namespace, out: Path) -> None:
     }
     path.write_text(json.dumps(settings, indent=1) + "\n")
     bench = Bench(network.name, model, splits, CPU.threat, CPU.calibration_images, CPU.batch_size)
-    known = protocol.arms_of(options.stage, protocol.read(out))
-    arms = options.arms or known
-    unknown = [arm for arm in arms if arm not in known]
+    arms = options.arms or protocol.arms_of(options.stage, protocol.read(out))
+    unknown = [arm for arm in arms if not protocol.is_arm(arm)]
     if unknown:
-        raise SystemExit(f"no arm is named {unknown[0]!r}; there are {', '.join(known)}")
+        raise SystemExit(
+            f"no arm is named {unknown[0]!r}; it must be PRUNING/RECIPE, with one of "
+            f"{', '.join(ARMS)} and one of {', '.join((protocol.NO_TUNING, *RECIPES))}"
+        )
     blocks = options.blocks if options.stage == protocol.FINAL else 0
     ratios = options.ratios if options.stage == protocol.REACH else [protocol.RATIO]
     for ratio in ratios:
@@ -111,7 +113,9 @@ def _options() -> argparse.Namespace:
         help="shares of the multiply-adds removed in stage reach",
     )
     parser.add_argument(
-        "--arms", type=lambda text: text.split(","), help="default all, in order of importance"
+        "--arms",
+        type=lambda text: text.split(","),
+        help="PRUNING/RECIPE; default all of the stage, in order of importance",
     )
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
     parser.add_argument("--blocks", type=int, default=2, help="of 250 images under AutoAttack")

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.criteria.dense import digest
 from benchmarks.criteria.networks import Network
-from benchmarks.criteria.protocol import BEST, Bench, Cell, percent, verdicts
+from benchmarks.criteria.protocol import ARMS, BEST, Bench, Cell, percent, verdicts
 from benchmarks.finetuning.recipes import BASELINE, RECIPES, TEXTBOOK, Recipe
 from robust_prune import data, evaluation, models
 from robust_prune.costs import count_cost
@@ -84,14 +84,14 @@ class Workshop:
 
     def tuned(self, arm: str, name: str, seed: int) -> tuple[ImageModel, dict[str, Any]]:
         """Return the tuned model, and how it was tuned."""
-        timed = name in RECIPES and not RECIPES[name].epochs
+        as_long_as = RECIPES[name].as_long_as if name in RECIPES else ""
 
         def make() -> tuple[ImageModel, dict[str, Any]]:
             model, _ = self.pruned(arm, seed)
             if name == NO_TUNING:
                 return model, {"epochs": [], "best_epoch": 0, "seconds": 0.0, "cpu_seconds": 0.0}
             recipe = RECIPES[name]
-            epochs = recipe.epochs or self._epochs_in_our_time(model, recipe, seed)
+            epochs = self._epochs_in_our_time(model, recipe, seed) if as_long_as else recipe.epochs
             watch = Stopwatch()
             history = self._train_(model, recipe, epochs, seed)
             return model, {
@@ -102,7 +102,7 @@ class Workshop:
                 "cpu_seconds": watch.cpu_seconds,
             }
 
-        label = f"{name}-as-{BASELINE}" if timed else name
+        label = f"{name}-as-{as_long_as}" if as_long_as else name
         return self._kept(f"{arm}-{label}-{seed}", make)
 
     def _kept(
@@ -141,7 +141,7 @@ class Workshop:
     def _epochs_in_our_time(self, model: ImageModel, recipe: Recipe, seed: int) -> int:
         """Return how many epochs take as long as our planning and tuning, rounded up."""
         ours: float = self.pruned(BEST, seed)[1]["cpu_seconds"]
-        ours += self.tuned(BEST, BASELINE, seed)[1]["cpu_seconds"]
+        ours += self.tuned(BEST, recipe.as_long_as, seed)[1]["cpu_seconds"]
         clock = [time.process_time()]
         images = min(TIMED_BATCHES * self.bench.batch_size, len(self.bench.splits.train))
         self._train_(
@@ -245,7 +245,8 @@ def chosen(cells: Sequence[Tuned]) -> str:
 def arms_of(stage: str, cells: Sequence[Tuned]) -> list[str]:
     """Return the arms of a stage, the most important first."""
     if stage == METHODS:
-        return [f"{BEST}/{name}" for name in (NO_TUNING, *RECIPES) if name != TEXTBOOK]
+        timed = [name for name, recipe in RECIPES.items() if recipe.as_long_as]
+        return [f"{BEST}/{name}" for name in (NO_TUNING, *RECIPES) if name not in timed]
     if stage == REACH:
         return [*(f"{start}/{BASELINE}" for start in (BEST, PEER, EVEN)), f"dense/{NO_TUNING}"]
     best = chosen(cells)
@@ -255,12 +256,24 @@ def arms_of(stage: str, cells: Sequence[Tuned]) -> list[str]:
                 f"{BEST}/{BASELINE}",
                 f"{BEST}/{best}",
                 f"{PEER}/{BASELINE}",
-                f"{PEER}/{TEXTBOOK}",
+                f"{PEER}/{textbook_of(best)}",
                 f"dense/{BASELINE}",
                 f"{PEER}/{best}",
             )
         )
     )
+
+
+def textbook_of(recipe: str) -> str:
+    """Return the textbook loop that may take as long as our whole run with a recipe."""
+    timed = (name for name, other in RECIPES.items() if other.as_long_as == recipe)
+    return next(timed, TEXTBOOK)
+
+
+def is_arm(name: str) -> bool:
+    """Whether a name is that of a way of pruning and of a recipe, with a slash."""
+    start, _, recipe = name.partition("/")
+    return start in ARMS and recipe in (NO_TUNING, *RECIPES)
 
 
 def run(

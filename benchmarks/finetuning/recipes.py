@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.config import TrainingConfig
+from robust_prune.finetune.config import Schedule, TrainingConfig
 from robust_prune.finetune.rslad import rslad, soft_labels
 from robust_prune.modules import evaluating
 from robust_prune.types import ThreatModel
@@ -21,8 +21,8 @@ Method = str | Callable[..., Tensor]
 class Recipe:
     """One way of fine-tuning, on all training images.
 
-    `epochs` 0 means as many as take the seconds of our whole run with `BASELINE`, planning
-    included.
+    With `as_long_as`, the name of another recipe, `epochs` does not count: it is as many as take
+    the seconds of our whole run with that one, planning included.
     """
 
     method: Method
@@ -30,8 +30,10 @@ class Recipe:
     lr: float = 0.02
     ema: float = 0.0
     steps: int = 2
+    schedule: Schedule = "one-cycle"
     amp: bool = True
     fold_batchnorm: bool = True
+    as_long_as: str = ""
 
     def config(
         self, threat: ThreatModel, batch_size: int, epochs: int, seed: int
@@ -44,6 +46,7 @@ class Recipe:
             attack_steps=self.steps,
             lr=self.lr,
             ema=self.ema,
+            schedule=self.schedule,
             amp=self.amp,
             fold_batchnorm=self.fold_batchnorm,
             batch_size=batch_size,
@@ -83,6 +86,7 @@ def same_function(
 
 
 BASELINE, TEXTBOOK = "pgd-at", "textbook"
+AVERAGED = "pgd-at-averaged"  # what `compress` does by default
 RECIPES = {
     BASELINE: Recipe("pgd-at"),
     "rslad": Recipe("rslad"),
@@ -98,5 +102,10 @@ RECIPES = {
     "half-labels": Recipe(half_labels),
     "rslad-ce-attack": Recipe(rslad_cross_entropy),
     "same-function": Recipe(same_function),
-    TEXTBOOK: Recipe("pgd-at", epochs=0, amp=False, fold_batchnorm=False),
+    TEXTBOOK: Recipe("pgd-at", amp=False, fold_batchnorm=False, as_long_as=BASELINE),
+    "pgd-at-lr0.1": Recipe("pgd-at", lr=0.1),
+    AVERAGED: Recipe("pgd-at", lr=0.1, schedule="constant", ema=0.999),
+    "textbook-lr0.1": Recipe(
+        "pgd-at", lr=0.1, amp=False, fold_batchnorm=False, as_long_as=AVERAGED
+    ),
 }

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
 from benchmarks.criteria.summary import accuracy, compare, on_common_seeds, p_value, spread
-from benchmarks.finetuning.protocol import EVEN, FINAL, METHODS, PEER, REACH, Tuned, chosen
+from benchmarks.finetuning.protocol import (
+    FINAL,
+    METHODS,
+    PEER,
+    REACH,
+    Tuned,
+    chosen,
+    textbook_of,
+)
 from benchmarks.finetuning.recipes import BASELINE, TEXTBOOK
 
 COLUMNS = (
@@ -64,7 +72,7 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
         lines.append(_row(arm, runs, [spread(runs, "autoattack"), *ps]))
     pairs = (
         (ours, f"{PEER}/{best}"),
-        (ours, f"{PEER}/{TEXTBOOK}"),
+        (ours, f"{PEER}/{textbook_of(ours.split('/')[1])}"),
         (f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}"),
         (f"{BEST}/{BASELINE}", f"{PEER}/{TEXTBOOK}"),
         (ours, f"dense/{BASELINE}"),
@@ -81,7 +89,14 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
 def _reach(cells: Sequence[Tuned]) -> str:
     """Return how robust accuracy falls with the share removed, and where it is a point lower."""
     found: dict[tuple[str, float], list[Tuned]] = {}
-    names = tuple(f"{start}/{BASELINE}" for start in (BEST, PEER, EVEN))
+    names = sorted(
+        {
+            c.arm
+            for c in cells
+            if (c.stage == REACH or (c.stage == FINAL and c.arm.endswith(f"/{BASELINE}")))
+            and not c.arm.startswith("dense/")
+        }
+    )
     for cell in sorted(cells, key=lambda c: (c.ratio, c.arm)):
         if cell.stage in (FINAL, REACH) and (cell.arm in names or cell.arm.startswith("dense/")):
             found.setdefault((cell.arm, cell.ratio), []).append(cell)

@@ -30,9 +30,9 @@ class TrainingConfig:
         lr: peak learning rate.
         momentum: of SGD, with Nesterov's correction.
         weight_decay: of weights with two dimensions or more; biases and norms have none.
-        schedule: `one-cycle` and `cosine` fall to zero as a cosine, `one-cycle` after a linear
-            rise; `constant` stays.
-        warmup: share of all steps that `one-cycle` rises for, in [0, 1).
+        schedule: `one-cycle` rises and falls to zero as a cosine, `cosine` only falls, `constant`
+            rises and stays, which suits `ema`.
+        warmup: share of all steps that the linear rise takes, in [0, 1).
         clip_grad: largest norm of the gradient; None for no limit.
         ema: decay of the weights' running average, which is then what is validated and kept; 0 for
             none.
@@ -124,11 +124,11 @@ class TrainingConfig:
 
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate of a step, counted from 0, of `steps` in all."""
-        if self.schedule == "constant":
-            return self.lr
-        warmup = self.warmup if self.schedule == "one-cycle" else 0.0
+        warmup = 0.0 if self.schedule == "cosine" else self.warmup
         done = step / max(steps, 1)
         rising = ((step + 1) / max(steps, 1)) / warmup if warmup > 0 else 1.0
+        if self.schedule == "constant":
+            return self.lr * min(rising, 1.0)
         falling = 0.5 * (1 + math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
         return self.lr * min(rising, 1.0) * falling
 
