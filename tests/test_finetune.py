@@ -308,7 +308,8 @@ def test_schedules_and_eps() -> None:
     assert cycle[2:] == sorted(cycle[2:], reverse=True)
     cosine = [config(schedule="cosine").lr_at(step, 8) for step in (0, 4, 8)]
     assert cosine == pytest.approx([1.0, 0.5, 0.0])
-    assert config(schedule="constant").lr_at(7, 8) == 1.0
+    constant = [config(schedule="constant", warmup=0.25).lr_at(step, 8) for step in range(8)]
+    assert constant == [0.5] + [1.0] * 7
     eps = [config(eps_warmup=3, clean_epochs=1).threat_at(epoch).eps for epoch in range(2, 7)]
     assert eps == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert config().threat_at(1).eps == 0.1

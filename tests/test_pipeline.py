@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -352,3 +353,27 @@ def test_the_report_holds_what_a_claim_needs(tmp_path: Path) -> None:
     path = save(result.model, tmp_path / "m.safetensors", record)
     _, again = robust_prune.models.open_model(path)
     assert again["plan"] == record["plan"]
+
+
+def test_the_command_and_python_fine_tune_alike() -> None:
+    from robust_prune.cli import compress as command
+    from robust_prune.cli import options
+
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(command.compress).parameters.items()
+    }
+    told = {name: defaults[name] for name in options.TRAINING_OPTIONS}
+    plain = Settings(finetune="pgd-at", epochs=1)
+    asked = Settings(
+        finetune="pgd-at",
+        epochs=1,
+        lr=defaults["lr"],
+        attack_steps=defaults["attack_steps"],
+        batch_size=defaults["batch_size"],
+        training_options=told,
+    )
+    assert asked.training() == plain.training()
+    assert (plain.training().schedule, plain.training().ema) == ("constant", 0.999)
+    other = Settings(finetune="pgd-at", epochs=1, training_options={"schedule": "cosine"})
+    assert (other.training().schedule, other.training().ema) == ("cosine", 0.999)

@@ -131,14 +131,14 @@ def compress(
             help=f"Of fine-tuning; default {DEFAULT_EPOCHS}.", min=0, rich_help_panel=TRAINING
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 0.02,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 0.1,
     batch_size: Annotated[
         int, typer.Option(help="Images at a time.", min=2, rich_help_panel=TRAINING)
     ] = 128,
     attack_steps: o.AttackSteps = 7,
     optimizer: o.Optimizer = "sgd",
-    schedule: o.Schedule = "one-cycle",
-    ema: o.EMA = 0.0,
+    schedule: o.Schedule = "constant",
+    ema: o.EMA = 0.999,
     clip_grad: o.ClipGrad = None,
     label_smoothing: o.LabelSmoothing = 0.0,
     eps_warmup: o.EpsWarmup = 0,
