@@ -25,6 +25,7 @@ from robust_prune.imports import importable_folder
 
 SCHEMA = "robust-prune/model/1"
 METADATA_KEY = "robust_prune"
+STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
 AVERAGES = ("state_dict_ema", "model_ema")
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "state_dict.", "network.")
@@ -180,12 +181,20 @@ def _read_huggingface(folder: Path) -> Checkpoint:
         state = _from_object(weights, _load_torch(weights, trust_pickle=False), False).state
     else:
         state = _read_safetensors(weights).state
-    kwargs = dict(config.get("model_args") or {})
-    if config.get("num_classes") is not None:
-        kwargs.setdefault("num_classes", int(config["num_classes"]))
-    return Checkpoint(
-        folder, "huggingface", state, arch, kwargs, dict(config.get("pretrained_cfg") or {})
-    )
+    kwargs, pretrained = ({**_mapping(config, name, config_path)} for name in STORED)
+    classes = config.get("num_classes")
+    if classes is not None:
+        if not isinstance(classes, int):
+            raise ModelError(f"{config_path}: 'num_classes' must be a number, not {classes!r}")
+        kwargs.setdefault("num_classes", classes)
+    return Checkpoint(folder, "huggingface", state, arch, kwargs, pretrained)
+
+
+def _mapping(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+    found = config.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{path}: {name!r} must map names to values, not be {found!r}")
+    return found
 
 
 def _load_torch(path: Path, trust_pickle: bool) -> Any:

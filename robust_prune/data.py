@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from robust_prune.datasets import (
 from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import ImageModel, image_channels, plain_layout
 from robust_prune.types import DATA_NAMES
+
+T = TypeVar("T")
 
 IN_MEMORY_BYTES = 2 << 30
 ITERABLE_BYTES = 4 << 30
@@ -152,12 +154,20 @@ class Split:
             collate_fn=self._collate,
             generator=torch.Generator().manual_seed(seed),
         )
-        for batch, chunk in zip(loader, places[start:], strict=True):
+        for batch, chunk in zip(_of_workers(loader), places[start:], strict=True):
             images, labels = check_batch(batch)
             if augmentation is not None:
                 own = mixed(seed, int(chunk[0]))
                 images = augment(images, own, augmentation, flip=self.flip, whole=False)
             yield images, labels
+
+
+def _of_workers(loader: Iterable[T]) -> Iterator[T]:
+    """Give a loader's batches; what a worker could not read is said as without workers."""
+    try:
+        yield from loader
+    except DataError as error:  # torch puts the worker's whole traceback into the text
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,22 @@ def hugging_face_folder(folder: Path, **config: object) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model_args": "width=2"}, "'model_args' must map names to values, not be 'width=2'"),
+        ({"pretrained_cfg": [1]}, "'pretrained_cfg' must map"),
+        ({"num_classes": "ten"}, "'num_classes' must be a number, not 'ten'"),
+    ],
+)
+def test_a_configuration_of_other_kinds_is_refused(
+    tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    folder = hugging_face_folder(tmp_path / "folder", **wrong)
+    with pytest.raises(ModelError, match=f"config.json: {message}"):
+        load(folder)
+
+
 @pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained", "pretrained_cfg_overlay"])
 def test_a_files_arguments_open_nothing_else(tmp_path: Path, argument: str) -> None:
     state = tiny_resnet().net.state_dict()

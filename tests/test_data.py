@@ -268,8 +268,13 @@ def test_own_test_images_count_whatever_the_data_is(tmp_path: Path) -> None:
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     folder = image_folder(tmp_path)
     (folder / "test" / "cat" / "0.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"0\.png: can't be decoded"):
-        open_data(folder).test.take(6, seed=0)
+    test = open_data(folder).test
+    with pytest.raises(DataError, match=r"0\.png: can't be decoded") as alone:
+        test.take(6, seed=0)
+    worker = Split(test.dataset, workers=1)
+    with pytest.raises(DataError) as told:
+        worker.take(6, seed=0)
+    assert str(told.value) == str(alone.value)
 
 
 GREYS = np.linspace(0, 1, 320).reshape(16, 20)
