@@ -16,11 +16,11 @@ from robust_prune import builders
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.config import EpochRecord, Progress, TrainingConfig
+from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.loop import train_
 from robust_prune.finetune.registry import METHODS
-from robust_prune.finetune.validation import collapse
+from robust_prune.finetune.validation import collapse, no_less_robust
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 from tests.conftest import TINY, tiny_resnet
@@ -110,6 +110,63 @@ def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
     assert robust[history.best_epoch] == max(robust) > robust[-1]
     kept = states[history.best_epoch]
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_noise_is_no_reason_to_give_up_epochs() -> None:
+    peak = torch.arange(100) < 50
+    worse = peak & (torch.arange(100) >= 2)  # right on 2 fewer, and on none that the peak is not
+    assert not no_less_robust(worse, peak)  # 2 > sqrt(2)
+    other = torch.roll(peak, 10)  # right on as many, 10 of them others
+    assert no_less_robust(other, peak)
+    assert no_less_robust(other & (torch.arange(100) >= 15), peak)  # 5 fewer: 5 = sqrt(15 + 10)
+    assert not no_less_robust(other & (torch.arange(100) >= 16), peak)  # 6 > sqrt(16 + 10)
+    assert no_less_robust(peak, worse)
+
+
+def scripted(
+    digits: DataSplits, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
+) -> tuple[History, float]:
+    """Run epochs whose verdicts are given; return what was told, and the step that was kept."""
+    told = iter(right)
+
+    def validate(model: nn.Module, images: torch.Tensor, *_: object, **__: object):
+        verdicts = torch.zeros(len(images), dtype=torch.bool)
+        verdicts[next(told)] = True
+        robust = verdicts.float().mean().item()
+        return EpochRecord(0, math.nan, clean=0.5, robust=robust, seconds=0.0), verdicts
+
+    def method(m: nn.Module, images: torch.Tensor, labels: torch.Tensor, attack: Attack):
+        return m.net.fc.bias[0]  # type: ignore[union-attr,index,return-value]
+
+    monkeypatch.setattr("robust_prune.finetune.loop.validate", validate)
+    model = small_digits_model(digits)
+    start = model.net.fc.bias[0].item()
+    n = len(digits.train)
+    config = TrainingConfig(
+        method, epochs=len(right) - 1, threat=ThreatModel.linf(0.06), batch_size=n, lr=1.0,
+        momentum=0.0, schedule="constant", warmup=0.0, validation_images=40, weight_decay=0.0,
+    )  # fmt: skip
+    history = train_(model, digits.train, digits.validation, config)
+    return history, start - model.net.fc.bias[0].item()  # 1 an epoch
+
+
+@pytest.mark.parametrize(
+    ("right", "kept"),
+    [
+        ([[0], [0, 1, 2], [0, 1, 3], [0, 1, 4]], 3),  # equal ones: the last
+        ([[0], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5, 6], [0, 1, 4, 7, 8]], 3),  # one fewer of nine
+        ([[0], [0, 1, 2, 3], [0, 1]], 1),  # two fewer, and none won
+        ([[0], [0, 1, 2, 3], [0, 1], [0, 1, 2, 5]], 3),  # fell, and came back
+        ([[0, 1, 2], [0, 1, 3], [3, 4]], 0),  # the model as it came is left for better ones alone
+        ([[0, 1], [0, 1, 2], [0, 1, 2], []], 2),
+    ],
+)
+def test_the_last_epoch_that_is_not_less_robust_is_kept(
+    digits: DataSplits, monkeypatch: pytest.MonkeyPatch, right: list[list[int]], kept: int
+) -> None:
+    history, step = scripted(digits, monkeypatch, right)
+    assert history.best_epoch == kept
+    assert step == pytest.approx(kept, abs=1e-5)
 
 
 def test_a_run_repeats_for_a_seed_and_leaves_the_global_generator_alone(

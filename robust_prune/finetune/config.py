@@ -41,7 +41,7 @@ class TrainingConfig:
         eps_warmup: epochs, after the clean ones, over which eps rises linearly to the threat's.
         attack_batchnorm: what batch norms use in training attacks: `eval` running statistics,
             `train` those of the batch.
-        validation_images: how many to select the best epoch by.
+        validation_images: how many to select the epoch that is kept by.
         augment: random crops and flips.
         cutout: side of a square, in pixels, that is set to zero at a random place; 0 for none.
         randaugment: torchvision's RandAugment on every image.

@@ -1,4 +1,4 @@
-"""The training loop: from any batch to the end, and the best epoch by validation."""
+"""The training loop: from any batch to the end, and which epoch is kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ from robust_prune.finetune.preparing import (
     uses_bfloat16,
 )
 from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve
-from robust_prune.finetune.validation import VALIDATION_STEPS, collapse, validate
+from robust_prune.finetune.validation import (
+    VALIDATION_STEPS,
+    collapse,
+    no_less_robust,
+    validate,
+)
 from robust_prune.modules import (
     check_outputs,
     device_of,
@@ -68,10 +73,12 @@ def train_(
     on_progress: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> History:
-    """Train in place; the model ends with the epoch that was most robust on validation images.
+    """Train in place; the model ends with the last epoch that is not less robust than one before.
 
-    Epoch 0, the model as it came, is a candidate too. Ctrl-C ends the run between two batches with
-    the best epoch so far, and `interrupted` says so; a second one ends it at once.
+    Validation images tell, and differences within their noise do not count (`no_less_robust`), but
+    the model as it came is only left for one that is more robust than it. Ctrl-C ends the run
+    between two batches with the best epoch so far, and `interrupted` says so; a second one ends it
+    at once.
 
     Args:
         model: takes images in [0, 1]; ends in eval mode.
@@ -170,7 +177,8 @@ class _Run:
         self.records: list[EpochRecord] = []
         self.notes: list[str] = []
         self.best: dict[str, Tensor] | None = None
-        self.best_epoch = 0
+        self.best_epoch, self.peak_epoch = 0, 0  # what is kept, and the most robust one
+        self.peak = torch.zeros(count, dtype=torch.bool)  # its verdicts
         self.switched, self.stopped = 0, False  # the epoch it was switched after
         self._busy, self._trained = 0.0, 0  # seconds and images, for the rate
         self._since = time.perf_counter()
@@ -205,7 +213,7 @@ class _Run:
                 ) from None
         else:
             self.processes.share_(self.model)
-            self._close(self._validated(0, math.nan))
+            self._close(*self._validated(0, math.nan))
 
     @property
     def finished(self) -> bool:
@@ -284,12 +292,12 @@ class _Run:
 
     def close_epoch(self) -> None:
         """Validate, keep the best, and decide how the run goes on."""
-        self._close(self._validated(self.epoch, self.loss_sum / max(self.seen, 1)))
+        self._close(*self._validated(self.epoch, self.loss_sum / max(self.seen, 1)))
 
-    def _validated(self, epoch: int, loss: float) -> EpochRecord:
+    def _validated(self, epoch: int, loss: float) -> tuple[EpochRecord, Tensor]:
         average = self.average.in_place_of(self.model) if self.average else contextlib.nullcontext()
         with average:
-            record = validate(
+            record, verdicts = validate(
                 self.model,
                 self.images,
                 self.labels,
@@ -298,7 +306,7 @@ class _Run:
                 single_step=self.single_step,
             )
         since, self._since = self._since, time.perf_counter()
-        return replace(
+        record = replace(
             record,
             epoch=epoch,
             loss=loss,
@@ -306,18 +314,21 @@ class _Run:
             seconds=self._since - since,
             images_per_second=self._rate,
         )
+        return record, verdicts
 
     @property
     def _rate(self) -> float:
         """Images a second, validation not counted."""
         return self._trained / max(self._busy, 1e-9)
 
-    def _close(self, record: EpochRecord) -> None:
-        self.records.append(record)
-        best = max(self.records, key=lambda r: (r.robust, r.clean, -r.epoch))
-        if best is record:
+    def _close(self, record: EpochRecord, verdicts: Tensor) -> None:
+        better = not self.records or record.robust > self.records[self.peak_epoch].robust
+        if better or (self.peak_epoch > 0 and no_less_robust(verdicts, self.peak)):
             kept = self.average.state if self.average else self.model.state_dict()
             self.best, self.best_epoch = cloned(kept), record.epoch
+        if better:
+            self.peak, self.peak_epoch = verdicts, record.epoch
+        self.records.append(record)
         self._watch(record)
         if record.epoch:
             self.epoch, self.batch, self.loss_sum, self.seen = record.epoch + 1, 0, 0.0, 0
@@ -332,7 +343,7 @@ class _Run:
         if told is not None:
             self._treat(told, last=record.epoch == config.epochs)
         full = config.clean_epochs + config.eps_warmup  # before, eps still rises
-        waited = record.epoch - max(self.best_epoch, full, self.switched)
+        waited = record.epoch - max(self.peak_epoch, full, self.switched)
         if config.patience is not None and waited >= config.patience and not self.stopped:
             self.stopped = True
             self.notes.append(
@@ -390,6 +401,8 @@ class _Run:
         "seen",
         "notes",
         "best_epoch",
+        "peak_epoch",
+        "peak",
         "switched",
         "stopped",
     )

@@ -1,4 +1,4 @@
-"""What selects the best epoch: clean and robust accuracy on validation images."""
+"""What selects the epoch that is kept: clean and robust accuracy on validation images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def validate(
     processes: Processes,
     *,
     single_step: bool,
-) -> EpochRecord:
-    """Return clean, PGD-10 and, where asked, FGSM accuracy; epoch, loss and rate are not filled.
+) -> tuple[EpochRecord, Tensor]:
+    """Return clean, PGD-10 and, where asked, FGSM accuracy, and PGD-10's verdicts.
+
+    Epoch, loss and rate are not filled. Verdicts are [N] booleans on the CPU, of all images in
+    every process.
 
     Args:
         model: put into eval mode.
@@ -37,10 +40,9 @@ def validate(
     """
     start = time.perf_counter()
     model.eval()
-    images, labels = (
-        images[processes.rank :: processes.size],
-        labels[processes.rank :: processes.size],
-    )
+    share = slice(processes.rank, None, processes.size)
+    verdicts = torch.zeros(len(labels))
+    images, labels = images[share], labels[share]
     seed = config.seed + processes.rank
     right = [predict(model, images) == labels]
     right.append(
@@ -53,9 +55,10 @@ def validate(
                 model, images, labels, threat=config.threat, steps=1, step_size=eps, seed=seed
             )
         )
+    verdicts[share] = right[1].float()
     counts = torch.tensor([len(labels), *(int(r.sum()) for r in right)], dtype=torch.float64)
     n, clean, robust, *rest = processes.total(counts).tolist()
-    return EpochRecord(
+    record = EpochRecord(
         epoch=0,
         loss=math.nan,
         clean=clean / n,
@@ -63,6 +66,24 @@ def validate(
         seconds=time.perf_counter() - start,
         single_step=rest[0] / n if rest else math.nan,
     )
+    return record, processes.total(verdicts).cpu() > 0
+
+
+def no_less_robust(verdicts: Tensor, peak: Tensor) -> bool:
+    """Whether an epoch is as robust as an earlier one, as far as these images can tell.
+
+    It is unless the earlier one is right on more of them by more than a standard error of the
+    paired difference, sqrt(b + c), where b and c images are those that only one of them is right
+    on. Choosing by the greatest accuracy instead would choose by noise among epochs like these.
+    Source of the one-standard-error rule: Breiman et al., "Classification and regression trees",
+    1984, Sec. 3.4.3; of the standard error: McNemar, Psychometrika 12, 1947.
+
+    Args:
+        verdicts: [N] booleans, whether the model is right under attack.
+        peak: the same of the most robust epoch before.
+    """
+    lost, won = int((peak & ~verdicts).sum()), int((verdicts & ~peak).sum())
+    return lost - won <= math.sqrt(lost + won)
 
 
 def collapse(records: Sequence[EpochRecord], config: TrainingConfig) -> str | None:
