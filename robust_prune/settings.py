@@ -38,11 +38,12 @@ class Settings:
     `steps` prunes and fine-tunes so often, with sensitivity measured anew each time; `epochs` are
     those of all steps together. `training_options` are further fields of `TrainingConfig`.
 
-    Fine-tuning goes at a constant rate and keeps the running average of the weights: what is left
-    of a pruned model has to learn much in few epochs, and a rate that falls ends that too early.
-    Sources: Le and Hua, "Network pruning that matters", ICLR 2021, arXiv 2105.03193, for high
-    rates after pruning; Gowal et al., arXiv 2010.03593, for averages in adversarial
-    training. Both together here are ours.
+    Fine-tuning goes at a high, constant rate and keeps the running average of the weights. Pruned
+    models need high rates to learn what they lost (Le and Hua, "Network pruning that matters", ICLR
+    2021, arXiv 2105.03193); robust overfitting sets in where rates fall (Rice et al., "Overfitting
+    in adversarially robust deep learning", ICML 2020, arXiv 2002.11569); the average does what a
+    falling rate is for (Gowal et al., arXiv 2010.03593, use it throughout). That they belong
+    together after pruning is ours (`python -m benchmarks.finetuning`).
     """
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))

@@ -227,7 +227,7 @@ class Compression:
         return {"done": True, "images": len(images), "dtype": name, "error": error}
 
     def fine_tune(self, step: int) -> None:
-        """Train what is left; the best epoch by validation robustness stays."""
+        """Train what is left; validation robustness decides which epoch stays."""
         settings = self.settings
         assert self.splits is not None
         assert self.splits.validation is not None

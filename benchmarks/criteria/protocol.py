@@ -157,7 +157,7 @@ class Bench:
         return self._peer_images[seed]
 
     def tune_(self, model: ImageModel, tuning: Tuning, seed: int) -> None:
-        """Fine-tune by PGD-AT; the best epoch by validation stays, as in `compress`."""
+        """Fine-tune by PGD-AT; the epoch that validation chooses stays, as in `compress`."""
         train, validation = self.splits.train, self.splits.validation
         assert validation is not None
         if tuning.images:

@@ -89,7 +89,7 @@ def train(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Train a network adversarially; the epoch most robust on validation images is kept.
+    """Train a network adversarially; the last epoch is kept that is not less robust than others.
 
     The run's state is kept beside the file, in NAME.run/, until it is complete: --resume NAME.run
     goes on.
