@@ -73,8 +73,10 @@ def _final(cells: Sequence[Tuned], best: str) -> str:
     pairs = (
         (ours, f"{PEER}/{best}"),
         (ours, f"{PEER}/{textbook_of(ours.split('/')[1])}"),
+        (ours, f"{PEER}/{TEXTBOOK}"),
         (f"{BEST}/{BASELINE}", f"{PEER}/{BASELINE}"),
         (f"{BEST}/{BASELINE}", f"{PEER}/{TEXTBOOK}"),
+        (ours, f"dense/{best}"),
         (ours, f"dense/{BASELINE}"),
         (ours, f"{BEST}/{BASELINE}"),
     )
