@@ -42,8 +42,8 @@ class Settings:
     models need high rates to learn what they lost (Le and Hua, "Network pruning that matters", ICLR
     2021, arXiv 2105.03193); robust overfitting sets in where rates fall (Rice et al., "Overfitting
     in adversarially robust deep learning", ICML 2020, arXiv 2002.11569); the average does what a
-    falling rate is for (Gowal et al., arXiv 2010.03593, use it throughout). That they belong
-    together after pruning is ours (`python -m benchmarks.finetuning`).
+    falling rate is for (averages in adversarial training: Gowal et al., arXiv 2010.03593). That
+    they belong together after pruning is ours (`python -m benchmarks.finetuning`).
     """
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
