@@ -22,15 +22,13 @@ from torch import Tensor
 
 from benchmarks.criteria.networks import Network, narrow_resnet
 from benchmarks.finetuning.protocol import measured
-from robust_prune.builders import versions
+from robust_prune.adversaries import pgd_correct
 from robust_prune.data import DataSplits, open_data
-from robust_prune.evaluation import pgd_correct
-from robust_prune.finetune.attack import Attack, BatchNormMode
-from robust_prune.finetune.config import EpochRecord, TrainingConfig
-from robust_prune.finetune.loop import train_
+from robust_prune.finetune import Attack, BatchNormMode, EpochRecord, TrainingConfig, train_
+from robust_prune.models import library_versions
 from robust_prune.modules import ImageModel
-from robust_prune.proportions import Proportion
-from robust_prune.record import hardware
+from robust_prune.pipeline import hardware
+from robust_prune.statistics import Proportion
 from robust_prune.types import ThreatModel
 
 THREAT = ThreatModel.linf("8/255")
@@ -215,7 +213,7 @@ def _write_settings(out: Path) -> None:
         "network": "ResNet with one block a stage, 16 to 128 channels",
         "threat": str(THREAT),
         "training": {**asdict(SCRATCH.config(0)), "threat": str(THREAT)},
-        "versions": versions(),
+        "versions": library_versions(),
         "hardware": hardware(torch.device("cpu")),
     }
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")

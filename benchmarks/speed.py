@@ -21,12 +21,12 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from robust_prune.allocation import allocate, make_plan, weights
-from robust_prune.builders import versions
+from robust_prune.adversaries import AdversarialSet
+from robust_prune.allocation import allocate, group_weights, make_plan
+from robust_prune.criteria import ascent, channel_scores, first_order
 from robust_prune.graph import ModelGraph
-from robust_prune.mrs import AdversarialSet, ascent, first_order
-from robust_prune.record import hardware
-from robust_prune.scores import channel_scores
+from robust_prune.models import library_versions
+from robust_prune.pipeline import hardware
 from robust_prune.types import Budget, ThreatModel
 
 SIZES = {
@@ -71,7 +71,10 @@ def graph_plan_prune(arch: str, size: int, **kwargs: Any) -> dict[str, float]:
     built = time.perf_counter()
     budget = Budget("macs", 0.5)
     widths = allocate(
-        graph.groups, graph.cost, budget, weights("uniform", {g.name: 1.0 for g in graph.groups})
+        graph.groups,
+        graph.cost,
+        budget,
+        group_weights("uniform", {g.name: 1.0 for g in graph.groups}),
     )
     scores = channel_scores(model, graph, score="l2")
     plan = make_plan(
@@ -128,7 +131,7 @@ def main() -> None:
     torch.manual_seed(0)
     record: dict[str, Any] = {
         "settings": {"threads": 1, "seed": 0, "budget": "half of the multiply-adds"},
-        "versions": versions(),
+        "versions": library_versions(),
         "hardware": hardware(torch.device("cpu")),
     }
     record["help_seconds"] = help_seconds()

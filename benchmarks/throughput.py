@@ -28,18 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune import builders
-from robust_prune.builders import versions
 from robust_prune.data import open_data
-from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.config import TrainingConfig
-from robust_prune.finetune.folding import Folded
-from robust_prune.finetune.preparing import attacks_in_bfloat16
-from robust_prune.finetune.registry import METHODS
-from robust_prune.finetune.trades import BETA
-from robust_prune.models import load
+from robust_prune.finetune import BETA, METHODS, Attack, Folded, TrainingConfig, attacks_in_bfloat16
+from robust_prune.models import build_model, library_versions, load, resolve_spec
 from robust_prune.modules import ImageModel
-from robust_prune.record import hardware
+from robust_prune.pipeline import hardware
 from robust_prune.types import ThreatModel
 
 BATCH = 128
@@ -84,7 +77,7 @@ def build(weights: Path | None, kwargs: dict[str, Any] = NETWORK) -> ImageModel:
         )
         assert isinstance(model, ImageModel)
         return model
-    return builders.create(builders.resolve("resnet18", kwargs, cifar_stem=True, **NORMALISATION))
+    return build_model(resolve_spec("resnet18", kwargs, cifar_stem=True, **NORMALISATION))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -290,7 +283,7 @@ def main() -> None:
             "weights": asked.weights.name if asked.weights else "random",
             "images": Path(asked.data).name if asked.data else "noise",
         },
-        "versions": {**versions(), "torchattacks": attacks.__version__},
+        "versions": {**library_versions(), "torchattacks": attacks.__version__},
         "hardware": hardware(torch.device("cpu")),
     }
     tell(json.dumps(record))

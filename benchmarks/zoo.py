@@ -70,18 +70,17 @@ def ours(arch: str) -> dict[str, Any]:
     import torch
 
     import robust_prune as rp
-    from robust_prune import builders
-    from robust_prune.allocation import allocate, make_plan, weights
-    from robust_prune.graph import ModelGraph
-    from robust_prune.scores import channel_scores
+    from robust_prune.allocation import allocate, group_weights, make_plan
+    from robust_prune.criteria import channel_scores
+    from robust_prune.graph import ModelGraph, masking_error
+    from robust_prune.models import build_model, default_input_size, resolve_spec
     from robust_prune.types import Budget
-    from robust_prune.verify import masking_error
 
     torch.manual_seed(0)
-    spec = builders.resolve(arch)
-    model = builders.create(spec).eval()
+    spec = resolve_spec(arch)
+    model = build_model(spec).eval()
     enliven_(model.net)
-    size = builders.default_input_size(spec)
+    size = default_input_size(spec)
     row: dict[str, Any] = {"input": "x".join(map(str, size))}
     start = time.perf_counter()
     with torch.no_grad():
@@ -91,7 +90,7 @@ def ours(arch: str) -> dict[str, Any]:
     graph = ModelGraph(model, size)
     row["graph_s"] = time.perf_counter() - start
     budget = Budget("macs", RATIO)
-    uniform = weights("uniform", {g.name: 1.0 for g in graph.groups})
+    uniform = group_weights("uniform", {g.name: 1.0 for g in graph.groups})
     widths = allocate(graph.groups, graph.cost, budget, uniform)
     scores = channel_scores(model, graph, score="l2")
     plan = make_plan(
@@ -165,16 +164,16 @@ def plain(arch: str) -> dict[str, Any]:
     import torch
     import torch_pruning as tp
 
-    from robust_prune import builders
+    from robust_prune.models import build_model, default_input_size, resolve_spec
 
-    spec = builders.resolve(arch)
-    size = builders.default_input_size(spec)
+    spec = resolve_spec(arch)
+    size = default_input_size(spec)
     images = torch.rand(1, *size)
     low, high, row = 0.0, 0.9, {}
     for _ in range(6):
         ratio = (low + high) / 2
         torch.manual_seed(0)
-        net = builders.create(spec).net.eval()
+        net = build_model(spec).net.eval()
         heads = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
         dense, _ = tp.utils.count_ops_and_params(net, images)
         pruner = tp.pruner.BasePruner(
@@ -261,10 +260,10 @@ def settings() -> list[str]:
 
     import torch
 
-    from robust_prune.builders import versions
-    from robust_prune.record import hardware
+    from robust_prune.models import library_versions
+    from robust_prune.pipeline import hardware
 
-    found = {**versions(), "torch-pruning": version("torch-pruning")}
+    found = {**library_versions(), "torch-pruning": version("torch-pruning")}
     return [
         "Smallest network of each family by parameters, timm's own input size, random weights, one "
         "thread each. Ours: uniform allocation, L2, 50 % of the multiply-adds within one point, "

@@ -10,20 +10,18 @@ from robust_prune.errors import RobustPruneError
 if TYPE_CHECKING:
     from robust_prune.evaluation import evaluate
     from robust_prune.exporting import export
-    from robust_prune.graph import prune_
+    from robust_prune.graph import adapter, prune_
     from robust_prune.importance import MRSImportance
     from robust_prune.models import load, save
-    from robust_prune.pipeline import compress, sensitivity
-    from robust_prune.settings import CompressResult
-    from robust_prune.tracing.adapters import adapter
+    from robust_prune.pipeline import CompressResult, compress, sensitivity
     from robust_prune.types import Budget, PruningPlan, ThreatModel
 
 # imported on first use, so that `robust-prune --help` does not wait for torch
 _HOMES = {
-    "adapter": "tracing.adapters",
+    "adapter": "graph",
     "export": "exporting",
     "Budget": "types",
-    "CompressResult": "settings",
+    "CompressResult": "pipeline",
     "MRSImportance": "importance",
     "PruningPlan": "types",
     "ThreatModel": "types",

@@ -12,22 +12,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robust_prune import data
-from robust_prune.adversaries.autoattack import autoattack
-from robust_prune.adversaries.pgd import survivors
-from robust_prune.costs import count_cost
+from robust_prune.adversaries import autoattack, pgd_correct
+from robust_prune.data import DataSplits, Split, as_split, open_for
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, UsageError
+from robust_prune.graph import count_cost
 from robust_prune.modules import (
     check_float32,
     check_outputs,
     contiguous,
     device_of,
     evaluating,
+    predict,
     requires_grad,
     seeded,
 )
-from robust_prune.proportions import Proportion
+from robust_prune.statistics import Proportion
 from robust_prune.types import Evaluation, Measurement, ThreatModel
 
 Attack = Literal["none", "pgd", "autoattack"]
@@ -52,7 +52,7 @@ class TestImages:
     classes: int = 0
 
 
-def draw(split: data.Split, n: int, seed: int, *, name: str = "test") -> TestImages:
+def draw(split: Split, n: int, seed: int, *, name: str = "test") -> TestImages:
     """Draw `n` images without replacement; fewer where the split is smaller."""
     if n < 1:
         raise UsageError(f"the number of images to evaluate on must be at least 1, not {n}")
@@ -184,15 +184,6 @@ def latency_ms(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return the classes [N] predicted in eval mode, on the CPU."""
-    device = device_of(model)
-    parts = torch.split(images, batch_size)
-    with evaluating(model):
-        return torch.cat([model(part.to(device)).argmax(1).cpu() for part in parts])
-
-
 def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: float) -> float:
     """Estimate the seconds AutoAttack takes, from one forward and backward pass.
 
@@ -215,13 +206,13 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
 def _test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
     if isinstance(data_, TestImages):
         return data_
-    if isinstance(data_, (str, os.PathLike, data.DataSplits)):
-        splits = data.open_for(model, data_)
+    if isinstance(data_, (str, os.PathLike, DataSplits)):
+        splits = open_for(model, data_)
         if splits is None or splits.test is None:
             raise DataError(f"{data_}: no test split")
         test = draw(splits.test, n, seed)
         return replace(test, classes=splits.classes or test.classes)
-    return draw(data.as_split(data_), n, seed, name="the caller's")
+    return draw(as_split(data_), n, seed, name="the caller's")
 
 
 def _clean(model: nn.Module, test: TestImages, batch_size: int) -> Measurement:
@@ -250,42 +241,6 @@ def _pgd(
         "counts": "any iterate",
     }
     return _measurement("pgd", correct, start, details)
-
-
-def pgd_correct(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    threat: ThreatModel,
-    steps: int,
-    seed: int,
-    step_size: float | None = None,
-    batch_size: int = 256,
-) -> Tensor:
-    """Return [N] booleans: right on the clean image and on every iterate of PGD.
-
-    `step_size` is eps / 4 if None.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
-    with evaluating(model), requires_grad(model, False), torch.no_grad():
-        return torch.cat(
-            [
-                survivors(
-                    model,
-                    clean.to(device),
-                    target.to(device),
-                    threat=threat,
-                    steps=steps,
-                    step_size=step_size or threat.eps / 4,
-                    generator=generator,
-                ).cpu()
-                for clean, target in zip(
-                    torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-                )
-            ]
-        )
 
 
 def _autoattack(

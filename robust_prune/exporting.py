@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError, UsageError
-from robust_prune.probing import difference
+from robust_prune.modules import difference
 
 Format = Literal["onnx", "torch-export"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}

@@ -10,14 +10,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from robust_prune import allocation, data
-from robust_prune.curves import Curve, structural_curves
+from robust_prune.adversaries import AdversarialSet, adversarial_set
+from robust_prune.allocation import MAX_PRUNE_RATIO, group_weights
+from robust_prune.criteria import Estimator, Score, channel_scores, sensitivities, structural_curves
+from robust_prune.data import as_split
 from robust_prune.errors import UsageError
 from robust_prune.graph import MIN_WIDTH, ModelGraph
 from robust_prune.modules import check_float32, network_of
-from robust_prune.mrs import AdversarialSet, Method, adversarial_set, sensitivities
-from robust_prune.scores import Score, channel_scores
-from robust_prune.types import Sensitivity, ThreatModel
+from robust_prune.types import Curve, Sensitivity, ThreatModel
 
 ALWAYS_KEPT = 1e3
 MOST_BY_CURVE = 0.8  # single curves do not add up: none is trusted to the end
@@ -79,7 +79,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         threat: ThreatModel | None = None,
         rule: str = "curve",
         score: Score = "l2",
-        method: Method = "first-order",
+        method: Estimator = "first-order",
         n: int = 512,
         steps: int = 10,
         seed: int = 0,
@@ -103,7 +103,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         if method == "structural":
             raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
         check_float32(model)
-        images, labels = data.as_split(data_).take(n, seed)
+        images, labels = as_split(data_).take(n, seed)
         self.rule, self.score = rule, score
         self._model = model
         self._adversarial: AdversarialSet = adversarial_set(
@@ -129,7 +129,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             self.curves = structural_curves(model, graph, scores, self._adversarial)
             self._prices = _prices(graph, self.curves)
         else:
-            self.willingness = allocation.weights(rule, self.sensitivity.of_groups())
+            self.willingness = group_weights(rule, self.sensitivity.of_groups())
         self._order = {group.name: i for i, group in enumerate(graph.groups)}
 
     def __repr__(self) -> str:
@@ -181,7 +181,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             values, most = self._prices[name](n, (ranks + offset) / n), MOST_BY_CURVE
         else:
             values = (ranks + offset) / n / self.willingness[name]
-            most = allocation.MAX_PRUNE_RATIO
+            most = MAX_PRUNE_RATIO
         # a group that lies wholly under the threshold would be skipped, so its best stay above
         least = min(n, max(MIN_WIDTH, math.ceil((1 - most) * n)))
         values[ranks >= n - least] += ALWAYS_KEPT

@@ -184,7 +184,7 @@ def to_html(record: Mapping[str, Any]) -> str:
 
 def save_mrs_plot(sensitivity: Mapping[str, Any], path: Path) -> None:
     """Draw MRS by layer into a PNG, SVG or PDF file, by its suffix."""
-    from robust_prune.checkpoint import atomic
+    from robust_prune.files import atomic
 
     rows = mrs_rows(sensitivity)
     figure = _figure(_tall(len(rows)))

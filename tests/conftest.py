@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from robust_prune import builders
 from robust_prune.data import DataSplits, open_data
+from robust_prune.models import build_model, resolve_spec
 from robust_prune.modules import ImageModel
 from robust_prune.types import ModelSpec, ThreatModel
 
@@ -47,9 +47,9 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
 def tiny_resnet(seed: int = 0, **kwargs: object) -> ImageModel:
     """A four-stage ResNet of some 40,000 parameters on 3x32x32 images."""
     torch.manual_seed(seed)
-    spec = builders.resolve("resnet18", {"num_classes": 10, **TINY, **kwargs}, cifar_stem=True)
+    spec = resolve_spec("resnet18", {"num_classes": 10, **TINY, **kwargs}, cifar_stem=True)
     spec = ModelSpec(**{**spec.__dict__, "input_size": (3, 32, 32)})
-    model = builders.create(spec)
+    model = build_model(spec)
     randomize_(model, seed)
     return model.eval()
 

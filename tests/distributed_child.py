@@ -12,9 +12,8 @@ from torch import nn
 from robust_prune import ThreatModel, compress
 from robust_prune.data import as_split, open_data
 from robust_prune.distributed import leave, processes
-from robust_prune.finetune.config import TrainingConfig
-from robust_prune.finetune.loop import train_
-from robust_prune.runs import fingerprint
+from robust_prune.finetune import TrainingConfig, train_
+from robust_prune.pipeline import fingerprint
 from tests.conftest import tiny_resnet
 
 

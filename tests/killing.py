@@ -27,7 +27,7 @@ import torch
 from robust_prune import ThreatModel, compress, load, save
 from robust_prune.data import as_split, open_data
 from robust_prune.modules import seeded
-from robust_prune.runs import RunFolder, fingerprint
+from robust_prune.pipeline import RunFolder, fingerprint
 from tests.conftest import tiny_resnet
 
 DIGITS = open_data("digits", input_size=(1, 16, 16))

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from robust_prune import evaluate
-from robust_prune.calibration import recalibrate_batchnorm_
+from robust_prune.adversaries import pgd_correct
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import DataError, ModelError, UsageError
-from robust_prune.evaluation import draw, pgd_correct
-from robust_prune.proportions import Proportion
+from robust_prune.evaluation import draw
+from robust_prune.repair import recalibrate_batchnorm_
+from robust_prune.statistics import Proportion
 from robust_prune.types import Measurement, ThreatModel, to_plain
 from tests.conftest import OwnNet, tiny_resnet
 from tests.oracles import linear_classifier, near_middle

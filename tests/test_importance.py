@@ -11,9 +11,9 @@ import torch_pruning as tp
 
 import robust_prune.importance
 from robust_prune import MRSImportance, ThreatModel
-from robust_prune.curves import Curve
 from robust_prune.errors import UsageError
 from robust_prune.graph import ModelGraph
+from robust_prune.types import Curve
 from tests.conftest import TINY, tiny_resnet
 
 WIDE = {**TINY, "channels": [32, 48, 64, 96], "stem_width": 16}

@@ -24,9 +24,9 @@ import torch
 from benchmarks.criteria import estimators, protocol, summary
 from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import LEVELS, Level
-from robust_prune.builders import versions
 from robust_prune.data import open_data
-from robust_prune.record import hardware
+from robust_prune.models import library_versions
+from robust_prune.pipeline import hardware
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
         "threat": str(level.threat),
         "calibration_images": level.calibration_images,
         "stages": [asdict(stage) for stage in level.stages],
-        "versions": versions(),
+        "versions": library_versions(),
         "hardware": hardware(torch.device(options.device)),
         "dense": {},
     }

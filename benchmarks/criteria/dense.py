@@ -15,8 +15,7 @@ from torch import nn
 from benchmarks.criteria.networks import Network
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
-from robust_prune.finetune.config import EpochRecord, TrainingConfig
-from robust_prune.finetune.loop import train_
+from robust_prune.finetune import EpochRecord, TrainingConfig, train_
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 from benchmarks.criteria.protocol import Bench
-from robust_prune import mrs, pipeline, search
-from robust_prune.allocation import make_plan
-from robust_prune.calibration import recalibrate_batchnorm_
-from robust_prune.curves import structural_curves
-from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.pgd_at import pgd_at
+from robust_prune import pipeline
+from robust_prune.adversaries import adversarial_set
+from robust_prune.allocation import best_composed, make_plan
+from robust_prune.criteria import Estimator, channel_scores, sensitivities, structural_curves
+from robust_prune.finetune import Attack, pgd_at
 from robust_prune.graph import ModelGraph
-from robust_prune.scores import channel_scores
-from robust_prune.settings import Settings
+from robust_prune.pipeline import Settings
+from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.types import Budget, PruningPlan
 
 EPOCHS = 10
@@ -38,13 +37,13 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
     assert splits.validation is not None
     graph = ModelGraph(model, splits.input_size)
     images, labels = splits.validation.take(min(n, len(splits.validation)), 0)
-    adversarial = mrs.adversarial_set(model, images, labels, threat=bench.threat, batch_size=64)
+    adversarial = adversarial_set(model, images, labels, threat=bench.threat, batch_size=64)
     scores = channel_scores(model, graph, score="l2")
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    methods: tuple[mrs.Method, ...] = ("first-order", "ascent")
+    methods: tuple[Estimator, ...] = ("first-order", "ascent")
     for method in methods:
-        sensitivity = mrs.sensitivities(
+        sensitivity = sensitivities(
             model,
             adversarial,
             method=method,
@@ -80,7 +79,7 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
         batches = splits.train.batches(64, seed=0, limit=BATCHNORM_IMAGES)
         recalibrate_batchnorm_(pruned, batches)
 
-    _, losses = search.best_composed(
+    _, losses = best_composed(
         graph, plans, images, labels, threat=bench.threat, seed=0, repair_=repair_
     )
     found["measured"] = {g.name: loss for g, loss in zip(graph.groups, losses, strict=True)}

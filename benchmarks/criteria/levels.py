@@ -42,9 +42,9 @@ class Level:
 
 def _timm(name: str, *, small_stem: bool) -> Callable[[int], nn.Module]:
     def build(classes: int) -> nn.Module:
-        from robust_prune.builders import create, resolve
+        from robust_prune.models import build_model, resolve_spec
 
-        return create(resolve(name, {"num_classes": classes}, cifar_stem=small_stem)).net
+        return build_model(resolve_spec(name, {"num_classes": classes}, cifar_stem=small_stem)).net
 
     assert timm.is_model(name)
     return build

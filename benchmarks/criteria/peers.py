@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from robust_prune.costs import count_cost
+from robust_prune.adversaries import AdversarialSet
 from robust_prune.errors import ModelError
+from robust_prune.graph import count_cost
 from robust_prune.modules import ImageModel, device_of, make_contiguous_, requires_grad
-from robust_prune.mrs import AdversarialSet
 
 HESSIAN_IMAGES = 64  # one backward pass for each
 TOLERANCE, FARTHEST = 0.002, 0.02

@@ -13,17 +13,16 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.criteria import peers
-from robust_prune import data, evaluation, pipeline
-from robust_prune.calibration import recalibrate_batchnorm_
-from robust_prune.costs import count_cost
-from robust_prune.data import DataSplits, Split
+from robust_prune import evaluation, pipeline
+from robust_prune.adversaries import AdversarialSet, adversarial_set
+from robust_prune.criteria import calibration_images
+from robust_prune.data import DataSplits, Split, as_split
 from robust_prune.errors import RobustPruneError
-from robust_prune.finetune.config import TrainingConfig
-from robust_prune.finetune.loop import train_
+from robust_prune.finetune import TrainingConfig, train_
+from robust_prune.graph import count_cost
 from robust_prune.modules import ImageModel, seeded
-from robust_prune.mrs import AdversarialSet, adversarial_set
-from robust_prune.planning import calibration_images
-from robust_prune.settings import Settings
+from robust_prune.pipeline import Settings
+from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.types import Budget, ThreatModel
 
 BATCHNORM_IMAGES = 2048
@@ -161,7 +160,7 @@ class Bench:
         train, validation = self.splits.train, self.splits.validation
         assert validation is not None
         if tuning.images:
-            train = data.as_split([train.take(tuning.images, seed)])
+            train = as_split([train.take(tuning.images, seed)])
         config = TrainingConfig(
             method="pgd-at",
             epochs=tuning.epochs,

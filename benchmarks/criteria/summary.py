@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.criteria.protocol import ARMS, BEST, WITHOUT_FIT, Cell, percent
-from robust_prune.proportions import PairedTest, Proportion
+from robust_prune.statistics import PairedTest, Proportion
 
 # Student's t, two-sided, by number of seeds
 T_95 = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26), 2))

@@ -29,9 +29,9 @@ from benchmarks.criteria.levels import CPU
 from benchmarks.criteria.protocol import ARMS, Bench
 from benchmarks.finetuning import protocol, summary
 from benchmarks.finetuning.recipes import RECIPES
-from robust_prune.builders import versions
 from robust_prune.data import open_data
-from robust_prune.record import hardware
+from robust_prune.models import library_versions
+from robust_prune.pipeline import hardware
 
 NETWORK = "resnet10"
 
@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace, out: Path) -> None:
         "test_images": protocol.TEST_IMAGES,
         "calibration_images": CPU.calibration_images,
         "batch_size": CPU.batch_size,
-        "versions": versions(),
+        "versions": library_versions(),
         "hardware": hardware(torch.device("cpu")),
         "dense": {network.name: trained},
     }

@@ -15,10 +15,11 @@ from benchmarks.criteria.dense import digest
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import ARMS, BEST, Bench, Cell, percent, verdicts
 from benchmarks.finetuning.recipes import BASELINE, RECIPES, TEXTBOOK, Recipe
-from robust_prune import data, evaluation, models
-from robust_prune.costs import count_cost
-from robust_prune.finetune.config import EpochRecord, History, TrainingConfig
-from robust_prune.finetune.loop import train_
+from robust_prune import evaluation
+from robust_prune.data import as_split
+from robust_prune.finetune import EpochRecord, History, TrainingConfig, train_
+from robust_prune.graph import count_cost
+from robust_prune.models import open_model, save
 from robust_prune.modules import ImageModel, seeded
 
 RATIO = 0.75
@@ -113,10 +114,10 @@ class Workshop:
         path = self.folder / f"{self.network.name}-{self.digest}-{name}.safetensors"
         if not path.exists():
             model, told = make()
-            models.save(model, path, {"told": told})
+            save(model, path, {"told": told})
         spec = self.bench.model.spec
         empty = self.network.create(spec.num_classes, self.bench.splits.input_size)
-        loaded, record = models.open_model(path, model=empty)
+        loaded, record = open_model(path, model=empty)
         assert isinstance(loaded, ImageModel)
         return loaded, record["told"]
 
@@ -134,7 +135,7 @@ class Workshop:
         train, validation = bench.splits.train, bench.splits.validation
         assert validation is not None
         if images:
-            train = data.as_split([train.take(images, seed)])
+            train = as_split([train.take(images, seed)])
         config: TrainingConfig = recipe.config(bench.threat, bench.batch_size, epochs, seed)
         return train_(model, train, validation, config, teacher=bench.model, on_epoch=on_epoch)
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.config import Schedule, TrainingConfig
-from robust_prune.finetune.rslad import rslad, soft_labels
+from robust_prune.finetune import Attack, Schedule, TrainingConfig, rslad, soft_labels
 from robust_prune.modules import evaluating
 from robust_prune.types import ThreatModel
 

@@ -1,1 +1,26 @@
-"""Attacks as pure functions: a model and images in [0, 1] go in, images come out."""
+"""Attacks, and fixed sets of adversarial images."""
+
+from robust_prune.adversaries.adversarial_images import (
+    AdversarialSet,
+    adversarial_loss,
+    adversarial_set,
+)
+from robust_prune.adversaries.autoattack import autoattack
+from robust_prune.adversaries.losses import Loss, kl_from
+from robust_prune.adversaries.pgd import pgd, pgd_correct, survivors
+from robust_prune.adversaries.projections import project, random_start, steepest
+
+__all__ = [
+    "pgd_correct",
+    "AdversarialSet",
+    "Loss",
+    "adversarial_loss",
+    "adversarial_set",
+    "autoattack",
+    "kl_from",
+    "pgd",
+    "project",
+    "random_start",
+    "steepest",
+    "survivors",
+]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import Loss, cross_entropy
 from robust_prune.adversaries.projections import project, random_start, steepest
+from robust_prune.modules import device_of, evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
 
@@ -101,3 +102,39 @@ def survivors(
     if len(left):
         right[left] = model(images[left] + delta).argmax(1) == labels[left]
     return right
+
+
+def pgd_correct(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    seed: int,
+    step_size: float | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Return [N] booleans: right on the clean image and on every iterate of PGD.
+
+    `step_size` is eps / 4 if None.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    with evaluating(model), requires_grad(model, False), torch.no_grad():
+        return torch.cat(
+            [
+                survivors(
+                    model,
+                    clean.to(device),
+                    target.to(device),
+                    threat=threat,
+                    steps=steps,
+                    step_size=step_size or threat.eps / 4,
+                    generator=generator,
+                ).cpu()
+                for clean, target in zip(
+                    torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+                )
+            ]
+        )

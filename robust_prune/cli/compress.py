@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
-    from robust_prune.settings import Settings
+    from robust_prune.pipeline import Settings
 
 PRUNING, TRAINING, OUTPUT = "Pruning", o.TRAINING, "Output"
 DEFAULT_METHOD, DEFAULT_EPOCHS = "pgd-at", 3
@@ -210,8 +210,7 @@ def compress(
 
 def _recorded(ctx: typer.Context, folder: Path) -> dict[str, Any]:
     """Return the arguments of the run in a result's folder."""
-    from robust_prune.pipeline import RUN
-    from robust_prune.runs import RunFolder
+    from robust_prune.pipeline import RUN, RunFolder
 
     run = RunFolder(folder / RUN)
     arguments = run.config().get("arguments")
@@ -237,8 +236,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
     if a.ratio is None and replayed is None:
         raise UsageError("say how much to remove: --ratio 0.5 removes half of the multiply-adds")
 
-    from robust_prune import pipeline
-    from robust_prune.settings import Events
+    from robust_prune.pipeline import Events, compress_file
 
     processes = o.all_processes(a.device)
     if resume is None and processes.size > 1:
@@ -268,7 +266,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
             epoch=on_epoch,
             evaluating=lambda line: output.line(f"  {line}"),
         )
-        result, paths = pipeline.compress_file(
+        result, paths = compress_file(
             module,
             splits,
             settings,
@@ -290,7 +288,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
 def _settings(
     a: SimpleNamespace, record: dict[str, Any], splits: DataSplits | None, replayed: Any
 ) -> Settings:
-    from robust_prune.settings import Settings
+    from robust_prune.pipeline import Settings
     from robust_prune.types import Budget
 
     method, epochs = _finetuning(a.finetune, a.epochs, a.quick, splits)
@@ -395,9 +393,9 @@ def _finetuning(
         return None, 0
     if splits is None:
         raise UsageError("--finetune needs data; name it with --data")
-    from robust_prune.finetune.registry import resolve
+    from robust_prune.finetune import resolve_method
 
-    resolve(method or DEFAULT_METHOD)
+    resolve_method(method or DEFAULT_METHOD)
     epochs = DEFAULT_EPOCHS if epochs is None else epochs
     if epochs == 0:
         raise UsageError("--epochs 0 with --finetune; use --finetune none")

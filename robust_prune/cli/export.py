@@ -46,7 +46,7 @@ def export(
     """
     output = Output(as_json=as_json, quiet=quiet)
     from robust_prune import exporting
-    from robust_prune.planning import image_size_of
+    from robust_prune.models import image_size_of
     from robust_prune.types import to_plain
 
     path = out or Path(Path(model).stem + exporting.SUFFIXES[to.value])
@@ -59,7 +59,7 @@ def export(
     module, _ = o.open_model(
         model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, o.Device.cpu
     )
-    size = image_size_of(module, None, o.image_size(input_size))
+    size = image_size_of(module, o.image_size(input_size))
     done = exporting.export(module, path, to=to.value, input_size=size)
     shape = "x".join(map(str, size))
     output.result(f"wrote {done.path}: images [N, {shape}] in [0, 1], float32, to logits")

@@ -21,7 +21,8 @@ def info(
 ) -> None:
     """Say what a model file is: architecture, cost, prunable groups, plan and results."""
     output = Output(as_json=as_json, quiet=quiet)
-    from robust_prune import builders, graph
+    from robust_prune.graph import ModelGraph
+    from robust_prune.models import default_input_size
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
@@ -31,13 +32,13 @@ def info(
     size = o.image_size(input_size)
     if isinstance(module, ImageModel):
         spec = module.spec
-        size = spec.input_size or builders.default_input_size(spec)
+        size = spec.input_size or default_input_size(spec)
         output.result(f"{spec.source} {spec.arch} {dict(spec.kwargs)}, {spec.num_classes} classes")
         output.result(f"images {size} in [0, 1], mean {spec.mean}, std {spec.std}")
         if spec.input_size is None:
             output.note("the file does not say the size of its images; this is timm's default")
     size = size or (3, 224, 224)
-    found = graph.ModelGraph(module, size)
+    found = ModelGraph(module, size)
     cost = found.cost()
     output.result(f"{cost.macs:,} multiply-adds, {cost.params:,} parameters")
     output.table(

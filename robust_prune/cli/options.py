@@ -327,9 +327,9 @@ def open_model(
     device: Device,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Read the shared model options and open the model with its record."""
-    from robust_prune import models
+    from robust_prune.models import open_model
 
-    return models.open_model(
+    return open_model(
         path,
         arch=arch,
         model_kwargs=builder_kwargs(model_kwargs),
@@ -355,7 +355,7 @@ def open_splits(
 
     Images have the size that the model is known to take, else --input-size, else their own.
     """
-    from robust_prune import data
+    from robust_prune.data import open_data
     from robust_prune.errors import DataError
     from robust_prune.modules import ImageModel, image_channels
 
@@ -366,7 +366,7 @@ def open_splits(
         data_root = Path(recorded["data_root"])
     size = model.spec.input_size if isinstance(model, ImageModel) else image_size(input_size)
     try:
-        return data.open_data(
+        return open_data(
             spec or recorded["data"],
             input_size=size,
             channels=image_channels(model),

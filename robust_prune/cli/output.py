@@ -14,7 +14,7 @@ from rich.table import Table
 from robust_prune.errors import UsageError
 
 if TYPE_CHECKING:
-    from robust_prune.finetune.config import EpochRecord, Progress
+    from robust_prune.finetune import EpochRecord, Progress
 
 FIRST_LINE_SECONDS = 10.0
 

@@ -44,7 +44,8 @@ def sensitivity(
     picture = plot or Path(f"{Path(model).stem}-mrs.png")
     if picture.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {picture}: the name must end in .png, .svg or .pdf")
-    from robust_prune import pipeline, report
+    from robust_prune import report
+    from robust_prune.pipeline import sensitivity
     from robust_prune.types import to_plain
 
     module, record = o.open_model(
@@ -53,7 +54,7 @@ def sensitivity(
     splits = o.open_splits(module, record, data, data_root, download, workers, input_size)
     if splits is None:
         output.note("no data is known: measured on synthetic images labelled by the model itself")
-    result = pipeline.sensitivity(
+    result = sensitivity(
         module,
         splits,
         threat=o.threat_model(norm, eps, record),

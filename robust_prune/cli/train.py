@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
-    from robust_prune.runs import RunFolder
+    from robust_prune.pipeline import RunFolder
     from robust_prune.types import ModelSpec
 
 
@@ -96,7 +96,7 @@ def train(
     """
     arguments = arguments_of(ctx)
     if resume is not None:
-        from robust_prune.runs import RunFolder
+        from robust_prune.pipeline import RunFolder
 
         recorded = RunFolder(resume).config().get("arguments") or {}
         arguments = arguments_again(ctx, recorded, "method", resume)
@@ -110,12 +110,10 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     if a.data in (None, "none") and a.start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
-    from robust_prune import models, pipeline, settings
-    from robust_prune import record as records
-    from robust_prune.finetune.config import TrainingConfig
-    from robust_prune.finetune.registry import needs_teacher, resolve
+    from robust_prune.finetune import TrainingConfig, needs_teacher, resolve_method
+    from robust_prune.models import open_model, save
     from robust_prune.modules import ImageModel
-    from robust_prune.runs import fingerprint
+    from robust_prune.pipeline import Events, fingerprint, plain_history, train_model
     from robust_prune.types import to_plain
 
     config = TrainingConfig(
@@ -137,9 +135,9 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     config = replace(config, threat=threat)
     teacher = None
     if a.teacher is not None:
-        if not needs_teacher(resolve(a.method)[1]):
+        if not needs_teacher(resolve_method(a.method)[1]):
             raise UsageError(f"--teacher: {a.method} does not learn from a model; rslad and ard do")
-        teacher, _ = models.open_model(a.teacher, device=o.pick_device(a.device))
+        teacher, _ = open_model(a.teacher, device=o.pick_device(a.device))
     output.line(
         f"{spec.arch}: {a.method}, {a.epochs} epochs, {threat}, {len(splits.train)} training and "
         f"{len(splits.validation or ())} validation images of {splits.name}, seed {a.seed}"
@@ -156,7 +154,7 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
         _forgetting(folder),
         output.training(target.parent if a.tensorboard else None) as (on_progress, on_epoch),
     ):
-        trained, history = pipeline.train_model(
+        trained, history = train_model(
             spec,
             splits,
             config,
@@ -164,7 +162,7 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
             pretrained=a.pretrained,
             start=model,
             teacher=teacher,
-            events=settings.Events(training=on_progress, epoch=on_epoch),
+            events=Events(training=on_progress, epoch=on_epoch),
             folder=folder,
             processes=processes,
         )
@@ -175,14 +173,14 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     record = {
         "data": dict(splits.source),
         "threat": to_plain(threat),
-        "training": records.plain_history(history),
+        "training": plain_history(history),
         "status": "trained" if not history.interrupted else "training interrupted",
     }
     go_on = f"robust-prune train --resume {run_path(target)} goes on"
     if history.interrupted and len(history.epochs) < 2:
         raise Interrupted(f"stopped before the first epoch ended; {go_on}")
     if folder is not None:
-        models.save(trained, target, record)
+        save(trained, target, record)
         if not history.interrupted:
             folder.clear()
     best = history.epochs[history.best_epoch]
@@ -225,7 +223,7 @@ def _target(a: SimpleNamespace, resume: Path | None) -> Path:
 
 
 def _run_folder(target: Path, config: dict[str, Any], resume: Path | None) -> RunFolder:
-    from robust_prune.runs import RunFolder
+    from robust_prune.pipeline import RunFolder
 
     folder = RunFolder(run_path(target))
     if resume is not None:
@@ -253,8 +251,8 @@ def _model_and_data(
 
     A new one is None, with an empty record.
     """
-    from robust_prune import builders
-    from robust_prune import data as datasets
+    from robust_prune.data import open_data
+    from robust_prune.models import resolve_spec
     from robust_prune.modules import ImageModel
 
     if a.start is not None:
@@ -278,7 +276,7 @@ def _model_and_data(
             )
         return model, record, replace(model.spec, input_size=found.input_size), found
     kwargs = o.builder_kwargs(a.model_kwargs) or {}
-    splits = datasets.open_data(
+    splits = open_data(
         str(a.data),
         input_size=o.image_size(a.input_size),
         channels=kwargs.get("in_chans"),
@@ -291,7 +289,7 @@ def _model_and_data(
     if channels != 3:
         kwargs.setdefault("in_chans", channels)
     statistics = (None, None) if a.pretrained else splits.statistics()
-    spec = builders.resolve(
+    spec = resolve_spec(
         str(a.arch),
         kwargs,
         cifar_stem=a.cifar_stem,

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.registry import training_method
 from robust_prune.finetune.rslad import soft_labels
 
 ALPHA = 1.0
 TEMPERATURE = 30.0
 
 
+@training_method("ard")
 def ard(
     model: nn.Module,
     images: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries.losses import Loss
-from robust_prune.adversaries.pgd import pgd
-from robust_prune.adversaries.projections import random_start, steepest
+from robust_prune.adversaries import Loss, pgd, random_start, steepest
 from robust_prune.modules import batch_statistics, evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
 if TYPE_CHECKING:
     from robust_prune.finetune.folding import Folded
+
 
 BatchNormMode = Literal["eval", "train"]
 
@@ -113,3 +112,6 @@ class _Autocast(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.enabled):
             logits: Tensor = self.module(images)
         return logits.to(images.dtype)
+
+
+Method = Callable[[nn.Module, Tensor, Tensor, Attack], Tensor]

@@ -6,18 +6,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_prune.adversaries.losses import Loss
+from robust_prune.adversaries import Loss
 from robust_prune.errors import UsageError
-from robust_prune.finetune.attack import Attack
-
-if TYPE_CHECKING:
-    from robust_prune.finetune.registry import Method
+from robust_prune.finetune.attack import Attack, Method
 
 GAMMA = 5e-3
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from robust_prune.errors import UsageError
-from robust_prune.finetune.attack import BatchNormMode
-from robust_prune.finetune.registry import Method
+from robust_prune.finetune.attack import BatchNormMode, Method
 from robust_prune.types import ThreatModel
 
 Schedule = Literal["one-cycle", "cosine", "constant"]

@@ -19,14 +19,11 @@ from robust_prune.modules import device_of, plain_layout, seeded
 
 PROBES = 8
 TOLERANCE = 1e-9
-
 # subclasses may compute something else from the same weights, so only these very classes are folded
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OWN = frozenset(vars(nn.Module()))
-
 Pairs = tuple[tuple[str, str], ...]
-
 logger = logging.getLogger(__name__)
 
 

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robust_prune.augmentation import Augmentation, mixed
-from robust_prune.data import Split
+from robust_prune.data import Augmentation, Split, mixed
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune.attack import Attack
@@ -28,13 +27,8 @@ from robust_prune.finetune.preparing import (
     optimizer_of,
     uses_bfloat16,
 )
-from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve
-from robust_prune.finetune.validation import (
-    VALIDATION_STEPS,
-    collapse,
-    no_less_robust,
-    validate,
-)
+from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve_method
+from robust_prune.finetune.validation import VALIDATION_STEPS, collapse, no_less_robust, validate
 from robust_prune.modules import (
     check_outputs,
     device_of,
@@ -141,7 +135,7 @@ class _Run:
         self.on_progress: Callable[[Progress], None] | None = None
         self.on_epoch: Callable[[EpochRecord], None] | None = None
         self.device = device_of(model)
-        self.name, method = resolve(config.method)
+        self.name, method = resolve_method(config.method)
         if needs_teacher(method):
             if teacher is None:
                 raise UsageError(f"{self.name} learns from the dense model; give it as teacher")
@@ -151,7 +145,7 @@ class _Run:
         count = min(config.validation_images, len(validation))
         self.images, self.labels = validation.take(count, config.seed)
         check_outputs(model, self.images, self.labels)
-        if teacher is not None and needs_teacher(resolve(config.method)[1]):
+        if teacher is not None and needs_teacher(resolve_method(config.method)[1]):
             mine, theirs = outputs_of(model, self.images), outputs_of(teacher, self.images)
             if mine != theirs:
                 raise UsageError(
@@ -369,7 +363,7 @@ class _Run:
     def _switch(self) -> None:
         """Go on with PGD training from the best epoch."""
         name = "pgd-at+awp" if self.name.endswith("+awp") else "pgd-at"
-        self.method, self.single_step = resolve(name)[1], False
+        self.method, self.single_step = resolve_method(name)[1], False
         assert self.best is not None
         self.model.load_state_dict(self.best)
         if self.average is not None:

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.registry import training_method
 
 WEIGHT = 5.0
 
 
+@training_method("mart")
 def mart(
     model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, weight: float = WEIGHT
 ) -> Tensor:

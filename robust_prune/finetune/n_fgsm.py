@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.registry import training_method
 
 
+@training_method("n-fgsm", single_step=True)
 def n_fgsm(model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) -> Tensor:
     """Return the mean cross-entropy on images of N-FGSM.
 

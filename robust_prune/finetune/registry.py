@@ -6,35 +6,40 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
-from robust_prune.finetune.ard import ard
-from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.attack import Method
 from robust_prune.finetune.awp import awp
-from robust_prune.finetune.mart import mart
-from robust_prune.finetune.n_fgsm import n_fgsm
-from robust_prune.finetune.pgd_at import pgd_at
-from robust_prune.finetune.rslad import rslad
-from robust_prune.finetune.trades import trades
-from robust_prune.imports import importable_folder
-
-Method = Callable[[nn.Module, Tensor, Tensor, Attack], Tensor]
+from robust_prune.user_code import importable_folder
 
 AWP = "+awp"
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "trades": trades,
-    "pgd-at": pgd_at,
-    "n-fgsm": n_fgsm,
-    "mart": mart,
-    "rslad": rslad,
-    "ard": ard,
-}
-SINGLE_STEP = frozenset({"n-fgsm"})
+METHODS: dict[str, Callable[..., Tensor]] = {}
+SINGLE_STEP: set[str] = set()
+
+T = TypeVar("T", bound=Callable[..., Tensor])
 
 
-def resolve(method: str | Method) -> tuple[str, Method]:
+def training_method(name: str, *, single_step: bool = False) -> Callable[[T], T]:
+    """Let a function (model, images, labels, attack) -> loss be asked for by a name.
+
+    Args:
+        name: what the command line and `finetune=` know it by.
+        single_step: it attacks with one step, so training can collapse and is watched for that.
+    """
+
+    def register(function: T) -> T:
+        METHODS[name] = function
+        if single_step:
+            SINGLE_STEP.add(name)
+        return function
+
+    return register
+
+
+def resolve_method(method: str | Method) -> tuple[str, Method]:
     """Return (name, function) of a method's name, an import path `package.module:function`, or a
     function itself; `+awp` behind a name or path wraps it with `awp`.
 

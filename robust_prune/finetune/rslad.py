@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries.losses import kl_from
+from robust_prune.adversaries import kl_from
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.registry import training_method
 from robust_prune.modules import evaluating
 
 ADVERSARIAL_SHARE = 5 / 6
 
 
+@training_method("rslad")
 def rslad(
     model: nn.Module,
     images: Tensor,

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries.losses import kl_from
+from robust_prune.adversaries import kl_from
 from robust_prune.finetune.attack import Attack
+from robust_prune.finetune.registry import training_method
 
 BETA = 6.0
 
 
+@training_method("trades")
 def trades(
     model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, beta: float = BETA
 ) -> Tensor:

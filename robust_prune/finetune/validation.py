@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from robust_prune.adversaries import pgd_correct
 from robust_prune.distributed import Processes
-from robust_prune.evaluation import pgd_correct, predict
 from robust_prune.finetune.config import EpochRecord, TrainingConfig
+from robust_prune.modules import predict
 
 VALIDATION_STEPS = 10
 

@@ -1,0 +1,113 @@
+"""From structural curves to widths: a few allocations, and the best of them as really pruned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from robust_prune.adversaries import adversarial_loss, adversarial_set
+from robust_prune.allocation.widths import MAX_PRUNE_RATIO, Widths, allocate, allocate_by_curves
+from robust_prune.errors import BudgetError
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import evaluating
+from robust_prune.types import Budget, Curve, PruningPlan, ThreatModel
+
+CAPS = (0.0, 1 / 3, 2 / 3, 1.0)
+STEPS = 5
+PASSES = 3 * STEPS + 1  # forward passes for an image, a backward one counted as two
+
+
+def candidate_widths(
+    graph: ModelGraph,
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    *,
+    max_prune_ratio: float = MAX_PRUNE_RATIO,
+    round_to: int = 1,
+) -> list[Widths]:
+    """Return widths at the same cost, from equal shares for all groups to what curves ask for.
+
+    Curves of single groups do not add up, and the sum of small rises hides that a group cut to a
+    few channels has nothing left to fine-tune. So the curves' freedom is limited by the share that
+    a group may lose: from the share of the uniform allocation on, in steps, to `max_prune_ratio`.
+
+    Raises:
+        BudgetError: the budget is out of reach.
+    """
+    equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
+    uniform = allocate(
+        graph.groups,
+        graph.cost,
+        budget,
+        equal,
+        max_prune_ratio=max_prune_ratio,
+        round_to=round_to,
+    )
+    least = max(_most(graph, uniform), 0.0)
+    found = [uniform]
+    for cap in CAPS[1:]:
+        with contextlib.suppress(BudgetError):  # rounding may leave the uniform one just above it
+            widths = allocate_by_curves(
+                graph.groups,
+                graph.cost,
+                budget,
+                curves,
+                max_prune_ratio=min(least + cap * (max_prune_ratio - least), max_prune_ratio),
+                round_to=round_to,
+            )
+            if widths not in found:
+                found.append(widths)
+    return found
+
+
+def best_composed(
+    graph: ModelGraph,
+    plans: Sequence[PruningPlan],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    seed: int,
+    batch_size: int = 64,
+    repair_: Callable[[nn.Module, PruningPlan], None] = lambda pruned, plan: None,
+) -> tuple[int, list[float]]:
+    """Prune a copy by each plan and attack it; return the index of the best, and all losses.
+
+    The loss is the mean cross-entropy, in nats, under PGD-5 on the pruned copy: attacks made on the
+    dense model say too little about a model that has changed as a whole.
+    Source: candidates judged by an adapted, not yet fine-tuned model, as in Li et al., "EagleEye",
+    ECCV 2020; ours: the adversarial loss.
+
+    Args:
+        graph: of the dense model; both stay as they are.
+        plans: to compare, each for this model.
+        images: [N, C, H, W] in [0, 1], held out of training; the attacks on them are new.
+        labels: [N].
+        threat: norm and eps.
+        seed: of the attack's random start.
+        batch_size: images at a time.
+        repair_: what a pruned copy gets before it is judged (reconstruction, batch norm).
+    """
+    losses = []
+    for plan in plans:
+        pruned = graph.pruned(plan)
+        repair_(pruned, plan)
+        attacked = adversarial_set(
+            pruned,
+            images,
+            labels,
+            threat=threat,
+            steps=STEPS,
+            step_size=threat.eps / 2,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        with evaluating(pruned):
+            losses.append(adversarial_loss(pruned, attacked))
+    return min(range(len(plans)), key=lambda i: losses[i]), losses
+
+
+def _most(graph: ModelGraph, widths: Mapping[str, int]) -> float:
+    return max((1 - widths[g.name] / g.width for g in graph.groups), default=0.0)

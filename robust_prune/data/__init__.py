@@ -1,0 +1,21 @@
+"""Images with labels: data sets by name or folder, a user's own, and splits."""
+
+from robust_prune.data.augmentation import Augmentation, crop_and_flip, mixed
+from robust_prune.data.datasets import ImageTensors
+from robust_prune.data.opening import as_split, from_iterable, open_data, open_for
+from robust_prune.data.splits import DataSplits, Split
+from robust_prune.data.synthetic import synthetic_images
+
+__all__ = [
+    "Augmentation",
+    "DataSplits",
+    "ImageTensors",
+    "Split",
+    "as_split",
+    "crop_and_flip",
+    "from_iterable",
+    "mixed",
+    "open_data",
+    "open_for",
+    "synthetic_images",
+]

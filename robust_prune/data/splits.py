@@ -1,0 +1,216 @@
+"""Images with labels, read in batches: one split, and the three that belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    default_collate,
+)
+
+from robust_prune.data.augmentation import Augmentation, Numbered, augment, mixed
+from robust_prune.data.datasets import (
+    Size,
+)
+from robust_prune.errors import DataError
+from robust_prune.modules import plain_layout
+
+T = TypeVar("T")
+IN_MEMORY_BYTES = 2 << 30
+
+
+class Split:
+    """Images in [0, 1] with labels, read in batches, in order or shuffled by a seed.
+
+    Small data sets are decoded once and kept as bytes; large ones are read by worker processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        in_memory: bool = False,
+        flip: bool = True,
+        workers: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+        training_view: Dataset[Any] | None = None,
+        classes: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.classes = classes  # 0 where it is not known
+        self.flip = flip
+        self.workers = workers
+        self._collate = collate or default_collate
+        self._training_view = training_view
+        self._in_memory = in_memory
+        self._cache: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        augment: Augmentation | None = None,
+        limit: int | None = None,
+        start: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images [N, C, H, W] in [0, 1] and labels [N].
+
+        Args:
+            batch_size: images at a time; the last batch holds the rest.
+            seed: shuffle by this seed; None keeps the order.
+            augment: what to do to the images, by the same seed.
+            limit: stop after this many images.
+            start: begin with this batch, counted from 0; the rest is as if all had been read.
+            share: (i, n) yields every n-th image of each batch, from its i-th on.
+        """
+        order = torch.arange(len(self))
+        if seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = order[:limit]
+        first, step = share
+        places = [chunk[first::step] for chunk in torch.split(torch.arange(len(order)), batch_size)]
+        read = self._from_memory if self._in_memory else self._from_workers
+        yield from read(order, places, start, 0 if seed is None else seed, augment)
+
+    def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
+        if len(self) == 0:
+            raise DataError("the split holds no images")
+        batches = list(self.batches(256, seed=seed, limit=n))
+        return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+    def _from_memory(
+        self,
+        order: Tensor,
+        places: Sequence[Tensor],
+        start: int,
+        seed: int,
+        augmentation: Augmentation | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._cache is None:
+            loader: DataLoader[Any] = DataLoader(
+                self.dataset,
+                batch_size=512,
+                collate_fn=self._collate,
+                generator=torch.Generator(),  # the global one stays as it is
+            )
+            parts = list(loader)
+            self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        all_images, all_labels = self._cache
+        for i, batch in enumerate(places[start:], start):
+            images, labels = all_images[order[batch]], all_labels[order[batch]]
+            if augmentation is not None:
+                # by the first place, so that processes that share a batch draw differently
+                own = mixed(seed, int(batch[0]) if len(batch) else i)
+                images = augment(images, own, augmentation, flip=self.flip)
+            yield check_batch((images, labels))
+
+    def _from_workers(
+        self,
+        order: Tensor,
+        places: Sequence[Tensor],
+        start: int,
+        seed: int,
+        augmentation: Augmentation | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        crops = augmentation is not None and augmentation.crop_and_flip
+        view = self._training_view if crops and self._training_view else self.dataset
+        randaugment = augmentation is not None and augmentation.randaugment
+        loader: DataLoader[Any] = DataLoader(
+            Numbered(view, order, seed, randaugment),
+            batch_sampler=[batch.tolist() for batch in places[start:]],
+            num_workers=self.workers,
+            collate_fn=self._collate,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for batch, chunk in zip(_of_workers(loader), places[start:], strict=True):
+            images, labels = check_batch(batch)
+            if augmentation is not None:
+                own = mixed(seed, int(chunk[0]))
+                images = augment(images, own, augmentation, flip=self.flip, whole=False)
+            yield images, labels
+
+
+def _of_workers(loader: Iterable[T]) -> Iterator[T]:
+    """Give a loader's batches; what a worker could not read is said as without workers."""
+    try:
+        yield from loader
+    except DataError as error:  # torch puts the worker's whole traceback into the text
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set: what may be trained on, what selects, and what is only ever measured on.
+
+    `source` is all that is needed to open the same splits again; it is stored with a model.
+    `classes` is 0 where it is not known.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split | None
+    classes: int
+    input_size: Size
+    source: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """Return what tells these images from others: source, numbers, and a digest of a few."""
+        images, labels = self.train.take(min(16, len(self.train)), seed=0)
+        few = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+        return {
+            **self.source,
+            "images": [len(s) if s else 0 for s in (self.train, self.validation, self.test)],
+            "digest": few.hexdigest()[:12],
+        }
+
+    def statistics(self, n: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation per channel of up to `n` training images."""
+        images, _ = self.train.take(min(n, len(self.train)), seed=0)
+        mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3)).clamp_min(1e-3)
+        return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return float32 images [N, C, H, W] in [0, 1] and int64 labels [N], or say what is wrong."""
+    try:
+        images, labels = batch[0], batch[1]
+        shape = tuple(images.shape)
+    except (TypeError, IndexError, KeyError, AttributeError):
+        raise DataError(f"a batch must be (images, labels), not a {type(batch).__name__}") from None
+    if len(shape) != 4:
+        raise DataError(f"images must be [N, C, H, W], not {list(shape)}")
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if 0 in shape:
+        raise DataError(f"a batch holds no images: its shape is {list(shape)}")
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    if not images.is_floating_point():
+        raise DataError(f"images must be float in [0, 1] or uint8, not {images.dtype}")
+    images = images.float()
+    low, high = (float(v) for v in torch.aminmax(images))
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise DataError(
+            f"images must lie in [0, 1], but a batch spans [{low:.3g}, {high:.3g}]; leave the "
+            "normalisation to the model (mean and std), attacks need the true range"
+        )
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
+        raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
+    return plain_layout(images.clamp(0, 1)), labels.long()

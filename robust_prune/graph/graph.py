@@ -1,0 +1,287 @@
+"""The prunable groups of a model with exact costs; `prune_` and `mask_`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from robust_prune.errors import PlanError, UsageError
+from robust_prune.graph.costs import (
+    TensorCost,
+    checked,
+    count_cost,
+    example_image,
+    total,
+    weight_of,
+)
+from robust_prune.graph.masking import silence_
+from robust_prune.graph.probing import probed
+from robust_prune.graph.tracing import Count, Slot, couple
+from robust_prune.graph.wiring import Wiring
+from robust_prune.modules import evaluating, make_contiguous_, network_of
+from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
+
+MIN_WIDTH = 2
+
+
+class ModelGraph:
+    """The groups of a model, what they cost, and how to remove their channels in place.
+
+    Built once; every question about costs is then answered without touching the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        *,
+        protect: Sequence[str] = (),
+        min_width: int = MIN_WIDTH,
+        probe: bool = True,
+        ties: Sequence[tuple[str, str]] = (),
+        whole_heads: bool = False,
+    ) -> None:
+        """Trace the model, and try on a copy that pruning its groups does what masking them does.
+
+        Args:
+            model: any module on images; left as it was, in mode and requires_grad.
+            input_size: (channels, height, width) that costs are counted at.
+            protect: dotted layer names or patterns such as `layer1.*` that must stay whole.
+            min_width: channels that every group keeps at least (fewer if it has fewer).
+            probe: False trusts that every group can be pruned, which costs half the time.
+            ties: what an earlier probe found out, from a plan.
+            whole_heads: attentions lose whole heads, which hardware likes; otherwise the same dims
+                of every head.
+
+        Raises:
+            ModelError: the model does not take such images, or computes its weights.
+            UsageError: a name in `protect` matches no layer.
+        """
+        self.model = model
+        self.input_size = input_size
+        net = network_of(model)
+        layers = [n for n, m in net.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+        for layer in layers:
+            weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
+        names = [name for name, _ in net.named_modules() if name]
+        matched = _match(protect, names)
+        protected = {n: f"protected: {n}" for n in layers if n in matched}
+        image = example_image(net, input_size)
+
+        def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
+            with checked(input_size), evaluating(net):
+                coupling = couple(net, image, protected, ties, whole_heads)
+                return Wiring.of(net, coupling, min_width)
+
+        self.whole_heads = whole_heads
+        self.ties: tuple[tuple[str, str], ...] = tuple(ties)
+        self._wiring = wiring = wire(self.ties)
+        if probe:
+            self._wiring, self.ties = probed(net, image, wiring, wire)
+        seen = {s.layer for slots in self._wiring.slots.values() for s in slots}
+        seen |= {item.name for item in self._wiring.unprunable}
+        broken = {layer: g.name for g in wiring.groups for layer in (*g.members, *g.readers)}
+        missing = {
+            n: f"goes with {broken[n]}" if n in broken else "the forward pass does not use it"
+            for n in layers
+            if n not in seen
+        }
+        place = {name: i for i, name in enumerate(names)}
+        self.groups: tuple[ChannelGroup, ...] = self._wiring.groups
+        self.unprunable: tuple[Unprunable, ...] = tuple(
+            sorted(
+                (
+                    *self._wiring.unprunable,
+                    *(Unprunable(name, reason) for name, reason in missing.items()),
+                ),
+                key=lambda item: place.get(item.name.split("@")[0], -1),
+            )
+        )
+        self._by_name = {group.name: group for group in self.groups}
+        self._costs = self._tensor_costs(net)
+
+    def slots(self, group: str) -> tuple[Slot, ...]:
+        """Return where the group's channels are stored."""
+        return self._wiring.slots[group]
+
+    def gates(self, group: str) -> tuple[Slot, ...]:
+        """Return the rows of queries, whose channels nothing but a product reads."""
+        return self._wiring.gates[group]
+
+    def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
+        """Return the exact cost when groups have these widths; missing ones stay whole."""
+        widths = widths or {}
+        dropped = {
+            name: (group.width - widths[name]) // group.blocks
+            for name, group in self._by_name.items()
+            if name in widths
+        }
+        macs, params = total(self._costs, dropped)
+        channels = sum(widths.get(group.name, group.width) for group in self.groups)
+        return Cost(macs, params, channels)
+
+    @property
+    def reachable(self) -> float:
+        """Share of the parameters that lie along channels which can be removed."""
+        touched = sum(_numel(t.shape) for t in self._costs if t.shares)
+        return touched / max(sum(_numel(t.shape) for t in self._costs), 1)
+
+    def check(self, plan: PruningPlan) -> None:
+        """Raise PlanError unless every group of `plan` is one of this model's."""
+        widths: dict[str, int] = {}
+        for item in plan.groups:
+            group = self._by_name.get(item.name)
+            if group is None:
+                raise PlanError(
+                    f"the plan prunes {item.name!r}, which is no prunable group of this model "
+                    f"({len(self.groups)} groups); was it made for another network?"
+                )
+            if group.width != item.width:
+                raise PlanError(
+                    f"the plan expects {item.width} channels in {item.name!r}, this model has "
+                    f"{group.width}; was it already pruned?"
+                )
+            units = {group.unit(i) for i in item.keep}
+            widths[item.name] = item.keep_width
+            if len(units) * group.blocks != len(item.keep):
+                raise PlanError(
+                    f"the plan keeps channels of {item.name!r} that {group.blocks} blocks (of a "
+                    "grouped convolution) or heads (of an attention) can't keep apart"
+                )
+        for what, mine, theirs in (
+            ("dense", self.cost(), plan.dense),
+            ("pruned", self.cost(widths), plan.pruned),
+        ):
+            if (mine.macs, mine.params) != (theirs.macs, theirs.params):
+                raise PlanError(
+                    f"the plan says {theirs.macs:,} multiply-adds and {theirs.params:,} parameters "
+                    f"for the {what} model, this one has {mine.macs:,} and {mine.params:,}; was it "
+                    "made for another network or image size, or edited by hand?"
+                )
+
+    def dropped(self, plan: PruningPlan) -> dict[str, Tensor]:
+        """Return by group True [units] for the units that a plan drops."""
+        found = {}
+        for item in plan.groups:
+            group = self._by_name[item.name]
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[[group.unit(i) for i in item.keep]] = False
+            if bool(gone.any()):
+                found[item.name] = gone
+        return found
+
+    def scaled_rows(self, plan: PruningPlan) -> dict[str, list[tuple[Tensor, float]]]:
+        """Return by tensor the rows (dense indices) that pruning multiplies, and by what."""
+        return self._wiring.scaled_rows(self.dropped(plan))
+
+    def apply_(self, plan: PruningPlan) -> None:
+        """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
+
+        Raises:
+            PlanError: the plan does not fit; the model is untouched.
+        """
+        self._cut_(self.model, plan)
+
+    def pruned(self, plan: PruningPlan) -> nn.Module:
+        """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
+        copied = copy.deepcopy(self.model)
+        self._cut_(copied, plan)
+        return copied
+
+    def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
+        self.check(plan)
+        net = network_of(model)
+        self._wiring.remove_(net, self.dropped(plan))
+        for parameter in net.parameters():
+            parameter.grad = None
+        make_contiguous_(net)
+        counted = count_cost(model, plan.input_size)
+        if (counted.macs, counted.params) != (plan.pruned.macs, plan.pruned.params):
+            raise PlanError(
+                f"the pruned model has {counted.macs:,} multiply-adds and {counted.params:,} "
+                f"parameters, the plan promised {plan.pruned.macs:,} and {plan.pruned.params:,}"
+            )
+
+    def names_after(self, plan: PruningPlan) -> dict[str, str]:
+        """Return, by the name that each group has once the plan is applied, its name here."""
+        return self._wiring.names_after(self.dropped(plan))
+
+    def mask_(self, plan: PruningPlan) -> None:
+        """Silence the channels that `plan` drops, in place."""
+        self.check(plan)
+        silence_(network_of(self.model), self._wiring, self.dropped(plan))
+
+    def _tensor_costs(self, net: nn.Module) -> tuple[TensorCost, ...]:
+        shares: dict[str, list[tuple[int, str, int]]] = {}
+        for group in self.groups:
+            for slot in self._wiring.slots[group.name]:
+                each = len(slot.indices) // group.units
+                shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
+        names = self._wiring.names
+
+        def shrinking(count: Count) -> tuple[int, tuple[tuple[str, int], ...]]:
+            return count.value, tuple(
+                (names[g], len(units) // self._by_name[names[g]].units)
+                for g, _, units in count.where
+                if names.get(g) in self._by_name
+            )
+
+        uses = self._wiring.coupling.uses
+        return tuple(
+            TensorCost(
+                tuple(p.shape),
+                tuple(shares.get(name, ())),
+                tuple((n, tuple(map(shrinking, sizes))) for n, sizes in uses.get(name, ())),
+            )
+            for name, p in net.named_parameters()
+        )
+
+
+def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Remove the channels that `plan` drops from `model`, in place, and return it.
+
+    Build optimizers afterwards: the parameters are new objects.
+
+    Raises:
+        PlanError: the plan was made for another network; the model is then untouched.
+    """
+    _graph_of(model, plan).apply_(plan)
+    return model
+
+
+def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Silence in place the channels that `plan` drops: same outputs as pruning, full size."""
+    _graph_of(model, plan).mask_(plan)
+    return model
+
+
+def _graph_of(model: nn.Module, plan: PruningPlan) -> ModelGraph:
+    return ModelGraph(
+        model, plan.input_size, probe=False, ties=plan.ties, whole_heads=plan.whole_heads
+    )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [
+            name
+            for name in names
+            if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        ]
+        if not hits:
+            close = difflib.get_close_matches(pattern, names, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise UsageError(f"protect: no layer is called {pattern!r}{hint}")
+        found.update(hits)
+    return found

@@ -1,0 +1,189 @@
+"""Trying on a copy, in float64, whether pruning a network's groups is the same as masking them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune.errors import ModelError
+from robust_prune.graph.masking import silence_
+from robust_prune.graph.wiring import Wiring
+from robust_prune.modules import difference
+from robust_prune.types import ChannelGroup
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+RUN_ERRORS = (ModelError, RuntimeError, AssertionError, IndexError, ValueError, TypeError)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A network with other weights, to try on what pruning its groups does."""
+
+    net: nn.Module
+    wiring: Wiring
+    image: Tensor
+    draw: int = 0
+
+    def problem(self, names: Sequence[str]) -> str | None:
+        """Drop a part of these groups and return what goes wrong, or None."""
+        dropped = {
+            name: gone
+            for name, gone in _draw(self.wiring.groups, self.draw).items()
+            if name in names
+        }
+        try:
+            # removing replaces tensors, so that only silencing needs copies of its own
+            shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
+            pruned = copy.deepcopy(self.net, shared)
+            self.wiring.remove_(pruned, dropped)
+            found = pruned(self.image)
+            masked = copy.deepcopy(self.net)
+            silence_(masked, self.wiring, dropped)
+            error = difference(found, masked(self.image))
+        except RUN_ERRORS as fault:
+            line = (str(fault).splitlines() or [type(fault).__name__])[0][:120]
+            return f"the model does not run when it is pruned: {line}"
+        if not error < TOLERANCES[self.image.dtype]:
+            return f"pruning it is not the same as masking it (by {error:.1g})"
+        return None
+
+
+@torch.no_grad()
+def probed(
+    net: nn.Module,
+    image: Tensor,
+    wiring: Wiring,
+    wire: Callable[[Sequence[tuple[str, str]]], Wiring],
+) -> tuple[Wiring, tuple[tuple[str, str], ...]]:
+    """Return the wiring of the groups for which pruning does what masking does, and its ties.
+
+    Tried on a copy in float64, all groups at once. Where that fails, the widths of attentions are
+    tied to their inputs', as code that divides the one by the heads to know the other needs;
+    culprits that are left are searched by halving.
+    """
+    copied = copy.deepcopy(net).eval().double()
+    image = image.double()
+    _randomize_(copied)
+    names = [group.name for group in wiring.groups]
+    if _Trial(copied, wiring, image).problem(names) is None:
+        if _Trial(copied.float(), wiring, image.float(), draw=1).problem(names) is None:
+            return wiring, ()
+        copied, image = copied.double(), image.double()
+    try:
+        copied(image)
+    except RUN_ERRORS:  # float32 is part of its code
+        copied, image = copied.float(), image.float()
+    found = _broken(copied, wiring, image)
+    if not found:
+        return wiring, ()
+    ties = wiring.possible_ties(found)
+    if ties:
+        tied = wire(ties)
+        still = _broken(copied, tied, image)
+        if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
+            return tied.without(still), ties
+    return wiring.without(found), ()
+
+
+def _broken(net: nn.Module, wiring: Wiring, image: Tensor) -> dict[str, str]:
+    """Return the groups that can't be pruned by either of two draws, with what goes wrong."""
+    first = _search(_Trial(net, wiring, image))
+    left = wiring.without(first)
+    return {**first, **_search(_Trial(net, left, image, draw=1))}
+
+
+def _search(trial: _Trial) -> dict[str, str]:
+    """Return the groups that can't be pruned, with what goes wrong.
+
+    Groups of the same kind (their names differ in numbers alone) are tried together, then by
+    halves; where the first and the last of a broken kind are broken, so are those between.
+    """
+    broken: dict[str, str] = {}
+    good: list[str] = []
+
+    def problem(names: Sequence[str]) -> str | None:
+        found = trial.problem([*good, *names])
+        if found is None:
+            good.extend(names)
+        elif len(names) == 1:
+            broken[names[0]] = found
+        return found
+
+    def kinds_of(parts: list[list[str]]) -> None:
+        if not parts or problem(list(itertools.chain(*parts))) is None:
+            return
+        if len(parts) > 1:
+            kinds_of(parts[: len(parts) // 2])
+            kinds_of(parts[len(parts) // 2 :])
+        elif len(parts[0]) > 1:
+            ends = [problem([name]) for name in (parts[0][0], parts[0][-1])]
+            between = parts[0][1:-1]
+            if all(ends):
+                broken.update(dict.fromkeys(between, str(ends[0])))
+            else:
+                kinds_of([[name] for name in between])
+
+    kinds: dict[str, list[str]] = {}
+    for group in trial.wiring.groups:
+        kinds.setdefault(re.sub(r"\d+", "#", group.name), []).append(group.name)
+    kinds_of(list(kinds.values()))
+    return broken
+
+
+def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
+    """Return by group True [units] for those to drop, in the first or the second of two draws.
+
+    The first drops some 30 to 70 % at random, the second what the first has kept, and no two
+    groups of the same size lose equally many in both: code that takes one width for another shows.
+    """
+    found: dict[str, Tensor] = {}
+    seen: dict[int, int] = {}
+    for salt, group in enumerate(groups):
+        units = group.units
+        rank = seen[units] = seen.get(units, -1) + 1
+        counts = list(range(max(1, round(0.3 * units)), max(2, round(0.7 * units) + 1)))
+        counts = [min(n, units - 1) for n in counts]
+        order = torch.randperm(units, generator=torch.Generator().manual_seed(salt))
+        if draw:
+            count = counts[(rank + rank // len(counts)) % len(counts)]
+            order = order.flip(0)
+        else:
+            count = counts[rank % len(counts)]
+        gone = torch.zeros(units, dtype=torch.bool)
+        gone[order[:count]] = True
+        found[group.name] = gone
+    return found
+
+
+@torch.no_grad()
+def _randomize_(net: nn.Module) -> None:
+    """Give a copy weights under which no channel is silent and no branch or attention is flat."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        leaf = name.rpartition(".")[2]
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+            spread = float(tensor.std())
+            if spread > 0 and math.isfinite(spread):
+                tensor.mul_(max(tensor[0].numel(), 1) ** -0.5 / spread)
+                continue
+        cpu = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if leaf == "running_var":
+            cpu.uniform_(0.5, 1.5, generator=generator)
+        elif leaf == "running_mean" or leaf == "bias":
+            cpu.normal_(0, 0.1, generator=generator)
+        elif not isinstance(tensor, nn.Parameter):
+            continue
+        elif tensor.ndim > 1:
+            cpu.normal_(0, max(tensor[0].numel(), 1) ** -0.5, generator=generator)
+        else:
+            cpu.uniform_(0.5, 1.5, generator=generator)
+        tensor.copy_(cpu)

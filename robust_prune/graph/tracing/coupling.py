@@ -1,0 +1,320 @@
+"""From a traced forward pass to groups of channels, by the tensors that they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from robust_prune.graph.tracing import mixing as mixing
+from robust_prune.graph.tracing import moving as moving
+from robust_prune.graph.tracing.adapters import adapted
+from robust_prune.graph.tracing.atoms import FIXED
+from robust_prune.graph.tracing.rules import RULES
+from robust_prune.graph.tracing.tracer import Labels, Tracer, following
+from robust_prune.modules import tensors_in
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a group's channels are stored: entry `indices[i]` along `dim` belongs to `units[i]`.
+
+    `role` is `out` or `in` for the weight of a layer that mixes channels (a convolution, a linear
+    layer), and `along` for what has a value per channel. `layer` is the module's dotted name.
+    """
+
+    tensor: str
+    dim: int
+    indices: Tensor
+    units: Tensor
+    role: str
+    layer: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number in the forward of module `owner` that counts channels.
+
+    `where` lists (group, indices, units): which of the `value` channels belong to which unit;
+    those that always stay are not listed.
+    """
+
+    owner: str
+    value: int
+    where: tuple[tuple[int, Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Groups of units, what they are stored in, and what else depends on how many there are.
+
+    `groups[g]` are the slots of group g, `sizes[g]` its number of units. `gates[g]` are slots of
+    rows whose product with other channels is what the group contributes (queries). `scaled` are
+    rows that make up for an attention's scale, which follows its head's width. `uses` lists
+    for each weight the positions of its calls, and which sizes among them are channels (it mixes
+    tokens, for each channel alike).
+    """
+
+    groups: tuple[tuple[Slot, ...], ...]
+    sizes: tuple[int, ...]
+    gates: tuple[tuple[Slot, ...], ...]
+    scaled: tuple[tuple[str, tuple[Slot, ...], int], ...]
+    counts: tuple[Count, ...]
+    uses: Mapping[str, tuple[tuple[int, tuple[Count, ...]], ...]]
+    fixed: Mapping[str, str]
+
+
+def couple(
+    net: nn.Module,
+    example: Tensor,
+    protected: Mapping[str, str],
+    ties: Sequence[tuple[str, str]] = (),
+    whole_heads: bool = False,
+) -> Coupling:
+    """Trace a network in eval mode on one image and return its groups.
+
+    Args:
+        net: left as it was.
+        example: one image [1, C, H, W].
+        protected: why a layer's outputs must stay, by its dotted name.
+        ties: pairs of dimensions, as `tensor:dim`, that have to go together although the forward
+            does not say so.
+        whole_heads: an attention loses whole heads, not the same dims of every head.
+    """
+    tracer = Tracer(net, RULES, whole_heads)
+    with torch.no_grad(), adapted(net), following(net, tracer), tracer:
+        out = net(example)
+    labels = tracer.labels
+    for tensor in tensors_in((out,)):
+        labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
+    book = _Book(net, labels)
+    for name, reason in protected.items():
+        book.protect(name, reason)
+    for first, second in ties:
+        book.tie(first, second)
+    return book.close()
+
+
+class _Book:
+    """Which tensor each atom is stored in."""
+
+    def __init__(self, net: nn.Module, labels: Labels) -> None:
+        self.labels, self.atoms = labels, labels.atoms
+        self.names = {id(t): name for name, t in _tensors(net)}
+        self.stored = set(self.names.values())
+        self.modules = dict(net.named_modules())
+        self.out_dims = {self.names[key]: dim for key, dim in labels.out_dims.items()}
+        self.where: dict[int, tuple[tuple[str, int], int]] | None = None
+        self.axes: dict[tuple[str, int], Tensor] = {
+            (self.names[key], dim): atoms for (key, dim), atoms in labels.axes.items()
+        }
+        by_tensor = {key for key, _ in labels.axes}
+        for key, entries in labels.entries.items():
+            if key in by_tensor or entries.numel() == 1:
+                labels.fix(entries.reshape(-1), "a weight that is also used by itself")
+                for other, dim in list(labels.axes):
+                    if other == key:
+                        labels.fix(labels.axes[other, dim], "a weight that is also used by itself")
+        self._one_dimension_each(by_tensor)
+
+    def _one_dimension_each(self, layers: set[int]) -> None:
+        """Find along which dimension a parameter outside of layers has its channels."""
+        while True:
+            changed = False
+            for key, entries in self.labels.entries.items():
+                if key in layers or entries.numel() == 1:
+                    continue
+                roots = self.atoms.find(entries)
+                dims = [
+                    d
+                    for d in range(roots.ndim)
+                    if roots.shape[d] > 1 and not bool((roots == roots.narrow(d, 0, 1)).all())
+                ]
+                if len(dims) > 1:
+                    self.labels.fix(entries.reshape(-1), "a parameter with channels in two ways")
+                    changed = True
+                elif dims:
+                    line = tuple(slice(None) if d == dims[0] else 0 for d in range(roots.ndim))
+                    self.axes[self.names[key], dims[0]] = entries[line]
+            if not changed:
+                return
+
+    def protect(self, layer: str, reason: str) -> None:
+        weight = f"{layer}.weight"
+        dim = _out_dim(self.modules[layer])
+        if (weight, dim) in self.axes:
+            self.labels.fix(self.axes[weight, dim], reason)
+
+    def tie(self, first: str, second: str) -> None:
+        a, b = (self.axes.get(_axis(name)) for name in (first, second))
+        if a is not None and b is not None and a.shape == b.shape:
+            self.atoms.join(a, b)
+
+    def close(self) -> Coupling:
+        keys = list(self.axes)
+        roots = {
+            key: self.atoms.find(atoms.contiguous()).numpy() for key, atoms in self.axes.items()
+        }
+        counts: dict[int, list[tuple[int, int]]] = {}
+        for i, key in enumerate(keys):
+            values, number = np.unique(roots[key], return_counts=True)
+            for value, n in zip(values.tolist(), number.tolist(), strict=True):
+                if value != FIXED:
+                    counts.setdefault(value, []).append((i, n))
+        groups: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for root, where in counts.items():
+            groups.setdefault(tuple(where), []).append(root)
+        unit_of: dict[int, tuple[int, int]] = {}
+        slots: list[tuple[Slot, ...]] = []
+        sizes: list[int] = []
+        for signature, members in groups.items():
+            first = keys[signature[0][0]]
+            mine = set(members)
+            order = [r for r in dict.fromkeys(roots[first].tolist()) if r in mine]
+            unit_of.update({root: (len(slots), u) for u, root in enumerate(order)})
+            slots.append(tuple(self._slot(keys[i], roots[keys[i]], order) for i, _ in signature))
+            sizes.append(len(order))
+        return Coupling(
+            groups=tuple(slots),
+            sizes=tuple(sizes),
+            gates=self._gates(len(slots), unit_of),
+            scaled=self._scaled(unit_of),
+            counts=self._counts(unit_of),
+            uses={
+                self.names[key]: tuple(
+                    (n, tuple(Count("", len(v), self._count_where(v, unit_of)) for v in sizes))
+                    for n, sizes in uses
+                )
+                for key, uses in self.labels.uses.items()
+            },
+            fixed=self._fixed(roots),
+        )
+
+    def _slot(self, key: tuple[str, int], roots: np.ndarray, order: Sequence[int]) -> Slot:
+        sorted_roots = np.asarray(order)
+        arrange = np.argsort(sorted_roots)
+        place = np.searchsorted(sorted_roots[arrange], roots)
+        place = np.minimum(place, len(order) - 1)
+        hit = sorted_roots[arrange][place] == roots
+        return self._at(
+            key, torch.from_numpy(np.flatnonzero(hit)), torch.from_numpy(arrange[place][hit])
+        )
+
+    def _at(self, key: tuple[str, int], indices: Tensor, units: Tensor) -> Slot:
+        tensor, dim = key
+        layer = tensor.rpartition(".")[0]
+        role = "along"
+        if tensor in self.out_dims:
+            role = "out" if dim == self.out_dims[tensor] else "in"
+        return Slot(tensor, dim, indices, units, role, layer)
+
+    def _where(self) -> dict[int, tuple[tuple[str, int], int]]:
+        """Return where each raw atom of a layer's weight is stored."""
+        if self.where is None:
+            self.where = {
+                atom: (key, i)
+                for key, atoms in self.axes.items()
+                if key[0].endswith("weight") or key[0] in self.out_dims
+                for i, atom in enumerate(atoms.tolist())
+            }
+        return self.where
+
+    def _rows(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> dict[int, list[Slot]]:
+        """Return by group the slots in which raw atoms are stored."""
+        where = self._where()
+        found: dict[tuple[int, tuple[str, int]], list[tuple[int, int]]] = {}
+        for atom, root in zip(
+            atoms.tolist(), self.atoms.find(atoms.contiguous()).tolist(), strict=True
+        ):
+            if root in unit_of and atom in where:
+                group, unit = unit_of[root]
+                key, index = where[atom]
+                found.setdefault((group, key), []).append((index, unit))
+        rows: dict[int, list[Slot]] = {}
+        for (group, key), pairs in found.items():
+            indices, units = torch.tensor(pairs).T
+            rows.setdefault(group, []).append(self._at(key, indices, units))
+            bias = f"{key[0].removesuffix('weight')}bias"
+            if bias in self.stored:
+                rows[group].append(self._at((bias, 0), indices, units))
+        return rows
+
+    def _gates(
+        self, groups: int, unit_of: Mapping[int, tuple[int, int]]
+    ) -> tuple[tuple[Slot, ...], ...]:
+        gates: list[list[Slot]] = [[] for _ in range(groups)]
+        for atoms in self.labels.gates:
+            for group, slots in self._rows(atoms, unit_of).items():
+                gates[group] += slots
+        return tuple(tuple(slots) for slots in gates)
+
+    def _scaled(
+        self, unit_of: Mapping[int, tuple[int, int]]
+    ) -> tuple[tuple[str, tuple[Slot, ...], int], ...]:
+        return tuple(
+            (owner, tuple(slots), group)
+            for owner, atoms in self.labels.scaled
+            for group, slots in self._rows(atoms, unit_of).items()
+        )
+
+    def _counts(self, unit_of: Mapping[int, tuple[int, int]]) -> tuple[Count, ...]:
+        found = {}
+        for site in self.labels.sites:
+            where = self._count_where(site.atoms, unit_of)
+            if where:
+                key = site.owner, site.value, tuple((g, len(i)) for g, i, _ in where)
+                found[key] = Count(site.owner, site.value, where)
+        return tuple(found.values())
+
+    def _count_where(
+        self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]
+    ) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        by_group: dict[int, list[tuple[int, int]]] = {}
+        for index, root in enumerate(self.atoms.find(atoms.contiguous()).tolist()):
+            if root in unit_of:
+                group, unit = unit_of[root]
+                by_group.setdefault(group, []).append((index, unit))
+        return tuple(
+            (g, torch.tensor([i for i, _ in pairs]), torch.tensor([u for _, u in pairs]))
+            for g, pairs in by_group.items()
+        )
+
+    def _fixed(self, roots: Mapping[tuple[str, int], np.ndarray]) -> dict[str, str]:
+        """Say why layers have outputs that stay."""
+        reasons: dict[str, str] = {}
+        for (tensor, dim), values in roots.items():
+            layer, _, leaf = tensor.rpartition(".")
+            if self._makes_channels(layer, leaf, dim):
+                stay = self.axes[tensor, dim][torch.from_numpy(values == FIXED)]
+                if len(stay):
+                    reasons[layer] = self._why(stay)
+        return reasons
+
+    def _makes_channels(self, layer: str, leaf: str, dim: int) -> bool:
+        module = self.modules[layer]
+        known = isinstance(module, (_ConvNd, nn.Linear)) and leaf == "weight"
+        return known and dim == _out_dim(module)
+
+    def _why(self, atoms: Tensor) -> str:
+        families = set(self.atoms.family(atoms.contiguous()).tolist())
+        for fixed, reason in self.labels.reasons:
+            if families & set(self.atoms.family(fixed).tolist()):
+                return reason
+        return "coupled with channels that have to stay"
+
+
+def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*net.named_parameters(), *net.named_buffers()]
+
+
+def _axis(name: str) -> tuple[str, int]:
+    tensor, _, dim = name.rpartition(":")
+    return tensor, int(dim) if dim.isdigit() else 0
+
+
+def _out_dim(module: nn.Module) -> int:
+    return 1 if isinstance(module, _ConvTransposeNd) else 0

@@ -1,0 +1,307 @@
+"""The named groups of a network, where their channels are stored, and how to remove them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune.graph.tracing import HEAD_NUMBERS, Count, Coupling, Slot, find
+from robust_prune.modules import Fields, narrow_, set_fields_
+from robust_prune.types import ChannelGroup, Unprunable
+
+# numbers in modules that happen to equal a width, but never are one
+NO_WIDTH = re.compile(
+    "num|heads|groups|window|kernel|stride|padding|patch|image|img|grid|dilat|depth|ratio|index|"
+    "resolution|pool|radix|shift|scale_factor|factor|level|feat_size|output_size|training"
+)
+STANDARD = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Groups by name with their slots, and what else follows their widths."""
+
+    groups: tuple[ChannelGroup, ...]
+    slots: Mapping[str, tuple[Slot, ...]]
+    gates: Mapping[str, tuple[Slot, ...]]
+    unprunable: tuple[Unprunable, ...]
+    coupling: Coupling
+    names: Mapping[int, str]
+
+    @classmethod
+    def of(cls, net: nn.Module, coupling: Coupling, min_width: int) -> Wiring:
+        """Name the groups of a coupling after the first layer that makes their channels."""
+        order = {name: i for i, name in enumerate(_tensor_names(net))}
+        found: list[tuple[int, int, int, tuple[Slot, ...]]] = []
+        unprunable: dict[str, str] = dict(coupling.fixed)
+        for g, slots in enumerate(coupling.groups):
+            slots = tuple(sorted(slots, key=lambda s: (order[s.tensor], s.dim)))
+            makers = [s for s in slots if s.role == "out"]
+            if not makers:
+                continue
+            if not any(s.role == "in" for s in slots) and not coupling.gates[g]:
+                unprunable.setdefault(makers[0].layer, "no layer reads its channels")
+                continue
+            if coupling.sizes[g] < 2:
+                unprunable.setdefault(makers[0].layer, "its channels can only go all together")
+                continue
+            found.append((order[makers[0].tensor], int(makers[0].indices[0]), g, slots))
+        found.sort(key=lambda item: item[:2])
+        makers_of = [next(s for s in slots if s.role == "out") for *_, slots in found]
+        titles = [maker.tensor.removesuffix(".weight") for maker in makers_of]
+        groups, named, gates, names = [], {}, {}, {}
+        for (_, _, g, slots), maker, name in zip(found, makers_of, titles, strict=True):
+            if titles.count(name) > 1:
+                name = f"{name}@{int(maker.indices[0])}"
+            groups.append(_group(name, maker, slots, coupling.sizes[g], min_width))
+            named[name], gates[name], names[g] = slots, coupling.gates[g], name
+        for maker in makers_of:
+            unprunable.pop(maker.layer, None)
+        return cls(
+            groups=tuple(groups),
+            slots=named,
+            gates=gates,
+            unprunable=tuple(Unprunable(name, why) for name, why in unprunable.items()),
+            coupling=coupling,
+            names=names,
+        )
+
+    def names_after(self, gone: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return, by the name that each group has once units are gone, its name here.
+
+        Groups that share a tensor are told by their first channel in it, which moves. One that is
+        left with a single unit is no group any more.
+
+        Args:
+            gone: by group, True [units] for the units that go.
+        """
+        found: dict[str, str] = {}
+        sharing: dict[str, list[tuple[int, str]]] = {}
+        for g, name in self.names.items():
+            title, shared, first = name.rpartition("@")
+            if not shared:
+                found[name] = name
+                continue
+            maker = next(
+                s
+                for s in self.coupling.groups[g]
+                if s.tensor.removesuffix(".weight") == title and int(s.indices[0]) == int(first)
+            )
+            left = ~gone.get(name, torch.zeros(self.coupling.sizes[g], dtype=torch.bool))
+            if int(left.sum()) < 2:
+                continue
+            here = int(maker.indices[left[maker.units]][0])
+            before = sum(
+                int((s.indices[mask[s.units]] < here).sum())
+                for other, mask in gone.items()
+                for s in self.slots[other]
+                if (s.tensor, s.dim) == (maker.tensor, maker.dim)
+            )
+            sharing.setdefault(title, []).append((here - before, name))
+        for title, places in sharing.items():
+            for place, name in places:
+                found[f"{title}@{place}" if len(places) > 1 else title] = name
+        return found
+
+    def without(self, broken: Mapping[str, str]) -> Wiring:
+        """Return the wiring in which some groups count as unprunable, with the reasons."""
+        return Wiring(
+            groups=tuple(g for g in self.groups if g.name not in broken),
+            slots={n: s for n, s in self.slots.items() if n not in broken},
+            gates=self.gates,
+            unprunable=(
+                *self.unprunable,
+                *(Unprunable(name, reason) for name, reason in broken.items()),
+            ),
+            coupling=self.coupling,
+            names=self.names,
+        )
+
+    def channels(self, without: Mapping[str, str]) -> int:
+        """Return how many entries of tensors the groups lie along, some groups left out."""
+        return sum(
+            len(slot.indices)
+            for name, slots in self.slots.items()
+            if name not in without
+            for slot in slots
+        )
+
+    def possible_ties(self, broken: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """Return pairs of dimensions, as `tensor:dim`, that the code may couple without saying so.
+
+        Between broken groups: the columns of a projection, which reads an attention's inner
+        channels, with those of the layer that reads its input, where the code takes the one width
+        for the other; and the rows of layers whose widths one number of a module counts.
+        """
+        made = {s.tensor: n for n, slots in self.slots.items() for s in slots if s.role == "out"}
+        read = {
+            s.tensor: (n, s) for n, slots in self.slots.items() for s in slots if s.role == "in"
+        }
+        ties = []
+        for first, (inner, slot) in read.items():
+            for second, maker in made.items():
+                outer, reader = read.get(second, ("", slot))
+                if maker != inner or outer == inner or not {inner, outer} <= set(broken):
+                    continue
+                if len(reader.indices) == len(slot.indices):
+                    ties.append((f"{first}:1", f"{second}:1"))
+        counted: dict[tuple[str, int], list[str]] = {}
+        for count in self.coupling.counts:
+            for g, *_ in count.where:
+                if self.names.get(g) in broken:
+                    counted.setdefault((count.owner, count.value), []).append(self.names[g])
+        for groups in counted.values():
+            makers = [
+                next(s for s in self.slots[name] if s.role == "out")
+                for name in dict.fromkeys(groups)
+            ]
+            for other in makers[1:]:
+                if len(other.indices) == len(makers[0].indices):
+                    pair = (f"{makers[0].tensor}:{makers[0].dim}", f"{other.tensor}:{other.dim}")
+                    ties.append(pair)
+        return tuple(dict.fromkeys(ties))
+
+    @torch.no_grad()
+    def remove_(self, net: nn.Module, dropped: Mapping[str, Tensor]) -> None:
+        """Remove units of groups from a network, by True [units] for those that go."""
+        set_fields = self._fields(dict(net.named_modules()), dropped)
+        sizes = {n: tuple(t.shape) for n, t in (*net.named_parameters(), *net.named_buffers())}
+        keep: dict[tuple[str, int], Tensor] = {}
+        for name, gone in dropped.items():
+            for slot in self.slots[name]:
+                key = slot.tensor, slot.dim
+                mask = keep.setdefault(
+                    key, torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
+                )
+                mask[slot.indices[gone[slot.units]]] = False
+        kept = {key: mask.nonzero().squeeze(1) for key, mask in keep.items()}
+        narrow_(net, kept, self.scaled_rows(dropped))
+        set_fields_(net, set_fields)
+
+    def scaled_rows(self, dropped: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, float]]]:
+        """Return by tensor which rows pruning multiplies, and by what.
+
+        An attention divides by the root of its head's width, which the rows of queries make up for.
+        """
+        rows: dict[str, dict[tuple[int, ...], float]] = {}
+        for _, slots, g in self.coupling.scaled:
+            gone = dropped.get(self.names.get(g, ""))
+            for slot in slots:
+                if gone is not None:
+                    share = float((~gone[slot.units]).double().mean())
+                    rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share**0.5
+        return {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()}
+
+    def normalised(self, dropped: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Return by module and full width which channels stay of those it counts."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for count in self.coupling.counts:
+            kept = self._kept(count, dropped)
+            if not bool(kept.all()):
+                found.setdefault(count.owner, {})[count.value] = kept.nonzero().squeeze(1)
+        return found
+
+    def standardised(
+        self, modules: Mapping[str, nn.Module], dropped: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, int]]:
+        """Return which columns stay, of how many, where weights are standardised over them."""
+        found: dict[str, Tensor] = {}
+        for name, gone in dropped.items():
+            for slot in self.slots[name]:
+                module = modules[slot.layer]
+                if slot.role == "in" and find(module) and isinstance(module, nn.Conv2d):
+                    whole = torch.ones(module.weight.shape[1], dtype=torch.bool)
+                    kept = found.setdefault(slot.layer, whole)
+                    kept[slot.indices[gone[slot.units]]] = False
+        return {n: (kept.nonzero().squeeze(1), len(kept)) for n, kept in found.items()}
+
+    def _kept(self, count: Count, dropped: Mapping[str, Tensor]) -> Tensor:
+        kept = torch.ones(count.value, dtype=torch.bool)
+        for g, indices, units in count.where:
+            gone = dropped.get(self.names.get(g, ""))
+            if gone is not None:
+                kept[indices[gone[units]]] = False
+        return kept
+
+    def _fields(self, modules: Mapping[str, nn.Module], dropped: Mapping[str, Tensor]) -> Fields:
+        """Find the numbers in modules that count channels, and what they are to become."""
+        widths: dict[str, dict[int, set[int]]] = {}
+        for count in self.coupling.counts:
+            after = int(self._kept(count, dropped).sum())
+            widths.setdefault(count.owner, {}).setdefault(count.value, set()).add(after)
+        fields: Fields = {}
+        for owner, changes in widths.items():
+            module = modules[owner]
+            known = {old: new.pop() for old, new in changes.items() if len(new) == 1}
+            if isinstance(module, STANDARD):
+                continue
+            for name, value in vars(module).items():
+                if name.startswith("_") or (NO_WIDTH.search(name) and name not in HEAD_NUMBERS):
+                    continue
+                if type(value) not in (int, tuple, list):
+                    continue
+                new = _follow(value, known)
+                if new != value:
+                    fields.setdefault(owner, {})[name] = new
+        for owner, slots, g in self.coupling.scaled:
+            gone = dropped.get(self.names.get(g, ""))
+            scale = getattr(modules[owner], "scale", None)
+            width = self._head_width(owner, g)
+            if gone is None or not isinstance(scale, float) or not width:
+                continue
+            if math.isclose(scale, width**-0.5, rel_tol=1e-6):
+                share = float((~gone[slots[0].units]).double().mean())
+                fields.setdefault(owner, {})["scale"] = (width * share) ** -0.5
+        return fields
+
+    def _head_width(self, owner: str, g: int) -> int:
+        """Return the width of one head: the smallest number of these channels that is counted."""
+        counted = [
+            c.value
+            for c in self.coupling.counts
+            if c.owner == owner and any(group == g for group, _, _ in c.where)
+        ]
+        return min(counted, default=0)
+
+
+def _follow(value: Any, known: Mapping[int, int]) -> Any:
+    if isinstance(value, int):
+        return known.get(value, value)
+    if all(type(v) is int for v in value):
+        return type(value)(known.get(v, v) for v in value)
+    return value
+
+
+def _group(
+    name: str, maker: Slot, slots: tuple[Slot, ...], units: int, min_width: int
+) -> ChannelGroup:
+    width = len(maker.indices)
+    blocks = width // units
+    order = maker.units.tolist()
+    regular = all(unit == i % units for i, unit in enumerate(order))
+    return ChannelGroup(
+        name=name,
+        width=width,
+        blocks=blocks,
+        min_width=min(width, max(min_width, blocks)),
+        members=tuple(dict.fromkeys(s.layer for s in slots if s.role != "in")),
+        readers=tuple(dict.fromkeys(s.layer for s in slots if s.role == "in")),
+        units_of=() if regular else tuple(order),
+    )
+
+
+def _tensor_names(net: nn.Module) -> list[str]:
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in net.named_modules()
+        for name, _ in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+    ]

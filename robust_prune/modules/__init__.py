@@ -1,0 +1,51 @@
+"""Modules on images: normalisation inside, checks, contexts, resizing in place."""
+
+from robust_prune.modules.checks import check_float32, check_outputs
+from robust_prune.modules.contexts import (
+    batch_statistics,
+    evaluating,
+    float32_logits,
+    random_states,
+    requires_grad,
+    restore_random_states,
+    seeded,
+)
+from robust_prune.modules.image_model import ImageModel, image_channels, network_of
+from robust_prune.modules.layout import contiguous, device_of, make_contiguous_, plain_layout
+from robust_prune.modules.outputs import (
+    difference,
+    outputs_of,
+    predict,
+    running_statistics,
+    tensors_in,
+)
+from robust_prune.modules.resize import Fields, fields_of, fit_, narrow_, set_fields_
+
+__all__ = [
+    "predict",
+    "difference",
+    "tensors_in",
+    "Fields",
+    "ImageModel",
+    "batch_statistics",
+    "check_float32",
+    "check_outputs",
+    "contiguous",
+    "device_of",
+    "evaluating",
+    "fields_of",
+    "fit_",
+    "float32_logits",
+    "image_channels",
+    "make_contiguous_",
+    "narrow_",
+    "network_of",
+    "outputs_of",
+    "plain_layout",
+    "random_states",
+    "requires_grad",
+    "restore_random_states",
+    "running_statistics",
+    "seeded",
+    "set_fields_",
+]

@@ -1,0 +1,45 @@
+"""What a module must be, told before the work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune.errors import DataError, ModelError
+from robust_prune.modules.contexts import evaluating
+from robust_prune.modules.layout import device_of
+
+
+def check_float32(model: nn.Module) -> None:
+    """Raise ModelError where weights are of another floating-point type than images."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the model's weights are {kind} ({name}), images come in float32; give "
+                "model.float()"
+            )
+
+
+@torch.no_grad()
+def check_outputs(
+    model: nn.Module, images: Tensor, labels: Tensor, classes: int | None = None
+) -> None:
+    """Raise DataError unless logits [N, K] of these images fit labels and number of classes."""
+    with evaluating(model):
+        logits = model(images[:1].to(device_of(model)))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"the model must give logits [N, K], not {what}; wrap it so that it does")
+    outputs = logits.shape[1]
+    if classes is not None and classes != outputs:
+        raise DataError(
+            f"the model has {outputs} outputs, the data has {classes} classes: is it the data "
+            "this model was trained on?"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs:
+        raise DataError(
+            f"labels must lie in 0..{outputs - 1} for a model of {outputs} outputs, but go from "
+            f"{low} to {high}"
+        )

@@ -1,0 +1,154 @@
+"""Change the widths of a network in place: parameters, buffers, and the fields that follow them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from robust_prune.errors import ModelError
+from robust_prune.modules.layout import plain_layout
+
+Fields = dict[str, dict[str, Any]]
+KEPT_FIELDS = "_pruned_fields"
+
+
+@torch.no_grad()
+def narrow_(
+    model: nn.Module,
+    keep: Mapping[tuple[str, int], Tensor],
+    rows: Mapping[str, Sequence[tuple[Tensor, float]]] | None = None,
+) -> None:
+    """Keep only some entries of tensors, and set the layers' fields.
+
+    Tensors are replaced, never written to: another model may share them.
+
+    Args:
+        model: changed in place.
+        keep: the entries that stay, by (name, dimension).
+        rows: by name (rows, factor) that entries of the first dimension are multiplied with.
+    """
+    rows = rows or {}
+    by_tensor: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), indices in keep.items():
+        by_tensor.setdefault(name, {})[dim] = indices
+    modules = dict(model.named_modules())
+    touched: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, dims in by_tensor.items():
+        layer, _, leaf = name.rpartition(".")
+        module = modules[layer]
+        old = getattr(module, leaf)
+        data = old.detach().clone() if name in rows else old.detach()
+        for indices, factor in rows.get(name, ()):
+            data[indices.to(data.device)] *= factor
+        for dim, indices in dims.items():
+            data = data.index_select(dim, indices.to(data.device))
+        touched.setdefault(layer, {})[leaf] = tuple(data.shape)
+        _replace(module, leaf, plain_layout(data))
+    for layer, shapes in touched.items():
+        _set_fields(modules[layer], shapes)
+
+
+def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Resize every parameter and buffer of `model` to the shape of its namesake in `state`.
+
+    The fields that layers keep of their own widths follow the new shapes, so that a pruned
+    network prints, counts and prunes again like any other. Values are left undefined; load the
+    state_dict afterwards with strict=True, which also finds names that don't match.
+    """
+    for prefix, module in model.named_modules():
+        shapes = {
+            name: tuple(state[key].shape)
+            for name, _ in _own_tensors(module)
+            if (key := f"{prefix}.{name}" if prefix else name) in state
+        }
+        changed = {n: s for n, s in shapes.items() if tuple(getattr(module, n).shape) != s}
+        if changed:
+            for name, shape in changed.items():
+                old = getattr(module, name)
+                _replace(module, name, torch.empty(shape, dtype=old.dtype, device=old.device))
+            _set_fields(module, shapes)
+
+
+def fields_of(model: nn.Module) -> Fields:
+    """Return the numbers that pruning has changed in modules, by module and attribute."""
+    found: Fields = getattr(model, KEPT_FIELDS, {})
+    return found
+
+
+def set_fields_(model: nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set numbers of modules, such as the width of an attention's heads, and remember them.
+
+    Raises:
+        ModelError: there is no such module or attribute, or it is not a number.
+    """
+    modules = dict(model.named_modules())
+    kept = {layer: dict(values) for layer, values in fields_of(model).items()}
+    for layer, values in fields.items():
+        for name, value in values.items():
+            old = getattr(modules.get(layer), name, None)
+            if not _is_number(old) or not _is_number(value):
+                raise ModelError(f"{layer or 'the network'} has no number called {name!r} to set")
+            if isinstance(old, tuple):
+                value = tuple(value)
+            setattr(modules[layer], name, value)
+            kept.setdefault(layer, {})[name] = list(value) if isinstance(value, tuple) else value
+    if kept:
+        setattr(model, KEPT_FIELDS, kept)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(isinstance(v, int) for v in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]
+
+
+def _replace(module: nn.Module, name: str, data: Tensor) -> None:
+    old = getattr(module, name)
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(data, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, data)
+
+
+def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    weight = shapes.get("weight", ())
+    if isinstance(module, _ConvNd) and weight:
+        _set_convolution(module, weight)
+    elif isinstance(module, nn.Linear) and weight:
+        module.out_features, module.in_features = weight
+    elif isinstance(module, _NormBase) or (hasattr(module, "num_features") and len(weight) == 1):
+        features = next(shape[0] for shape in shapes.values() if shape)
+        module.num_features = features  # type: ignore[assignment]
+    elif isinstance(module, nn.GroupNorm) and weight:
+        module.num_channels = weight[0]
+    elif isinstance(module, nn.PReLU) and weight:
+        module.num_parameters = weight[0]
+    elif len(getattr(module, "normalized_shape", ())) == 1 and weight:
+        module.normalized_shape = weight  # type: ignore[assignment]
+
+
+def _set_convolution(module: _ConvNd, weight: tuple[int, ...]) -> None:
+    first, second = weight[:2]
+    if isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = first, second * module.groups
+    elif module.groups == module.in_channels and module.groups > 1:
+        # depthwise: one group a channel, before and after
+        multiplier = module.out_channels // module.in_channels
+        module.in_channels = module.groups = first // multiplier
+        module.out_channels = first
+    else:
+        module.in_channels, module.out_channels = second * module.groups, first

@@ -1,0 +1,17 @@
+"""What is done to the weights and statistics that are left after pruning."""
+
+from robust_prune.repair.batchnorm import recalibrate_batchnorm_
+from robust_prune.repair.reconstruction import (
+    Reconstruction,
+    dense_moments,
+    kept_rows,
+    reconstruct_,
+)
+
+__all__ = [
+    "Reconstruction",
+    "dense_moments",
+    "kept_rows",
+    "recalibrate_batchnorm_",
+    "reconstruct_",
+]

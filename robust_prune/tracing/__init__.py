@@ -1,1 +1,0 @@
-"""Which channels of a network can only be removed together: one traced forward pass."""

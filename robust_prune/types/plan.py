@@ -1,0 +1,165 @@
+"""The plan: which channels stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from robust_prune.errors import PlanError
+from robust_prune.types.budget import Budget
+from robust_prune.types.model import Cost, Unprunable
+from robust_prune.types.plain import three_integers, to_plain
+
+PLAN_SCHEMA = "robust-prune/plan/1"
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What happens to one group: the channels of `name` that stay, in rising order."""
+
+    name: str
+    width: int
+    keep: tuple[int, ...]
+    mrs: float | None = None
+    note: str = ""
+
+    @property
+    def keep_width(self) -> int:
+        """How many channels stay."""
+        return len(self.keep)
+
+    @property
+    def prune_ratio(self) -> float:
+        """Share of the channels that goes."""
+        return 1 - self.keep_width / self.width
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels stay, as plain data: it can be printed, compared, saved and replayed."""
+
+    budget: Budget
+    allocation: str
+    score: str
+    seed: int
+    input_size: tuple[int, int, int]
+    dense: Cost
+    pruned: Cost
+    groups: tuple[GroupPlan, ...]
+    unprunable: tuple[Unprunable, ...] = ()
+    notes: tuple[str, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()  # `tensor:dim` pairs that the code couples silently
+    whole_heads: bool = False
+
+    @property
+    def reached(self) -> float:
+        """Share of the budget's target that the plan removes."""
+        return 1 - self.pruned.of(self.budget.target) / self.dense.of(self.budget.target)
+
+    def group(self, name: str) -> GroupPlan:
+        """Return the plan of one group."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(f"the plan has no group {name!r}; it has {len(self.groups)} groups")
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """Return the plan that does this one and then `later`, made on what this one leaves."""
+        theirs = {group.name: group for group in later.groups}
+        groups = []
+        for mine in self.groups:
+            after = theirs.pop(mine.name, None)
+            if after is not None and after.width != mine.keep_width:
+                raise PlanError(
+                    f"group {mine.name!r} has {after.width} channels in the later plan, but "
+                    f"{mine.keep_width} are left of it"
+                )
+            keep = mine.keep if after is None else tuple(mine.keep[i] for i in after.keep)
+            groups.append(dataclasses.replace(mine, keep=keep))
+        if theirs:
+            raise PlanError(f"group {min(theirs)!r} of the later plan is not in the first")
+        return dataclasses.replace(
+            self,
+            groups=tuple(groups),
+            pruned=later.pruned,
+            notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> PruningPlan:
+        """Return the plan with other names of groups, where `names` has one."""
+        groups = (dataclasses.replace(g, name=names.get(g.name, g.name)) for g in self.groups)
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, the same for the same plan on every machine."""
+        return json.dumps({"schema": PLAN_SCHEMA, **to_plain(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan back; raises PlanError for text that is not one."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from None
+        return cls.from_plain(data)
+
+    @classmethod
+    def from_plain(cls, data: Any) -> PruningPlan:
+        """Build a plan from parsed JSON, checking every index."""
+        schema = data.get("schema", PLAN_SCHEMA) if isinstance(data, dict) else None
+        if schema != PLAN_SCHEMA:
+            raise PlanError(f"the plan's schema is {schema!r}; this version reads {PLAN_SCHEMA!r}")
+        try:
+            plan = cls(
+                budget=Budget(**data["budget"]),
+                allocation=str(data["allocation"]),
+                score=str(data["score"]),
+                seed=int(data["seed"]),
+                input_size=three_integers(data["input_size"]),
+                dense=Cost(**data["dense"]),
+                pruned=Cost(**data["pruned"]),
+                groups=tuple(
+                    GroupPlan(**{**group, "keep": tuple(int(i) for i in group["keep"])})
+                    for group in data["groups"]
+                ),
+                unprunable=tuple(Unprunable(**item) for item in data.get("unprunable", ())),
+                notes=tuple(data.get("notes", ())),
+                ties=tuple((str(a), str(b)) for a, b in data.get("ties", ())),
+                whole_heads=bool(data.get("whole_heads", False)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan is malformed: {type(error).__name__}: {error}") from None
+        for group in plan.groups:
+            keep = list(group.keep)
+            if keep != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= group.width:
+                raise PlanError(
+                    f"the plan's group {group.name!r} must keep 1 to {group.width} different "
+                    f"channels in rising order, each below {group.width}"
+                )
+        return plan
+
+    @property
+    def digest(self) -> str:
+        """Short fingerprint of what the plan does, for comparing two runs at a glance."""
+        kept = json.dumps([[group.name, group.width, group.keep] for group in self.groups])
+        return hashlib.sha256(kept.encode()).hexdigest()[:12]
+
+    def diff(self, other: PruningPlan) -> list[str]:
+        """Return one line for each group in which `other` differs from this plan."""
+        mine = {group.name: group for group in self.groups}
+        theirs = {group.name: group for group in other.groups}
+        lines = []
+        for name in sorted(mine.keys() | theirs.keys()):
+            if name not in theirs or name not in mine:
+                lines.append(f"{name}: only in the {'first' if name in mine else 'second'} plan")
+            elif mine[name].keep != theirs[name].keep:
+                shared = len(set(mine[name].keep) & set(theirs[name].keep))
+                lines.append(
+                    f"{name}: {mine[name].keep_width} against {theirs[name].keep_width} channels, "
+                    f"{shared} of them the same"
+                )
+        return lines

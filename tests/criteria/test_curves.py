@@ -1,0 +1,268 @@
+"""Structural curves, allocation by them, and the search over composed models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robust_prune.adversaries import adversarial_loss, adversarial_set
+from robust_prune.allocation import (
+    EVEN,
+    CostOf,
+    allocate_by_curves,
+    best_composed,
+    candidate_widths,
+    make_plan,
+)
+from robust_prune.criteria import channel_scores, masked, structural, structural_curves
+from robust_prune.errors import BudgetError
+from robust_prune.graph import ModelGraph
+from robust_prune.types import Budget, ChannelGroup, Cost, Curve, PruningPlan, ThreatModel
+from tests.conftest import OwnNet, randomize_, tiny_resnet
+
+SIZE = (3, 32, 32)
+WIDE = ModelGraph(tiny_resnet(channels=[32, 64, 96, 128], stem_width=16), SIZE)
+NAMES = [group.name for group in WIDE.groups]
+
+
+def straight(slopes: dict[str, float]) -> dict[str, Curve]:
+    return {n: Curve(n, (0.5, 1.0), (s / 2, s)) for n, s in slopes.items()}
+
+
+def plan_of(graph: ModelGraph, widths: dict[str, int], size: tuple[int, int, int]) -> PruningPlan:
+    scores = channel_scores(graph.model, graph, score="l2")
+    return make_plan(
+        graph.groups,
+        widths,
+        {n: s.tolist() for n, s in scores.items()},
+        graph.cost,
+        Budget("macs", 0.5),
+        allocation="given",
+        score="l2",
+        seed=0,
+        input_size=size,
+    )
+
+
+def test_a_point_of_a_curve_is_the_loss_of_the_pruned_model(
+    images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel
+) -> None:
+    model = randomize_(OwnNet(width=8, classes=10)).double().eval()
+    images = images[:, :, :16, :16].double()
+    adversarial = adversarial_set(model, images, labels, threat=threat, steps=1)
+    graph = ModelGraph(model, (3, 16, 16))
+    scores = channel_scores(model, graph, score="l2")
+    curves = structural_curves(model, graph, scores, adversarial, shares=(0.5,))
+    base = adversarial_loss(model, adversarial)
+    for group in graph.groups:
+        widths = {g.name: g.width // 2 if g is group else g.width for g in graph.groups}
+        pruned = graph.pruned(plan_of(graph, widths, (3, 16, 16)))
+        rise = adversarial_loss(pruned, adversarial) - base
+        assert curves[group.name].rises[0] == pytest.approx(rise, abs=1e-9), group.name
+
+
+def test_masking_puts_every_weight_back_even_after_an_error() -> None:
+    model = tiny_resnet()
+    graph = ModelGraph(model, SIZE)
+    before = copy.deepcopy(model.state_dict())
+    gone = torch.zeros(graph.groups[0].units, dtype=torch.bool)
+    gone[0] = True
+    changed: list[str] = []
+
+    def fail() -> None:
+        with masked(model, graph, graph.groups[0].name, gone):
+            changed.extend(n for n, t in model.state_dict().items() if not t.equal(before[n]))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert changed
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_structural_mrs_is_the_curve_at_one_half(
+    images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel
+) -> None:
+    model = tiny_resnet()
+    graph = ModelGraph(model, SIZE)
+    adversarial = adversarial_set(model, images, labels, threat=threat, steps=1)
+    curves = structural_curves(
+        model, graph, channel_scores(model, graph, score="l2"), adversarial, shares=(0.25, 0.75)
+    )
+    found = structural(graph, curves, adversarial)
+    first = curves[graph.groups[0].name]
+    assert found.of_groups()[first.group] == pytest.approx(max(sum(first.rises) / 2, 0))
+    assert found.method == "structural"
+
+
+def test_a_curve_by_hand() -> None:
+    curve = Curve("g", (0.25, 0.5, 0.75, 1.0), (0.4, -0.1, 0.5, 2.0))
+    assert curve.at(0.0) == 0
+    assert curve.at(0.125) == pytest.approx(0.2)
+    assert curve.at(0.625) == pytest.approx(0.2)
+    assert curve.at(1.0) == 2.0
+    assert Curve("g", (0.5, 0.9), (0.0, 0.8)).at(1.0) == pytest.approx(1.0)  # the line goes on
+    # made to rise (0.4, 0.4, 0.5, 2) and convex from below: 0 to 0.5 at 0.75 is one straight line
+    hull = curve.hull()
+    assert hull.shares == (0.75, 1.0)
+    assert hull.rises == (0.5, 2.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-0.2, 3), min_size=6, max_size=6))
+def test_hulls_lie_below_never_fall_and_get_steeper(rises: list[float]) -> None:
+    curve = Curve("g", (0.15, 0.3, 0.45, 0.6, 0.75, 0.9), tuple(rises))
+    hull = curve.hull()
+    highest = 0.0
+    for share, rise in zip(curve.shares, rises, strict=True):
+        highest = max(highest, rise)
+        assert hull.at(share) <= highest + 1e-9
+    xs, ys = (0.0, *hull.shares), (0.0, *hull.rises)
+    slopes = [(ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i]) for i in range(len(xs) - 1)]
+    assert slopes[0] >= 0
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(slopes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["macs", "params", "channels"]),
+    st.floats(0.05, 0.7),
+    st.sampled_from([1, 4]),
+    st.lists(st.floats(1e-3, 10), min_size=len(NAMES), max_size=len(NAMES)),
+)
+def test_curves_meet_every_budget(
+    target: str, ratio: float, round_to: int, values: list[float]
+) -> None:
+    budget = Budget(target, ratio)  # type: ignore[arg-type]
+    curves = straight(dict(zip(NAMES, values, strict=True)))
+    widths = allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves, round_to=round_to)
+    removed = 1 - WIDE.cost(widths).of(budget.target) / WIDE.cost().of(budget.target)
+    assert removed == pytest.approx(ratio, abs=0.01 * round_to)
+    for group in WIDE.groups:
+        assert group.min_width <= widths[group.name] <= group.width
+        assert widths[group.name] % round_to == 0
+
+
+def test_what_costs_nothing_goes_first_and_only_so_far() -> None:
+    free = NAMES[3]
+    curves = straight({n: 0.0 if n == free else 1.0 for n in NAMES})
+    budget = Budget("macs", 0.3)
+    widths = allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves, max_prune_ratio=0.75)
+    by_name = {g.name: g for g in WIDE.groups}
+    assert widths[free] == by_name[free].width // 4
+    with pytest.raises(BudgetError, match="at most"):
+        allocate_by_curves(WIDE.groups, WIDE.cost, Budget("macs", 0.9), curves, max_prune_ratio=0.5)
+
+
+def group(name: str, width: int) -> ChannelGroup:
+    return ChannelGroup(name=name, width=width, blocks=1, min_width=2, members=(name,), readers=())
+
+
+def channels_of(groups: tuple[ChannelGroup, ...]) -> CostOf:
+    def cost(widths: Mapping[str, int]) -> Cost:
+        total = sum(widths.get(g.name, g.width) for g in groups)
+        return Cost(total, total, total)
+
+    return cost
+
+
+def test_it_ends_where_nothing_is_left_to_give() -> None:
+    groups = (group("a", 40), group("b", 40))
+    curves = straight({"a": 1.0, "b": 2.0})
+    for ratio in (0.8, 0.9):
+        widths = allocate_by_curves(
+            groups, channels_of(groups), Budget("channels", ratio), curves, max_prune_ratio=ratio
+        )
+        assert widths == {g.name: round(40 * (1 - ratio)) for g in groups}
+
+
+def test_widths_become_multiples_even_where_dense_ones_are_none() -> None:
+    groups = (group("a", 20), group("b", 36), group("c", 64))
+    curves = straight({"a": 1.0, "b": 1.0, "c": 1.0})
+    for ratio in (0.3, 0.5, 0.6):
+        widths = allocate_by_curves(
+            groups, channels_of(groups), Budget("channels", ratio), curves, round_to=8
+        )
+        for g in groups:
+            assert widths[g.name] % 8 == 0 or widths[g.name] == g.width
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(0.01, 3), min_size=len(NAMES), max_size=len(NAMES)))
+def test_the_heap_takes_the_steps_of_counting_every_price_anew(slopes: list[float]) -> None:
+    curves = {n: Curve(n, (0.5, 1.0), (s / 4, s)) for n, s in zip(NAMES, slopes, strict=True)}
+    dense = WIDE.cost().macs
+    widths = {g.name: g.width for g in WIDE.groups}
+    floor = {g.name: max(g.min_width, round(g.width * 0.05)) for g in WIDE.groups}
+    while WIDE.cost(widths).macs > 0.5 * dense:
+        now = WIDE.cost(widths).macs
+        prices = {}
+        for g in WIDE.groups:
+            after = max(widths[g.name] - max(1, g.width // 24), floor[g.name])
+            if after < widths[g.name]:
+                share, before = 1 - after / g.width, 1 - widths[g.name] / g.width
+                rise = curves[g.name].at(share) - curves[g.name].at(before)
+                rise += EVEN * (share**2 - before**2)
+                prices[g.name] = (rise / (now - WIDE.cost({**widths, g.name: after}).macs), after)
+        cheapest = min(prices, key=lambda n: prices[n][0])
+        widths[cheapest] = prices[cheapest][1]
+    # a budget that the last step meets leaves nothing to fit
+    budget = Budget("macs", 1 - (WIDE.cost(widths).macs + 0.5) / dense)
+    assert allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves) == widths
+
+
+def test_equals_share_what_costs_nothing() -> None:
+    groups = tuple(group(name, 40) for name in "abcd")
+    widths = allocate_by_curves(
+        groups, channels_of(groups), Budget("channels", 0.25), straight(dict.fromkeys("abcd", 0.0))
+    )
+    assert widths == dict.fromkeys("abcd", 30)
+
+
+def test_candidates_go_from_uniform_to_free_at_one_cost() -> None:
+    curves = straight({n: float(i) for i, n in enumerate(NAMES)})
+    budget = Budget("macs", 0.5)
+    found = candidate_widths(WIDE, budget, curves)
+    most = [max(1 - w[g.name] / g.width for g in WIDE.groups) for w in found]
+    assert most == sorted(most)
+    assert most[0] < 0.35
+    assert most[-1] > 0.6
+    for widths in found:
+        assert WIDE.cost(widths).macs == pytest.approx(0.5 * WIDE.cost().macs, rel=0.02)
+
+
+def test_the_search_takes_the_plan_that_hurts_least(
+    images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel
+) -> None:
+    torch.manual_seed(0)
+    model = OwnNet(width=8, classes=10).eval()
+    graph = ModelGraph(model, (3, 32, 32))
+    with torch.no_grad():
+        model.out.weight.mul_(20)
+        model.hidden.weight[10:] = 0  # half of the hidden units are dead
+        model.hidden.bias[10:] = -1
+    labels = model(images).argmax(1)
+    whole = {g.name: g.width for g in graph.groups}
+    harmless = plan_of(graph, {**whole, "hidden": 10}, SIZE)
+    harmful = plan_of(graph, {**whole, "hidden": 2}, SIZE)
+    repaired: list[nn.Module] = []
+    best, losses = best_composed(
+        graph,
+        [harmful, harmless],
+        images,
+        labels,
+        threat=threat,
+        seed=0,
+        repair_=lambda pruned, plan: repaired.append(pruned),
+    )
+    assert best == 1
+    assert losses[1] < losses[0]
+    assert len(repaired) == 2
+    assert model.hidden.out_features == 20
