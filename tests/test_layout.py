@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "statistics",
     "types",
+    "options",
     "user_code",
     "files",
     "distributed",
@@ -37,7 +38,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_TORCH = {"errors", "statistics", "types", "allocation.widths", "allocation.plan"}
+WITHOUT_TORCH = {"errors", "statistics", "types", "options", "allocation.widths", "allocation.plan"}
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
     "torch_pruning": {"importance"},

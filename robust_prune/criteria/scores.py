@@ -25,7 +25,7 @@ def channel_scores(
     model: nn.Module,
     graph: ModelGraph,
     *,
-    score: Score = "taylor",
+    score: str = "taylor",
     adversarial: AdversarialSet | None = None,
 ) -> dict[str, Tensor]:
     """Score every unit of every group; the lowest go first.

@@ -1,9 +1,9 @@
 """Adversarial training, one method a file."""
 
 from robust_prune.finetune.ard import ard
-from robust_prune.finetune.attack import Attack, BatchNormMode, Method
+from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.awp import awp
-from robust_prune.finetune.config import EpochRecord, History, Progress, Schedule, TrainingConfig
+from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
 from robust_prune.finetune.folding import Folded
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.loop import train_
@@ -26,14 +26,12 @@ from robust_prune.finetune.validation import collapse, no_less_robust
 __all__ = [
     "Attack",
     "BETA",
-    "BatchNormMode",
     "EpochRecord",
     "Folded",
     "History",
     "METHODS",
     "Method",
     "Progress",
-    "Schedule",
     "TrainingConfig",
     "ard",
     "attacks_in_bfloat16",
