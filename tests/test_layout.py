@@ -17,8 +17,9 @@ ORDER = (
     "errors",
     "statistics",
     "types",
-    "options",
     "user_code",
+    "registry",
+    "options",
     "files",
     "distributed",
     "modules",
@@ -38,7 +39,15 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_TORCH = {"errors", "statistics", "types", "options", "allocation.widths", "allocation.plan"}
+WITHOUT_TORCH = {
+    "errors",
+    "statistics",
+    "types",
+    "options",
+    "registry",
+    "allocation.widths",
+    "allocation.plan",
+}
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
     "torch_pruning": {"importance"},

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
 from robust_prune.options.stating import Options, Range, option, other_default
+from robust_prune.registry import ESTIMATORS, METHODS, SCORES
 from robust_prune.types import Norm, Target
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
 
-Estimator = Literal["first-order", "ascent", "structural"]
 Schedule = Literal["one-cycle", "cosine", "constant"]
 OnCollapse = Literal["switch", "stop", "continue"]
 BatchNormMode = Literal["eval", "train"]
@@ -119,8 +119,13 @@ class PlanningOptions(Options):
         "curve (measured loss of each group, the default), mrs (the paper's rule), or the "
         "controls uniform and inverted.",
     )
-    score: str = option("l2", "Channel score: l2, taylor, fisher or reconstruction.")
-    estimator: Estimator = option("first-order", "Estimator of MRS.", flag="--mrs")
+    score: str = option("l2", f"Channel score: {SCORES}, or package.module:function.")
+    estimator: str = option(
+        "first-order",
+        f"Estimator of MRS: {ESTIMATORS}, or package.module:function.",
+        words="MRS estimator",
+        flag="--mrs",
+    )
     protect: tuple[str, ...] = option((), "Layer or pattern to leave whole; may be repeated.")
     calibration_images: int | None = option(
         None,
@@ -236,8 +241,8 @@ class FineTuningOptions(TrainingOptions):
 
     finetune: Any = option(
         None,
-        "pgd-at, trades, mart, rslad, ard, n-fgsm, any of them with +awp, "
-        f"package.module:function, or none. Default: {FINE_TUNING_METHOD} where data is known.",
+        f"{METHODS}, any of them with +awp, package.module:function, or none. "
+        f"Default: {FINE_TUNING_METHOD} where data is known.",
         metavar="METHOD",
     )
     epochs: int | None = option(
@@ -254,8 +259,8 @@ class NewTrainingOptions(TrainingOptions):
 
     method: str = option(
         "pgd-at",
-        "pgd-at, trades, mart, n-fgsm, any of them with +awp, package.module:function; rslad and "
-        "ard with --teacher.",
+        f"{METHODS}, any of them with +awp, or package.module:function; rslad and ard with "
+        "--teacher.",
     )
     teacher: str | None = option(None, "Model file that rslad and ard learn from.")
     epochs: int = option(30, "Passes over the training images.", within=Range(low=1))
@@ -287,7 +292,7 @@ class JudgingOptions(EvaluationOptions):
 class SensitivityOptions(Options):
     """How MRS is measured by itself."""
 
-    estimator: Estimator = other_default(PlanningOptions, "estimator", PlanningOptions.estimator)
+    estimator: str = other_default(PlanningOptions, "estimator", PlanningOptions.estimator)
     rho: float = option(
         0.1, "Radius relative to the weights' norm.", within=Range(0, math.inf, "low high")
     )

@@ -26,7 +26,6 @@ from robust_prune.modules import check_float32, contiguous, device_of, seeded
 from robust_prune.options import (
     FINE_TUNING_EPOCHS,
     BudgetOptions,
-    Estimator,
     EvaluationOptions,
     FineTuningOptions,
     PlanningOptions,
@@ -183,7 +182,7 @@ def sensitivity(
     source: Any,
     *,
     threat: ThreatModel = LINF_8,
-    estimator: Estimator = SensitivityOptions.estimator,
+    estimator: str = SensitivityOptions.estimator,
     rho: float = SensitivityOptions.rho,
     n: int = SensitivityOptions.images,
     seed: int = RunOptions.seed,

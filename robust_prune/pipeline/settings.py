@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from robust_prune.allocation import ALLOCATIONS
-from robust_prune.criteria import SCORES
 from robust_prune.errors import UsageError
 from robust_prune.finetune import EpochRecord, History, Progress, TrainingConfig, resolve_method
 from robust_prune.options import (
@@ -22,6 +21,7 @@ from robust_prune.options import (
     chosen,
     other_default,
 )
+from robust_prune.registry import ESTIMATORS, SCORES
 from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, ThreatModel
 
 CALIBRATION_IMAGES = 512
@@ -55,14 +55,13 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
         if self.plan is None:
-            for what, value, names in (
-                ("allocation", self.allocation, ALLOCATIONS),
-                ("score", self.score, SCORES),
-            ):
-                if value not in names:
-                    raise UsageError(
-                        f"{what} {value!r} is not known; use one of {', '.join(names)}"
-                    )
+            if self.allocation not in ALLOCATIONS:
+                raise UsageError(
+                    f"allocation {self.allocation!r} is not known; use one of "
+                    f"{', '.join(ALLOCATIONS)}"
+                )
+            SCORES.find(self.score)
+            ESTIMATORS.find(self.estimator)
         elif self.prune_steps > 1:
             raise UsageError(f"pruning in {self.prune_steps} steps: a plan is replayed in one")
         if self.finetune is not None:

@@ -15,7 +15,6 @@ from torch import nn
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune import (
-    METHODS,
     Attack,
     EpochRecord,
     History,
@@ -28,6 +27,7 @@ from robust_prune.finetune import (
 )
 from robust_prune.models import build_model, resolve_spec
 from robust_prune.modules import ImageModel
+from robust_prune.registry import METHODS
 from robust_prune.types import ThreatModel
 from tests.conftest import TINY, tiny_resnet
 
@@ -269,8 +269,8 @@ def test_a_collapse_is_treated_as_asked(
     told = iter([None, "catastrophic overfitting in epoch 2"])
     monkeypatch.setattr(loop, "collapse", lambda records, clean: next(told, None))
     seen = []
-    original = METHODS["pgd-at"]
-    monkeypatch.setitem(METHODS, "pgd-at", lambda *a: seen.append(1) or original(*a))
+    original = METHODS.find("pgd-at")
+    monkeypatch.setitem(METHODS._functions, "pgd-at", lambda *a: seen.append(1) or original(*a))
     config = TrainingConfig(
         "n-fgsm",
         epochs=3,
