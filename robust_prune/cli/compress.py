@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
-    from robust_prune.pipeline import Settings
+    from robust_prune.distributed import Processes
+    from robust_prune.finetune import EpochRecord, Progress
+    from robust_prune.pipeline import Events, Settings
     from robust_prune.types import PruningPlan
 
 RUN = "run"  # where a result's folder keeps the state of the run
@@ -93,28 +96,20 @@ def compress(
         raise UsageError("name a model to compress, or a folder to go on with: --resume DIR")
     name = f"{_stem(model)}-pruned"
     folder = writing.resume or writing.out or Path(name)
-    file = folder / f"{name}.safetensors"
-    from robust_prune.distributed import started_among
-
-    if writing.resume is None and started_among() == 1:
-        _refuse_overwrite(file, folder, writing.force)
     replayed = None if plan is None else _read_plan(plan)
     _check_budget(arguments["prune_ratio"], replayed)
+    processes = _first_may_write(folder / f"{name}.safetensors", writing, running)
 
-    from robust_prune.pipeline import Events, compress_file
+    from robust_prune.pipeline import compress_file
 
-    processes = all_processes(running)
-    if writing.resume is None and processes.size > 1:
-        # one asks for all: another might see the folder that the first has made
-        processes.on_first(lambda: _refuse_overwrite(file, folder, writing.force))
-    output = output.only_on(processes.first)
-    module, record = open_model(model, opening, pick_device(running))
+    output, device = output.only_on(processes.first), pick_device(running)
+    module, record = open_model(model, opening, device)
     splits = open_splits(module, record, data, opening.input_size)
     settings = _settings(
         budget,
         planning,
         _finetuning(finetuning, quick, splits),
-        _evaluation(evaluation, quick, splits, pick_device(running)),
+        _evaluation(evaluation, quick, splits, device),
         threat=threat_model(threat, record),
         plan=replayed,
         input_size=opening.input_size,
@@ -122,20 +117,14 @@ def compress(
         seed=running.seed,
     )
     _announce(output, module, splits, settings)
-    with output.training(folder if writing.tensorboard else None) as (on_progress, on_epoch):
+    with output.training(folder if writing.tensorboard else None) as listeners:
         result, paths = compress_file(
             module,
             splits,
             settings,
             folder,
             name,
-            Events(
-                stage=output.line,
-                note=output.note,
-                training=on_progress,
-                epoch=on_epoch,
-                evaluating=lambda line: output.line(f"  {line}"),
-            ),
+            _events(output, *listeners),
             arguments={**arguments, "n_eval": settings.n_eval},
             resume=writing.resume is not None,
             processes=processes,
@@ -143,8 +132,37 @@ def compress(
     show(output, result.report)
     for path in paths.values():
         output.result(f"wrote {path}")
-    output.document(
-        {"files": {key: str(path) for key, path in paths.items()}, "report": result.report}
+    files = {key: str(path) for key, path in paths.items()}
+    output.document({"files": files, "report": result.report})
+
+
+def _first_may_write(file: Path, writing: OutputOptions, running: RunOptions) -> Processes:
+    """Return the processes, where the first of them may write the file."""
+    from robust_prune.distributed import started_among
+
+    alone = started_among() == 1
+    if writing.resume is None and alone:  # before torch is asked for devices
+        _refuse_overwrite(file, writing.force)
+    processes = all_processes(running)
+    if writing.resume is None and not alone:
+        # one asks for all: another might see the folder that the first has made
+        processes.on_first(lambda: _refuse_overwrite(file, writing.force))
+    return processes
+
+
+def _events(
+    output: Output,
+    on_progress: Callable[[Progress], None],
+    on_epoch: Callable[[EpochRecord], None],
+) -> Events:
+    from robust_prune.pipeline import Events
+
+    return Events(
+        stage=output.line,
+        note=output.note,
+        training=on_progress,
+        epoch=on_epoch,
+        evaluating=lambda line: output.line(f"  {line}"),
     )
 
 
@@ -301,7 +319,8 @@ def _stem(model: str) -> str:
     return path.stem if path.suffix in (".safetensors", ".pt", ".pth", ".bin") else path.name
 
 
-def _refuse_overwrite(path: Path, folder: Path, force: bool) -> None:
+def _refuse_overwrite(path: Path, force: bool) -> None:
+    folder = path.parent
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")
     if force:
