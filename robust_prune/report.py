@@ -88,7 +88,9 @@ def flags(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for which in ("dense", "pruned"):
         for measured in ((record.get("evaluation") or {}).get(which) or {}).get("measurements", ()):
-            lines += [f"{which}: AutoAttack flag: {line}" for line in measured["flags"]]
+            lines += [
+                f"{which}, {ATTACK_NAMES[measured['attack']]}: {line}" for line in measured["flags"]
+            ]
     return lines
 
 

@@ -57,5 +57,5 @@ def evaluate(
     )
     for measured in result.measurements:
         for flag in measured.flags:
-            output.note(f"AutoAttack flag: {flag}")
+            output.note(f"{measured.attack}: {flag}")
     output.document(to_plain(result))

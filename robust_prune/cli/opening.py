@@ -80,7 +80,7 @@ def open_splits(
 
     Images have the size that the model is known to take, else --input-size, else their own.
     """
-    from robust_prune.data import open_data
+    from robust_prune.data import check_class_order, open_data
     from robust_prune.errors import DataError
     from robust_prune.modules import ImageModel, image_channels
 
@@ -91,7 +91,7 @@ def open_splits(
     if spec is None and root is None and "data_root" in recorded:
         root = Path(recorded["data_root"])
     try:
-        return open_data(
+        splits = open_data(
             spec or recorded["data"],
             input_size=model.spec.input_size if isinstance(model, ImageModel) else input_size,
             channels=image_channels(model),
@@ -100,6 +100,7 @@ def open_splits(
             workers=options.workers,
             split_seed=int(recorded.get("split_seed", 0)),
         )
+        return check_class_order(splits, recorded) if record else splits
     except DataError as error:
         if spec is not None:
             raise
