@@ -16,7 +16,13 @@ from robust_prune.finetune.methods import (
     soft_labels,
     trades,
 )
-from robust_prune.finetune.preparing import attacks_in_bfloat16, batches_of, layout_of, optimizer_of
+from robust_prune.finetune.preparing import (
+    attacks_in_bfloat16,
+    batches_of,
+    check_optimizer,
+    layout_of,
+    optimizer_of,
+)
 from robust_prune.finetune.registry import (
     bind,
     is_single_step,
@@ -39,6 +45,7 @@ __all__ = [
     "awp",
     "batches_of",
     "bind",
+    "check_optimizer",
     "collapse",
     "interruptions",
     "is_single_step",

@@ -11,7 +11,14 @@ from torch import nn
 
 from robust_prune.allocation import ALLOCATIONS
 from robust_prune.errors import UsageError
-from robust_prune.finetune import EpochRecord, History, Progress, TrainingConfig, resolve_method
+from robust_prune.finetune import (
+    EpochRecord,
+    History,
+    Progress,
+    TrainingConfig,
+    check_optimizer,
+    resolve_method,
+)
 from robust_prune.options import (
     EvaluationOptions,
     FineTuningOptions,
@@ -50,6 +57,7 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         RunOptions(seed=self.seed)
+        check_optimizer(self.optimizer)  # also where nothing is fine-tuned
         if (self.finetune is None) != (self.epochs == 0):
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"

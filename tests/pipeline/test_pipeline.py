@@ -198,6 +198,7 @@ def test_a_group_that_breaks_the_model_is_left_alone_and_named() -> None:
         ({"score": "l3"}, UsageError, "score 'l3'"),
         ({"epochs": 2}, UsageError, "method and epochs"),
         ({"allocatoin": "mrs"}, UsageError, "'allocatoin' is not known; did you mean 'allocation'"),
+        ({"optimizer": "no such"}, UsageError, "optimizer 'no such' is not known"),
         ({"seed": 2**70}, UsageError, "seed .* must be in"),
         ({"finetune": "free", "epochs": 1}, UsageError, "'free' is not known"),
         ({"finetune": "trades", "epochs": 1, "lr": -1.0}, UsageError, "learning rate"),
