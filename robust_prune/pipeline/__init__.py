@@ -1,9 +1,12 @@
 """The whole way, station by station: the only room that composes the others."""
 
-from robust_prune.pipeline.api import RUN, compress, compress_file, run, sensitivity, train_model
+from robust_prune.pipeline.api import compress, sensitivity
+from robust_prune.pipeline.compress_file import RUN, compress_file
+from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.record import hardware, plain_history
 from robust_prune.pipeline.run_folder import RunFolder, StateFile, fingerprint
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
+from robust_prune.pipeline.train_file import train_model
 
 __all__ = [
     "CompressResult",

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from robust_prune import evaluation, report
@@ -16,7 +17,7 @@ from robust_prune.evaluation import Attack, TestImages
 from robust_prune.finetune import EpochRecord, History, batches_of, layout_of, optimizer_of, train_
 from robust_prune.graph import ModelGraph, check_pruned
 from robust_prune.models import image_size_of, library_versions
-from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
+from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_, seeded
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.planning import Planned, Planning, graph_of, step_settings
 from robust_prune.pipeline.record import describe_model, hardware, plain_history, plain_settings
@@ -34,6 +35,27 @@ from robust_prune.types import (
 
 BATCHNORM_IMAGES = 2048
 SELF_CHECK_IMAGES = 2
+
+
+def run(
+    model: nn.Module,
+    splits: DataSplits | None,
+    settings: Settings,
+    events: Events | None = None,
+    *,
+    folder: RunFolder | None = None,
+    processes: Processes = ALONE,
+) -> CompressResult:
+    """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
+    with seeded(settings.seed), torch.enable_grad():
+        job = Compression(model, splits, settings, events or Events(), folder, processes)
+        for step in range(1, settings.steps + 1):
+            job.prune(step)
+            if settings.finetune is not None:
+                job.fine_tune(step)
+        if settings.evaluation != "none":
+            job.evaluate()
+    return job.result
 
 
 class Compression:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_prune.data import DataSplits
+from robust_prune.distributed import ALONE, Processes
 from robust_prune.finetune import History
 from robust_prune.modules import ImageModel
+from robust_prune.pipeline.run_folder import fingerprint
 from robust_prune.pipeline.settings import Settings
 from robust_prune.types import to_plain, without_nan
 
@@ -60,3 +63,17 @@ def plain_history(history: History | None) -> Mapping[str, Any] | None:
         return None
     plain: dict[str, Any] = without_nan(to_plain(history))
     return plain
+
+
+def asked(
+    model: nn.Module, splits: DataSplits | None, settings: Settings, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """Return what a run is asked, as plain data: all that its result depends on."""
+    plan = settings.plan
+    return {
+        "model": fingerprint(model),
+        "processes": processes.size,
+        "data": None if splits is None else splits.described(),
+        "settings": to_plain(plain_settings(settings)),
+        "plan": plan.digest if plan else None,
+    }

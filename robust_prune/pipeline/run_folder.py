@@ -42,6 +42,13 @@ class RunFolder:
         """Where it stands what was asked."""
         return self.path / "config.json"
 
+    def open(self, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Go on with the run that is there, or begin one; see `go_on` and `begin`."""
+        if resume:
+            self.go_on(config)
+        else:
+            self.begin(config)
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Start a run: forget the one that is there, and keep what is asked.
 
