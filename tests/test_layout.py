@@ -37,7 +37,14 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_TORCH = {"errors", "statistics", "types", "allocation.widths", "allocation.plan"}
+WITHOUT_TORCH = {
+    "errors",
+    "statistics",
+    "types",
+    "allocation.problem",
+    "allocation.widths",
+    "allocation.plan",
+}
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
     "torch_pruning": {"importance"},

@@ -13,7 +13,9 @@ from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.allocation import (
     PASSES,
     STEPS,
+    Problem,
     allocate,
+    allocate_evenly,
     best_composed,
     candidate_widths,
     group_weights,
@@ -120,15 +122,7 @@ class Planning:
         """Fail before the expensive stations where the budget can't be met."""
         graph = self.graph
         if self.settings.plan is None:
-            equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
-            allocate(
-                graph.groups,
-                graph.cost,
-                self.settings.budget,
-                equal,
-                max_prune_ratio=self.settings.max_prune_ratio,
-                round_to=self.settings.round_to,
-            )
+            allocate_evenly(problem_of(graph, self.settings))
 
     def _reconstruction(self, adversarial: AdversarialSet) -> Reconstruction | None:
         """Note what the dense model does on adversarial images and on as many clean ones."""
@@ -148,21 +142,18 @@ class Planning:
         curves: Mapping[str, Curve],
     ) -> PruningPlan:
         settings, graph = self.settings, self.graph
-        by_group = sensitivity.of_groups()
+        by_group, problem = sensitivity.of_groups(), problem_of(graph, settings)
 
         def plan(widths: Mapping[str, int]) -> PruningPlan:
             return make_plan(
-                graph.groups,
+                problem,
                 widths,
                 {name: v.tolist() for name, v in values.items()},
-                graph.cost,
-                settings.budget,
                 allocation=settings.allocation,
                 score=settings.score,
                 seed=settings.seed,
                 input_size=self.input_size,
                 mrs=by_group,
-                max_prune_ratio=settings.max_prune_ratio,
                 unprunable=graph.unprunable,
                 ties=graph.ties,
                 whole_heads=graph.whole_heads,
@@ -170,15 +161,7 @@ class Planning:
 
         if settings.allocation == "curve":
             return self._search(graph, curves, plan)
-        widths = allocate(
-            graph.groups,
-            graph.cost,
-            settings.budget,
-            group_weights(settings.allocation, by_group),
-            max_prune_ratio=settings.max_prune_ratio,
-            round_to=settings.round_to,
-        )
-        return plan(widths)
+        return plan(allocate(problem, group_weights(settings.allocation, by_group)))
 
     def _search(
         self,
@@ -188,16 +171,7 @@ class Planning:
     ) -> PruningPlan:
         """Allocate by curves, and take the best of the models really pruned."""
         settings, splits = self.settings, self.splits
-        plans = [
-            plan(widths)
-            for widths in candidate_widths(
-                graph,
-                settings.budget,
-                curves,
-                max_prune_ratio=settings.max_prune_ratio,
-                round_to=settings.round_to,
-            )
-        ]
+        plans = [plan(widths) for widths in candidate_widths(problem_of(graph, settings), curves)]
         self.journal.stage(f"attacking {len(plans)} candidates")
         few, many = SEARCH_IMAGES
         n = max(few, min(many, self._image_passes() // (PASSES * len(plans))))
@@ -269,6 +243,13 @@ def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Setti
         min_width=settings.min_width,
         ties=plan.ties if plan else (),
         whole_heads=plan.whole_heads if plan else settings.whole_heads,
+    )
+
+
+def problem_of(graph: ModelGraph, settings: Settings) -> Problem:
+    """Return what an allocation has to solve."""
+    return Problem(
+        graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to
     )
 
 
