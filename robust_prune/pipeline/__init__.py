@@ -3,7 +3,8 @@
 from robust_prune.pipeline.api import compress, sensitivity
 from robust_prune.pipeline.compress_file import RUN, compress_file
 from robust_prune.pipeline.compression import run
-from robust_prune.pipeline.record import hardware, plain_history
+from robust_prune.pipeline.describing import hardware
+from robust_prune.pipeline.record import plain_history
 from robust_prune.pipeline.run_folder import RunFolder, StateFile, fingerprint
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
 from robust_prune.pipeline.train_file import train_model

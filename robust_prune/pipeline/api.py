@@ -19,7 +19,7 @@ from robust_prune.graph import ModelGraph
 from robust_prune.models import image_size_of
 from robust_prune.modules import check_float32, contiguous
 from robust_prune.pipeline.compression import run
-from robust_prune.pipeline.record import asked
+from robust_prune.pipeline.describing import asked
 from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, LINF_8, CompressResult, Settings
 from robust_prune.types import Budget, PruningPlan, Sensitivity, Target, ThreatModel

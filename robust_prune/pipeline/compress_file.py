@@ -19,7 +19,7 @@ from robust_prune.files import write_text
 from robust_prune.models import save
 from robust_prune.modules import check_float32
 from robust_prune.pipeline.compression import run
-from robust_prune.pipeline.record import asked
+from robust_prune.pipeline.describing import asked
 from robust_prune.pipeline.run_folder import RunFolder, clear_drafts
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
 

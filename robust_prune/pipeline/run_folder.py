@@ -129,6 +129,10 @@ class RunFolder:
                 f"{path}: can't be read: {error}; delete it to do its part again"
             ) from None
 
+    def forget(self, name: str) -> None:
+        """Delete a part."""
+        (self.path / f"{name}.json").unlink(missing_ok=True)
+
     def state(self, name: str) -> StateFile:
         """Return the file of tensors with this name."""
         return StateFile(self.path / f"{name}.pt", self.save_seconds)
