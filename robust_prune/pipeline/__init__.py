@@ -7,7 +7,13 @@ from robust_prune.pipeline.describing import hardware
 from robust_prune.pipeline.record import plain_history
 from robust_prune.pipeline.run_folder import RunFolder, StateFile, fingerprint
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
-from robust_prune.pipeline.train_file import train_model
+from robust_prune.pipeline.train_file import (
+    TrainResult,
+    go_on_text,
+    run_path,
+    train_file,
+    train_model,
+)
 
 __all__ = [
     "CompressResult",
@@ -17,11 +23,15 @@ __all__ = [
     "RunFolder",
     "Settings",
     "StateFile",
+    "TrainResult",
     "compress_file",
     "fingerprint",
+    "go_on_text",
     "hardware",
     "plain_history",
     "run",
+    "run_path",
     "sensitivity",
+    "train_file",
     "train_model",
 ]

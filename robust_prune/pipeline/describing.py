@@ -67,3 +67,18 @@ def asked(
         "settings": to_plain(plain_settings(settings)),
         "plan": plan.digest if plan else None,
     }
+
+
+def asked_to_train(
+    splits: DataSplits,
+    start: nn.Module | None,
+    teacher: nn.Module | None,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Return what a training run is asked beside its arguments, as plain data."""
+    return {
+        "data": splits.described(),
+        "processes": processes.size,
+        "start": None if start is None else fingerprint(start),
+        "teacher": None if teacher is None else fingerprint(teacher),
+    }
