@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,23 +75,13 @@ def compress_file(
             clear_drafts(folder)
             if resume and paths["model"].exists():
                 written.append("that of the run before")
+    heard = replace(events, saveable=write)
     try:
-        result = run(
-            model,
-            splits,
-            settings,
-            replace(events, saveable=write),
-            folder=state,
-            processes=processes,
-        )
+        result = run(model, splits, settings, heard, folder=state, processes=processes)
     except KeyboardInterrupt:
         if state is None and processes.first and made and not written:
             _forget(folder, None)
-        told = (
-            f"stopped; {paths['model']} is complete and usable, its status is {written[-1]!r}"
-            if written
-            else "stopped before anything was pruned; no file was written"
-        )
+        told = _stopped(paths["model"], written)
         go_on = "" if state is None else f"; robust-prune compress --resume {folder} goes on"
         raise Interrupted(told + go_on) from None
     except Exception:
@@ -101,6 +91,13 @@ def compress_file(
     if processes.first and state is not None:
         state.close()
     return result, paths
+
+
+def _stopped(file: Path, written: Sequence[str]) -> str:
+    """Say what a run that was stopped has left, by the statuses it has written."""
+    if not written:
+        return "stopped before anything was pruned; no file was written"
+    return f"stopped; {file} is complete and usable, its status is {written[-1]!r}"
 
 
 def _make_folder(folder: Path) -> None:
