@@ -1,16 +1,16 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
 from robust_prune.allocation.plan import make_plan
+from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
 from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
     ALLOCATIONS,
     EVEN,
-    MAX_PRUNE_RATIO,
     RULES,
     SPREAD,
-    CostOf,
     allocate,
     allocate_by_curves,
+    allocate_evenly,
     group_weights,
 )
 
@@ -20,11 +20,13 @@ __all__ = [
     "EVEN",
     "MAX_PRUNE_RATIO",
     "PASSES",
+    "Problem",
     "RULES",
     "SPREAD",
     "STEPS",
     "allocate",
     "allocate_by_curves",
+    "allocate_evenly",
     "best_composed",
     "candidate_widths",
     "make_plan",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from robust_prune.allocation import allocate, group_weights, make_plan
+from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.errors import ModelError, PlanError, UsageError
 from robust_prune.graph import ModelGraph, count_cost, mask_, prune_
 from robust_prune.types import Budget, PruningPlan
@@ -24,21 +24,13 @@ def random_plan(
     graph: ModelGraph, ratio: float, target: str = "macs", seed: int = 0
 ) -> PruningPlan:
     """A plan that meets a budget with random channels."""
-    budget = Budget(target, ratio)  # type: ignore[arg-type]
-    widths = allocate(
-        graph.groups,
-        graph.cost,
-        budget,
-        group_weights("uniform", {g.name: 1.0 for g in graph.groups}),
-    )
+    problem = Problem(graph.groups, graph.cost, Budget(target, ratio))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups,
-        widths,
+        problem,
+        allocate_evenly(problem),
         scores,
-        graph.cost,
-        budget,
         allocation="uniform",
         score="random",
         seed=seed,
@@ -58,11 +50,9 @@ def random_widths_plan(graph: ModelGraph, data: st.DataObject) -> PruningPlan:
     generator = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups,
+        Problem(graph.groups, graph.cost, Budget("macs", 0.5)),
         widths,
         scores,
-        graph.cost,
-        Budget("macs", 0.5),
         allocation="uniform",
         score="random",
         seed=0,

@@ -25,7 +25,7 @@ from robust_prune.errors import (
 )
 from robust_prune.finetune import TrainingConfig
 from robust_prune.graph import ModelGraph, count_cost
-from robust_prune.pipeline import Events, Settings, compress_file, planning
+from robust_prune.pipeline import Events, Settings, compress_file, measuring
 from robust_prune.types import Budget, Sensitivity
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
@@ -132,13 +132,13 @@ def test_without_data_it_says_so_and_still_delivers() -> None:
 
 def test_calibration_never_sees_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = planning.adversarial_set
+    original = measuring.adversarial_set
 
     def spy(model: nn.Module, images: torch.Tensor, *args: object, **kwargs: object):
         seen.append(images)
         return original(model, images, *args, **kwargs)
 
-    monkeypatch.setattr(planning, "adversarial_set", spy)
+    monkeypatch.setattr(measuring, "adversarial_set", spy)
     images = torch.linspace(0, 1, 60).view(60, 1, 1, 1).expand(60, 3, 16, 16).contiguous()
     labels = torch.arange(60) % 5
     compress(
