@@ -15,6 +15,7 @@ import typer
 
 from robust_prune.cli import compress, evaluate, export, info, options, sensitivity, train
 from robust_prune.errors import Interrupted, RobustPruneError
+from robust_prune.untrusted import readable
 
 app = typer.Typer(
     name="robust-prune",
@@ -98,7 +99,7 @@ def _fail(message: str, code: int) -> NoReturn:
     prefix = "" if code == Interrupted.exit_code else "error: "
     if not options.writes():
         prefix = f"process {os.environ['RANK']}: {prefix}"
-    print(prefix + _last_line(message), file=sys.stderr)
+    print(prefix + readable(_last_line(message)), file=sys.stderr)
     sys.exit(code)
 
 
