@@ -11,6 +11,7 @@ import typer
 from robust_prune.cli import options as o
 from robust_prune.cli.output import Output, duration
 from robust_prune.cli.resuming import arguments_again, arguments_of, arguments_typed
+from robust_prune.cli.tables import show_report
 from robust_prune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def _compress(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None
             resume=resume is not None,
             processes=processes,
         )
-    show(output, result.report)
+    show_report(output, result.report)
     for path in paths.values():
         output.result(f"wrote {path}")
     output.document(
@@ -318,38 +319,6 @@ def _settings(
         notes=tuple(record.get("assumed", ())),
         seed=a.seed,
     )
-
-
-def show(output: Output, record: dict[str, Any]) -> None:
-    """Print the tables of a report."""
-    from robust_prune import report
-
-    plan = record["plan"]
-    output.table(
-        f"Cost at {'x'.join(map(str, plan['input_size']))}",
-        ("", "dense", "pruned", "change"),
-        report.cost_rows(record),
-    )
-    output.line(report.check_line(record))
-    rows = report.accuracy_rows(record)
-    if rows:
-        has_middle = any(row["pruned_before_finetuning"] for row in rows)
-        output.table(
-            "Accuracy: " + report.headline(record),
-            ("attack", "dense", *(["un-tuned"] if has_middle else []), "pruned", "p"),
-            [
-                (
-                    row["name"],
-                    report.percent(row["dense"]),
-                    *([report.percent(row["pruned_before_finetuning"])] if has_middle else []),
-                    report.percent(row["pruned"]),
-                    "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
-                )
-                for row in rows
-            ],
-        )
-    for line in report.flags(record):
-        output.note(line)
 
 
 def _announce(

@@ -8,6 +8,7 @@ import typer
 
 from robust_prune.cli import options as o
 from robust_prune.cli.output import Output, duration
+from robust_prune.cli.tables import show_evaluation
 from robust_prune.errors import UsageError
 
 
@@ -62,12 +63,5 @@ def evaluate(
         seed=seed,
         on_progress=lambda line: output.line(f"  {line}"),
     )
-    output.table(
-        f"{result.n} test images of {splits.name}, {threat}, seed {seed}, 95 % Wilson intervals",
-        ("attack", "accuracy", "seconds"),
-        [(m.attack, str(m.accuracy), f"{m.seconds:.0f}") for m in result.measurements],
-    )
-    for measured in result.measurements:
-        for flag in measured.flags:
-            output.note(f"AutoAttack flag: {flag}")
+    show_evaluation(output, result, splits.name)
     output.document(to_plain(result))
