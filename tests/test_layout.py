@@ -15,6 +15,7 @@ ROOT = Path(robust_prune.__file__).parent
 ORDER = (
     "_version",
     "errors",
+    "untrusted",
     "statistics",
     "types",
     "user_code",
@@ -37,7 +38,15 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_TORCH = {"errors", "statistics", "types", "allocation.widths", "allocation.plan"}
+WITHOUT_TORCH = {
+    "errors",
+    "untrusted",
+    "statistics",
+    "types",
+    "allocation.widths",
+    "allocation.plan",
+    "report",
+}
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
     "torch_pruning": {"importance"},
@@ -46,6 +55,8 @@ ONE_IMPORTER = {
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "safetensors": {"files", "models"},
     "accelerate": {"distributed"},
     "sklearn": {"data"},
