@@ -15,6 +15,7 @@ ROOT = Path(robust_prune.__file__).parent
 ORDER = (
     "_version",
     "errors",
+    "untrusted",
     "statistics",
     "types",
     "user_code",
@@ -41,6 +42,7 @@ ORDER = (
 )
 WITHOUT_TORCH = {
     "errors",
+    "untrusted",
     "statistics",
     "types",
     "options",
@@ -48,6 +50,7 @@ WITHOUT_TORCH = {
     "allocation.problem",
     "allocation.widths",
     "allocation.plan",
+    "report",
 }
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
@@ -57,6 +60,8 @@ ONE_IMPORTER = {
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "safetensors": {"files", "models"},
     "accelerate": {"distributed"},
     "sklearn": {"data"},

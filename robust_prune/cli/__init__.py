@@ -16,6 +16,7 @@ import typer
 from robust_prune.cli import compress, evaluate, export, info, opening, sensitivity, train
 from robust_prune.cli.output import Output
 from robust_prune.errors import Interrupted, RobustPruneError
+from robust_prune.untrusted import readable
 
 PROGRAM_FLAGS = ("--json", "--quiet", "-q")
 
@@ -113,7 +114,7 @@ def _fail(message: str, code: int) -> NoReturn:
     prefix = "" if code == Interrupted.exit_code else "error: "
     if not opening.writes():
         prefix = f"process {os.environ['RANK']}: {prefix}"
-    print(prefix + _last_line(message), file=sys.stderr)
+    print(prefix + readable(_last_line(message)), file=sys.stderr)
     sys.exit(code)
 
 

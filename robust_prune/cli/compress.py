@@ -19,6 +19,7 @@ from robust_prune.cli.opening import (
 from robust_prune.cli.output import Output, duration
 from robust_prune.cli.resuming import Resuming
 from robust_prune.cli.spreading import takes_options
+from robust_prune.cli.tables import show_report
 from robust_prune.errors import UsageError
 from robust_prune.options import (
     FINE_TUNING_EPOCHS,
@@ -129,7 +130,7 @@ def compress(
             resume=writing.resume is not None,
             processes=processes,
         )
-    show(output, result.report)
+    show_report(output, result.report)
     for path in paths.values():
         output.result(f"wrote {path}")
     files = {key: str(path) for key, path in paths.items()}
@@ -193,38 +194,6 @@ def _settings(
         plan=plan,
         **more,
     )
-
-
-def show(output: Output, record: dict[str, Any]) -> None:
-    """Print the tables of a report."""
-    from robust_prune import report
-
-    plan = record["plan"]
-    output.table(
-        f"Cost at {'x'.join(map(str, plan['input_size']))}",
-        ("", "dense", "pruned", "change"),
-        report.cost_rows(record),
-    )
-    output.line(report.check_line(record))
-    rows = report.accuracy_rows(record)
-    if rows:
-        has_middle = any(row["pruned_before_finetuning"] for row in rows)
-        output.table(
-            "Accuracy: " + report.headline(record),
-            ("attack", "dense", *(["un-tuned"] if has_middle else []), "pruned", "p"),
-            [
-                (
-                    row["name"],
-                    report.percent(row["dense"]),
-                    *([report.percent(row["pruned_before_finetuning"])] if has_middle else []),
-                    report.percent(row["pruned"]),
-                    "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
-                )
-                for row in rows
-            ],
-        )
-    for line in report.flags(record):
-        output.note(line)
 
 
 def _announce(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from robust_prune.cli.opening import ModelPath, open_model, open_splits, pick_device, threat_model
 from robust_prune.cli.output import Output, duration
 from robust_prune.cli.spreading import takes_options
+from robust_prune.cli.tables import show_evaluation
 from robust_prune.errors import UsageError
 from robust_prune.options import (
     DataOptions,
@@ -49,13 +50,5 @@ def evaluate(
         seed=running.seed,
         on_progress=lambda line: output.line(f"  {line}"),
     )
-    output.table(
-        f"{result.n} test images of {splits.name}, {attacker}, seed {running.seed}, 95 % Wilson "
-        "intervals",
-        ("attack", "accuracy", "seconds"),
-        [(m.attack, str(m.accuracy), f"{m.seconds:.0f}") for m in result.measurements],
-    )
-    for measured in result.measurements:
-        for flag in measured.flags:
-            output.note(f"{measured.attack}: {flag}")
+    show_evaluation(output, result, splits.name)
     output.document(to_plain(result))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from robust_prune.cli.compress import show
 from robust_prune.cli.opening import ModelPath, open_model
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
+from robust_prune.cli.tables import show_groups, show_report
 from robust_prune.options import ModelOptions
 
 
@@ -30,17 +30,13 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
     found = ModelGraph(module, size)
     cost = found.cost()
     output.result(f"{cost.macs:,} multiply-adds, {cost.params:,} parameters")
-    output.table(
-        f"{len(found.groups)} prunable groups, {cost.channels:,} channels",
-        ("group", "channels", "layers that lose them", "layers that read them"),
-        [(g.name, str(g.width), str(len(g.members)), str(len(g.readers))) for g in found.groups],
-    )
+    show_groups(output, found.groups, cost)
     output.line(f"{100 * found.reachable:.0f} % of the parameters lie along these channels")
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
     if "plan" in record and "cost" in record:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
-        show(output, record)
+        show_report(output, record)
     elif record:
         output.result(f"status: {record.get('status')}; data {record.get('data')}")
     output.document(

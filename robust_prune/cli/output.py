@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from robust_prune.errors import UsageError
+from robust_prune.untrusted import readable
 
 if TYPE_CHECKING:
     from robust_prune.finetune import EpochRecord, Progress
@@ -35,31 +37,32 @@ class Output:
     def line(self, text: str) -> None:
         """Print a line of progress or context."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(readable(text), markup=False)
 
     def result(self, text: str) -> None:
         """Print a line that --quiet keeps."""
         if self.silent:
             return
         if not self.as_json:
-            self.console.print(text, markup=False)
+            self.console.print(readable(text), markup=False)
         else:
             self.line(text)
 
     def note(self, text: str) -> None:
         """Print something the user should not miss."""
         if not self.quiet:
-            self.console.print(f"note: {text}", style="yellow", markup=False)
+            self.console.print(f"note: {readable(text)}", style="yellow", markup=False)
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; numbers to the right."""
+        """Print a table; numbers to the right. What looks like markup is text."""
         if self.silent or (self.quiet and self.as_json):
             return
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        heading = Text(readable(title), style="bold")
+        table = Table(title=heading, title_justify="left", header_style="bold")
         for i, name in enumerate(head):
             table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(readable(cell)) for cell in row))
         self.console.print(table, soft_wrap=False)
 
     def document(self, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from robust_prune.cli.opening import ModelPath, open_model, open_splits, pick_device, threat_model
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
+from robust_prune.cli.tables import show_sensitivity
 from robust_prune.errors import UsageError
 from robust_prune.options import (
     DataOptions,
@@ -61,29 +61,8 @@ def sensitivity(
         input_size=opening.input_size,
         on_module=lambda name: output.line(f"  {name}"),
     )
-    group_of = {group.decided_by: group for group in result.groups}
-    of_layers = bool(result.modules)
-    rows: list[tuple[str, str, float, str]] = [
-        (m.name, f"{m.params:,}", m.mrs, group_of[m.name].name if m.name in group_of else "")
-        for m in result.modules
-    ] or [(g.name, f"{g.width:,}", g.mrs, "") for g in result.groups]
-    top = max(value for _, _, value, _ in rows) or 1.0
-    output.table(
-        f"MRS ({result.method}, rho {result.rho:g}, {result.n} images, {result.attack} "
-        f"{result.threat}, seed {running.seed}); adversarial loss "
-        f"{result.adversarial_loss:.4f} nats",
-        ("layer", "parameters", "MRS (nats)", "", "decides group")
-        if of_layers
-        else ("group", "channels", "MRS (nats)", "", ""),
-        [(name, size, f"{v:.4g}", _bar(v, top), decides) for name, size, v, decides in rows],
-    )
+    show_sensitivity(output, result)
     plain = to_plain(result)
     report.save_mrs_plot(plain, picture)
     output.result(f"wrote {picture} ({result.seconds:.1f} s for MRS itself)")
     output.document(plain)
-
-
-def _bar(value: float, top: float, width: int = 20) -> str:
-    """A bar over two decades below the largest value."""
-    share = 1 + math.log10(max(value, 1e-12) / top) / 2
-    return ("█" * round(width * max(share, 0.0))).ljust(width)

@@ -1,0 +1,19 @@
+"""A run's record as JSON, as one self-contained HTML page, as rows for a terminal, as a picture."""
+
+from robust_prune.report.page import SCHEMA, to_html, to_json
+from robust_prune.report.plots import save_mrs_plot
+from robust_prune.report.rows import accuracy_rows, cost_rows, percent
+from robust_prune.report.sentences import check_line, flags, headline
+
+__all__ = [
+    "SCHEMA",
+    "accuracy_rows",
+    "check_line",
+    "cost_rows",
+    "flags",
+    "headline",
+    "percent",
+    "save_mrs_plot",
+    "to_html",
+    "to_json",
+]

@@ -1,0 +1,62 @@
+"""Text that others wrote: names of layers and data sets, notes, whatever a file's record holds.
+
+A page escapes it, a picture and a terminal show it as plain text; what is left is text that lies
+to the eye or gives orders to a terminal, and that is dealt with here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+# they turn around the text after them as well, without being seen
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_ISOLATE, _END = "\u2068", "\u2069"
+
+
+def readable(value: Any) -> Any:
+    """Return plain data with every string, keys too, safe to show among others.
+
+    Control characters, lone surrogates and marks of direction are written out (`\\x1b`); text from
+    right to left is isolated, so that it can't move its neighbours.
+    """
+    if isinstance(value, str):
+        return _readable(value)
+    if isinstance(value, Mapping):
+        return {readable(key): readable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [readable(item) for item in value]
+    return value
+
+
+def _readable(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    shown = "".join(_written_out(c) if _is_hidden(c) else c for c in text)
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in shown):
+        return f"{_ISOLATE}{shown}{_END}"
+    return shown
+
+
+def _is_hidden(character: str) -> bool:
+    return character in _DIRECTIONS or (
+        unicodedata.category(character) in ("Cc", "Cs") and character != "\n"
+    )
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str, most: int) -> str:
+    """Return one line of at most `most` characters, the middle left out where there are more.
+
+    Layers are told apart by both ends of their names.
+    """
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    head = (most - 1) // 2
+    cut = f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"
+    return f"{_ISOLATE}{cut.strip(_ISOLATE + _END)}{_END}" if _ISOLATE in line else cut
