@@ -1,10 +1,10 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
+from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
 from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
-    ALLOCATIONS,
     EVEN,
     RULES,
     SPREAD,
@@ -15,7 +15,8 @@ from robust_prune.allocation.widths import (
 )
 
 __all__ = [
-    "ALLOCATIONS",
+    "Evidence",
+    "allocations",
     "CostOf",
     "EVEN",
     "MAX_PRUNE_RATIO",

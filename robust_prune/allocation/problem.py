@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from robust_prune.errors import BudgetError
+from robust_prune.options import PlanningOptions
 from robust_prune.types import Budget, ChannelGroup, Cost
 
-MAX_PRUNE_RATIO = 0.95
+MAX_PRUNE_RATIO = PlanningOptions.max_prune_ratio
 Widths = dict[str, int]
 CostOf = Callable[[Mapping[str, int]], Cost]
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from robust_prune.allocation.problem import Problem, Widths
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.types import ChannelGroup, Curve
 
-Allocation = Literal["curve", "mrs", "inverted", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = ("curve", "mrs", "inverted", "uniform")
-RULES = ALLOCATIONS[1:]  # from one number for each group
+RULES = ("mrs", "inverted", "uniform")  # from one number for each group
 SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01

@@ -101,6 +101,7 @@ def compress(
     _check_budget(arguments["prune_ratio"], replayed)
     processes = _first_may_write(folder / f"{name}.safetensors", writing, running)
 
+    from robust_prune.cli.progress import training_shown
     from robust_prune.pipeline import compress_file
 
     output, device = output.only_on(processes.first), pick_device(running)
@@ -118,7 +119,7 @@ def compress(
         seed=running.seed,
     )
     _announce(output, module, splits, settings)
-    with output.training(folder if writing.tensorboard else None) as listeners:
+    with training_shown(output, folder if writing.tensorboard else None) as listeners:
         result, paths = compress_file(
             module,
             splits,

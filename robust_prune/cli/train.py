@@ -28,11 +28,13 @@ from robust_prune.options import (
     ThreatOptions,
     chosen,
 )
+from robust_prune.types import ThreatModel
 
 if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
+    from robust_prune.pipeline import TrainResult
     from robust_prune.types import ModelSpec
 
 Start = Annotated[
@@ -65,14 +67,11 @@ def train(
     if data.data in (None, "none") and start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
-    from robust_prune.finetune import TrainingConfig, needs_teacher, resolve_method
-    from robust_prune.pipeline import Events, go_on_text, train_file
+    from robust_prune.cli.progress import training_shown
+    from robust_prune.finetune import TrainingConfig
+    from robust_prune.pipeline import Events, train_file
 
-    wants_teacher = needs_teacher(resolve_method(training.method)[1])
-    if training.teacher is not None and not wants_teacher:
-        raise UsageError(
-            f"--teacher: {training.method} does not learn from a model; rslad and ard do"
-        )
+    _check_teacher(training)
     threat_model(threat)  # what is typed is checked before anything is opened
     processes = all_processes(running)
     output = output.only_on(processes.first)
@@ -89,7 +88,7 @@ def train(
         f"training and {len(splits.validation or ())} validation images of {splits.name}, seed "
         f"{config.seed}"
     )
-    with output.training(target.parent if writing.tensorboard else None) as listeners:
+    with training_shown(output, target.parent if writing.tensorboard else None) as listeners:
         result = train_file(
             spec,
             splits,
@@ -104,11 +103,29 @@ def train(
             teacher=teacher,
             processes=processes,
         )
-    history = result.history
+    _tell(output, result, target, arguments)
+
+
+def _check_teacher(training: NewTrainingOptions) -> None:
+    """Raise where a teacher is given to a method that does not learn from one."""
+    from robust_prune.finetune import needs_teacher, resolve_method
+
+    learns = needs_teacher(resolve_method(training.method)[1])
+    if training.teacher is not None and not learns:
+        raise UsageError(
+            f"--teacher: {training.method} does not learn from a model; rslad and ard do"
+        )
+
+
+def _tell(output: Output, result: TrainResult, target: Path, arguments: dict[str, Any]) -> None:
+    """Print which epoch was written, and how a run that was stopped goes on."""
+    from robust_prune.pipeline import go_on_text
+
+    history, threat = result.history, ThreatModel(**result.record["threat"])
     best = history.epochs[history.best_epoch]
     output.result(
         f"wrote {target}: epoch {best.epoch}, clean {100 * best.clean:.1f} %, robust "
-        f"{100 * best.robust:.1f} % ({history.validation}, {attacker})"
+        f"{100 * best.robust:.1f} % ({history.validation}, {threat})"
     )
     output.document({"file": str(target), **result.record})
     if history.interrupted:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
 from robust_prune.options.stating import Options, Range, option, other_default
-from robust_prune.registry import ESTIMATORS, METHODS, SCORES
+from robust_prune.registry import ALLOCATIONS, ESTIMATORS, METHODS, SCORES
 from robust_prune.types import Norm, Target
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -116,8 +116,8 @@ class PlanningOptions(Options):
 
     allocation: str = option(
         "curve",
-        "curve (measured loss of each group, the default), mrs (the paper's rule), or the "
-        "controls uniform and inverted.",
+        "Rule that shares the budget out: curve (measured loss of each group), mrs (the paper's), "
+        f"a control; one of {ALLOCATIONS}, or package.module:function.",
     )
     score: str = option("l2", f"Channel score: {SCORES}, or package.module:function.")
     estimator: str = option(

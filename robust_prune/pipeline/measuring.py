@@ -20,6 +20,7 @@ from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
+from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Reconstruction
 from robust_prune.types import Curve, Sensitivity
 
@@ -106,7 +107,7 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
     if settings.plan is None:
         with journal.timed("scores"):
             scores = channel_scores(model, graph, score=settings.score, adversarial=adversarial)
-        if settings.allocation == "curve":
+        if ALLOCATIONS.fact(settings.allocation, "curves"):
             journal.stage(f"curves of {len(graph.groups)} groups")
             passes = image_passes(job, graph)
             with journal.timed("curves"):

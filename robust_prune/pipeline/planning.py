@@ -11,11 +11,10 @@ from torch import nn
 from robust_prune.allocation import (
     PASSES,
     STEPS,
+    Evidence,
     Problem,
-    allocate,
+    allocations,
     best_composed,
-    candidate_widths,
-    group_weights,
     make_plan,
 )
 from robust_prune.graph import ModelGraph
@@ -23,6 +22,7 @@ from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.measuring import Measured, Observed, image_passes
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
+from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
 
@@ -109,9 +109,10 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
             whole_heads=graph.whole_heads,
         )
 
-    if settings.allocation != "curve":
-        return plan_of(allocate(problem, group_weights(settings.allocation, by_group)))
-    plans = [plan_of(widths) for widths in candidate_widths(problem, measured.curves)]
+    asked = allocations(settings.allocation, problem, Evidence(by_group, measured.curves))
+    plans = [plan_of(widths) for widths in asked]
+    if len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves"):
+        return plans[0]
     return _best(job, observed, plans, settings)
 
 
