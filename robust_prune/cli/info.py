@@ -47,6 +47,8 @@ def info(
         [(g.name, str(g.width), str(len(g.members)), str(len(g.readers))) for g in found.groups],
     )
     output.line(f"{100 * found.reachable:.0f} % of the parameters lie along these channels")
+    for line in found.uncounted:
+        output.line(line)
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
     if "plan" in record and "cost" in record:
@@ -59,6 +61,7 @@ def info(
             "model": to_plain(module.spec) if isinstance(module, ImageModel) else None,
             "input_size": size,
             "cost": to_plain(cost),
+            "uncounted": found.uncounted,
             "groups": to_plain(found.groups),
             "unprunable": to_plain(found.unprunable),
             "reachable": found.reachable,

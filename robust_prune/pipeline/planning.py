@@ -110,10 +110,12 @@ class Planning:
             sensitivity = measure_mrs(graph, adversarial, settings.method, values)
         self.reconstruction = self._reconstruction(adversarial)
         with self.journal.timed("plan"):
-            plan = settings.plan or self._make_plan(sensitivity, values, curves)
             if settings.plan is not None:
-                graph.check(settings.plan)
-                self.journal.note(f"replayed plan {settings.plan.digest}")
+                plan = graph.recounted(settings.plan)
+                plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *graph.uncounted))))
+                self.journal.note(f"replayed plan {plan.digest}")
+            else:
+                plan = self._make_plan(sensitivity, values, curves)
         return Planned(plan, sensitivity)
 
     def check_feasible(self) -> None:
@@ -164,6 +166,7 @@ class Planning:
                 mrs=by_group,
                 max_prune_ratio=settings.max_prune_ratio,
                 unprunable=graph.unprunable,
+                notes=graph.uncounted,
                 ties=graph.ties,
                 whole_heads=graph.whole_heads,
             )
