@@ -67,11 +67,11 @@ class _Told(Counter):
         return out
 
 
-class _Kernels(TorchDispatchMode):
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What kernels multiply by torch's own formulas, and the names of those without one."""
 
     def __init__(self, owners: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs: Tally[str] = Tally()
         self.others: dict[str, set[str]] = {}
         self._owners = owners

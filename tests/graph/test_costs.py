@@ -245,10 +245,7 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(x).view(1, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = parts.unbind(0)
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = (q @ k.mT).softmax(-1) @ v
+        y = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT).softmax(-1) @ v
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

@@ -159,9 +159,9 @@ def _multi_head_attention(get: Get) -> list[Product]:
 def _recurrent(name: str, args: tuple[Any, ...]) -> list[Product]:
     """Every matrix of every layer and direction is applied once for each step."""
     if name.endswith("_cell"):
-        weights = [args[2], args[3]]
+        weights = args[2:4]
     else:  # states and, for packed sequences, batch sizes come before the flat weights
-        weights = [a for a in args if isinstance(a, (list, tuple)) and tensors_in(a)][-1]
+        weights = tuple([a for a in args if isinstance(a, (list, tuple)) and tensors_in(a)][-1])
     steps = args[0].numel() // args[0].shape[-1]
     return [_fixed(steps, w.numel()) for w in weights if w.ndim > 1]
 
