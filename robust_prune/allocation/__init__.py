@@ -1,5 +1,6 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
+from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
@@ -8,6 +9,7 @@ from robust_prune.allocation.widths import (
     MAX_PRUNE_RATIO,
     RULES,
     SPREAD,
+    TOLERANCE,
     CostOf,
     allocate,
     allocate_by_curves,
@@ -23,10 +25,12 @@ __all__ = [
     "RULES",
     "SPREAD",
     "STEPS",
+    "TOLERANCE",
     "allocate",
     "allocate_by_curves",
     "best_composed",
     "candidate_widths",
     "make_plan",
     "group_weights",
+    "ratio_for",
 ]

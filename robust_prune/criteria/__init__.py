@@ -1,6 +1,7 @@
 """What a channel, a layer and a group are worth: scores, MRS and curves."""
 
-from robust_prune.criteria.curves import IMAGE_PASSES, masked, structural_curves
+from robust_prune.criteria.curves import IMAGE_PASSES, masked, removal_prices, structural_curves
+from robust_prune.criteria.limited import STAYS, LimitedScores
 from robust_prune.criteria.measure import calibration_images, measure_mrs, structural
 from robust_prune.criteria.mrs import ESTIMATORS, RHO, Estimator, ascent, first_order, sensitivities
 from robust_prune.criteria.scores import SCORES, Score, channel_scores
@@ -10,14 +11,17 @@ __all__ = [
     "IMAGE_PASSES",
     "ESTIMATORS",
     "Estimator",
+    "LimitedScores",
     "RHO",
     "SCORES",
+    "STAYS",
     "Score",
     "ascent",
     "channel_scores",
     "first_order",
     "masked",
     "measure_mrs",
+    "removal_prices",
     "sensitivities",
     "structural",
     "structural_curves",
