@@ -19,7 +19,9 @@ from robust_prune.modules import evaluating, network_of
 
 OWN = ("aten", "prim", "prims", "profiler", "rngprims")  # torch's own kernels
 # products or more in torch's own kernels that nothing here, nor torch's counter, has a formula for
-OTHER = re.compile("_?fft_|_?linalg_|_?cdist|_euclidean_dist|_sparse_|sparse_")
+OTHER = re.compile(
+    "_?fft_|_?linalg_(?!vector_norm|norm|cross|check)|_?cdist|_euclidean_dist|_?sparse_"
+)
 
 
 @torch.no_grad()
