@@ -52,11 +52,15 @@ def by_torch(net: nn.Module, size: tuple[int, int, int]) -> float:
 
 
 def compared(model: nn.Module, size: tuple[int, int, int]) -> tuple[float, float, ModelGraph]:
-    """Our count over torch's, of the dense model and of one pruned to half, and the graph."""
+    """Our count over torch's, of the dense model and of one pruned to half, and the graph.
+
+    Or as far as can be, where recurrent cells, which stay whole, do most of the work.
+    """
     graph = ModelGraph(model, size)
     assert graph.cost().macs == count_cost(model, size).macs
     dense = graph.cost().macs / by_torch(model, size)
-    plan = random_plan(graph, 0.5)
+    least = graph.cost({g.name: g.min_units * g.blocks for g in graph.groups}).macs
+    plan = random_plan(graph, min(0.5, 0.9 * (1 - least / graph.cost().macs)))
     pruned = graph.pruned(plan)
     return dense, plan.pruned.macs / by_torch(pruned, size), graph
 

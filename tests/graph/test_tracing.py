@@ -393,7 +393,7 @@ def test_layers_of_timm_and_torch(make: object, prunable: bool) -> None:
     graph = ModelGraph(model, (3, 9, 9))
     assert ("first" in {g.name for g in graph.groups}) == prunable
     for seed in range(4):
-        plan = random_plan(graph, 0.04 + 0.03 * seed, seed=seed)
+        plan = random_plan(graph, 0.04 + 0.03 * seed, "channels", seed=seed)
         pruned = prune_(copy.deepcopy(model), plan)
         assert masking_error(model, pruned, plan, torch.rand(2, 3, 9, 9)) < 1e-9
 
