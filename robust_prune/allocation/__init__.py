@@ -1,5 +1,6 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
+from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
@@ -8,6 +9,7 @@ from robust_prune.allocation.widths import (
     EVEN,
     RULES,
     SPREAD,
+    TOLERANCE,
     allocate,
     allocate_by_curves,
     allocate_evenly,
@@ -25,6 +27,7 @@ __all__ = [
     "RULES",
     "SPREAD",
     "STEPS",
+    "TOLERANCE",
     "allocate",
     "allocate_by_curves",
     "allocate_evenly",
@@ -32,4 +35,5 @@ __all__ = [
     "candidate_widths",
     "make_plan",
     "group_weights",
+    "ratio_for",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,3 +92,32 @@ def masked(
     finally:
         for name, weight in kept.items():
             tensors[name].copy_(weight)
+
+
+def removal_prices(
+    graph: ModelGraph, curves: Mapping[str, Curve]
+) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """Return by group: shares of the dense units to loss rise per multiply-add saved.
+
+    Prices are divided by the largest, and rise with the share where the curve is straight.
+    """
+    dense = graph.cost().macs
+    slopes: dict[str, tuple[Tensor, Tensor]] = {}
+    for group in graph.groups:
+        hull = curves[group.name].hull()
+        saved = dense - graph.cost({group.name: group.width - group.blocks}).macs
+        edges = torch.tensor([0.0, *hull.shares]).double()
+        rises = torch.tensor([0.0, *hull.rises]).double()
+        per_unit = rises.diff() / edges.diff() / group.units
+        slopes[group.name] = per_unit / max(saved, 1), edges[1:-1]
+    top = max((float(s.max()) for s, _ in slopes.values()), default=0.0) or 1.0
+
+    def price(name: str) -> Callable[[Tensor], Tensor]:
+        slope, inner = slopes[name]
+
+        def at(gone: Tensor) -> Tensor:
+            return slope[torch.bucketize(gone, inner)] / top + 1e-4 * gone
+
+        return at
+
+    return {group.name: price(group.name) for group in graph.groups}

@@ -54,9 +54,10 @@ def plan(job: Job, observed: Observed, measured: Measured, settings: Settings) -
     with job.journal.timed("plan"):
         if settings.plan is None:
             return _made(job, observed, measured, settings)
-        observed.graph.check(settings.plan)
-        job.journal.note(f"replayed plan {settings.plan.digest}")
-        return settings.plan
+        replayed = observed.graph.recounted(settings.plan)
+        notes = tuple(dict.fromkeys((*replayed.notes, *observed.graph.uncounted)))
+        job.journal.note(f"replayed plan {replayed.digest}")
+        return replace(replayed, notes=notes)
 
 
 def problem_of(graph: ModelGraph, settings: Settings) -> Problem:
@@ -105,6 +106,7 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
             input_size=job.input_size,
             mrs=by_group,
             unprunable=graph.unprunable,
+            notes=graph.uncounted,
             ties=graph.ties,
             whole_heads=graph.whole_heads,
         )

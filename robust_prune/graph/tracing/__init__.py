@@ -3,8 +3,8 @@
 from robust_prune.graph.tracing.adapters import adapted, adapter, find
 from robust_prune.graph.tracing.atoms import Atoms, compress
 from robust_prune.graph.tracing.coupling import Count, Coupling, Slot, couple
+from robust_prune.graph.tracing.products import work_of
 from robust_prune.graph.tracing.tracer import HEAD_NUMBERS, name_of
-from robust_prune.graph.tracing.uses import weights_applied
 
 __all__ = [
     "Atoms",
@@ -18,5 +18,5 @@ __all__ = [
     "couple",
     "find",
     "name_of",
-    "weights_applied",
+    "work_of",
 ]

@@ -10,7 +10,8 @@ correctness.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
 from robust_prune.graph.tracing.atoms import FIXED, Atoms, compress, zeros
-from robust_prune.graph.tracing.uses import weights_applied
+from robust_prune.graph.tracing.products import Place, Product, work_of
 from robust_prune.modules import tensors_in
 
 
@@ -52,6 +53,7 @@ class Labels:
     entries: dict[int, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     uses: dict[int, list[tuple[int, list[Tensor]]]] = field(default_factory=dict)
+    products: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     out_dims: dict[int, int] = field(default_factory=dict)
     scaled: list[tuple[str, Tensor]] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
@@ -104,9 +106,9 @@ class Tracer(TorchFunctionMode):
         name = name_of(func)
         out = func(*args, **kwargs)
         outputs = tensors_in((out,))
-        for weight, positions in weights_applied(name, args, kwargs, out):
-            if id(weight) in self.parameters:
-                self.labels.uses.setdefault(id(weight), []).append((positions, []))
+        weights, products = work_of(name, args, kwargs, out, self.is_parameter)
+        for weight, positions in weights:
+            self.labels.uses.setdefault(id(weight), []).append((positions, []))
         if name == "setitem":
             self.fix(f"is written to by position in {self.owner}", *args)
         elif outputs:
@@ -119,7 +121,32 @@ class Tracer(TorchFunctionMode):
                 reason = str(error) if isinstance(error, UntraceableError) else name
                 where = f" in {self.owner}" if self.owner else ""
                 self.fix(f"meets {reason}{where}", *args, *kwargs.values(), *outputs)
+        for product in products:
+            self._note(product)
         return out
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a parameter of the network."""
+        return id(tensor) in self.parameters
+
+    def _note(self, product: Product) -> None:
+        """Remember a product, and which of its sizes are channels."""
+        shrinking = [self._channels(places) for _, places in product]
+        times = math.prod(size for size, _ in product)
+        self.labels.products.append((times, [atoms for atoms in shrinking if atoms is not None]))
+
+    def _channels(self, places: Sequence[Place]) -> Tensor | None:
+        """Return the atoms along the first of these dimensions that channels lie along."""
+        for tensor, dim in places:
+            if self.is_parameter(tensor) and id(tensor) not in self.labels.entries:
+                continue
+            label = self.label(tensor)
+            varies = self.varies(label)
+            if dim in varies and len(varies) > 1:
+                self.labels.fix(label.reshape(-1), "channels in several dimensions of a product")
+            elif dim in varies:
+                return self.vector(label, dim, tensor.shape[dim])
+        return None
 
     def label(self, tensor: Tensor) -> Tensor:
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
