@@ -36,7 +36,7 @@ check: $(VENV)/installed docs
 	$(PYTEST)
 
 docs: $(VENV)/installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "the pages are site/index.html"
 
 # wheel and source archive

@@ -33,7 +33,9 @@ def command(name: str) -> str:
     found = group.commands[name]
     panels: dict[str, list[Any]] = {}
     for parameter in found.params:
-        panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(parameter)
+        panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(
+            parameter
+        )
     arguments = [p for p in found.params if p.param_type_name == "argument"]
     usage = " ".join(p.metavar or p.name.upper() for p in arguments)
     lines = [f"```\nrobust-prune {name} {usage} [OPTIONS]\n```", "", found.help or "", ""]
@@ -75,7 +77,7 @@ def example(name: str) -> str:
     text = (ROOT / "examples" / name).read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(text)) or ""
     code = text.partition('"""\n\n')[2] or text
-    return f"{doc}\n\n```python title=\"examples/{name}\"\n{code}```\n"
+    return f'{doc}\n\n```python title="examples/{name}"\n{code}```\n'
 
 
 PIECES: dict[str, Callable[[str], str]] = {

@@ -8,19 +8,21 @@ import robust_prune
 
 
 class Kernel(torch.autograd.Function):
-    """Stands for compiled code, which no tracer can look into."""
+    """Stands for compiled code on [N, tokens, heads, width], which no tracer can look into."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        return torch.softmax(q @ k.mT * scale, -1) @ v
+        weights = torch.einsum("nqhw,nkhw->nhqk", q, k).mul(scale).softmax(-1)
+        return torch.einsum("nhqk,nkhw->nqhw", weights, v)
 
     @staticmethod
     def backward(ctx, gradient):
         inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         with torch.enable_grad():
-            out = F.scaled_dot_product_attention(*inputs, scale=ctx.scale)
+            q, k, v = (t.transpose(1, 2) for t in inputs)
+            out = F.scaled_dot_product_attention(q, k, v, scale=ctx.scale).transpose(1, 2)
         return *torch.autograd.grad(out, inputs, gradient), None
 
 
@@ -28,11 +30,16 @@ class Attention(nn.Module):
     def __init__(self, dim=32, heads=4, width=8):
         super().__init__()
         self.heads, self.width, self.scale = heads, width, width**-0.5
-        self.qkv, self.out = nn.Linear(dim, 3 * heads * width), nn.Linear(heads * width, dim)
+        self.query, self.key, self.value = (nn.Linear(dim, heads * width) for _ in range(3))
+        self.out = nn.Linear(heads * width, dim)
+
+    def split(self, x):
+        """Queries, keys and values [N, tokens, heads, width]."""
+        layers = self.query, self.key, self.value
+        return (layer(x).unflatten(-1, (self.heads, self.width)) for layer in layers)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4)
-        return self.out(Kernel.apply(q, k, v, self.scale).transpose(1, 2).flatten(2))
+        return self.out(Kernel.apply(*self.split(x), self.scale).flatten(2))
 
 
 class Net(nn.Module):
@@ -56,8 +63,9 @@ print("without adapter:", [group.name for group in before.groups])
 @robust_prune.adapter(Attention)
 def trace(module, x):
     """Couples channels as the module does; its values don't matter."""
-    q, k, v = module.qkv(x).unflatten(-1, (3, module.heads, module.width)).permute(2, 0, 3, 1, 4)
-    return module.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    q, k, v = (t.transpose(1, 2) for t in module.split(x))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return module.out(out.transpose(1, 2).flatten(2))
 
 
 result = robust_prune.compress(model, (images, labels), prune_ratio=0.5)
