@@ -70,8 +70,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(built: Path, tmp_path: Pat
     """The environment sees this one's dependencies, but not its editable install of this folder."""
     home = tmp_path / "environment"
     venv.create(home, symlinks=True)
-    folders = {"base": str(home), "platbase": str(home)}
-    site = Path(sysconfig.get_path("purelib", "venv", vars=folders))
+    (site,) = (home / "lib").glob("python*/site-packages")
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
