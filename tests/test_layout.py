@@ -47,6 +47,7 @@ ONE_IMPORTER = {
     "rich": {"cli"},
     "matplotlib": {"report"},
     "safetensors": {"files", "models"},
+    "msgspec": {"models"},
     "accelerate": {"distributed"},
     "sklearn": {"data"},
     "torchvision": {"models", "data"},
