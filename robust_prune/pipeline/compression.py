@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from robust_prune.evaluation import Attack, TestImages
 from robust_prune.finetune import EpochRecord, History, batches_of, layout_of, optimizer_of, train_
 from robust_prune.graph import ModelGraph, check_pruned
 from robust_prune.models import image_size_of, library_versions
-from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
+from robust_prune.modules import ImageModel, contiguous, copied, device_of, make_contiguous_
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.planning import Planned, Planning, graph_of, step_settings
 from robust_prune.pipeline.record import describe_model, hardware, plain_history, plain_settings
@@ -57,7 +56,7 @@ class Compression:
         self.events, self.folder, self.processes = events, folder, processes
         self.journal = Journal(events)
         self.journal.notes += splits.notes if splits else ()
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         make_contiguous_(self.model)
         self.input_size = image_size_of(model, splits.input_size if splits else settings.input_size)
         if isinstance(self.model, ImageModel):
@@ -130,7 +129,7 @@ class Compression:
 
     def _prune(self, settings: Settings, step: int) -> None:
         tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
-        source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
+        source = copied(self.model) if settings.steps > 1 else self.dense
         self.journal.parts.clear()  # those of the step before
         planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
         if not self.processes.first:

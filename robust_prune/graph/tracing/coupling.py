@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from robust_prune.graph.tracing.adapters import adapted
 from robust_prune.graph.tracing.atoms import FIXED
 from robust_prune.graph.tracing.rules import RULES
 from robust_prune.graph.tracing.tracer import Labels, Tracer, following
+from robust_prune.graph.tracing.training import trace_training
 from robust_prune.modules import tensors_in
 
 
@@ -56,7 +57,8 @@ class Coupling:
     rows whose product with other channels is what the group contributes (queries). `scaled` are
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
-    tokens, for each channel alike).
+    tokens, for each channel alike). `trains` says that a pass in train mode does more than one in
+    eval mode.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -66,6 +68,7 @@ class Coupling:
     counts: tuple[Count, ...]
     uses: Mapping[str, tuple[tuple[int, tuple[Count, ...]], ...]]
     fixed: Mapping[str, str]
+    trains: bool = False
 
 
 def couple(
@@ -75,7 +78,7 @@ def couple(
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
 ) -> Coupling:
-    """Trace a network in eval mode on one image and return its groups.
+    """Trace a network in eval mode on one image, and what train mode adds; return its groups.
 
     Args:
         net: left as it was.
@@ -88,6 +91,7 @@ def couple(
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = net(example)
+    trains = trace_training(net, example, tracer)
     labels = tracer.labels
     for tensor in tensors_in((out,)):
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
@@ -96,7 +100,7 @@ def couple(
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return book.close()
+    return replace(book.close(), trains=trains)
 
 
 class _Book:

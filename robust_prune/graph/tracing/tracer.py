@@ -10,9 +10,9 @@ correctness.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,17 @@ from robust_prune.graph.tracing.uses import weights_applied
 from robust_prune.modules import tensors_in
 
 
+class HasStack(Protocol):
+    """What keeps the names of the modules whose forwards are running."""
+
+    stack: list[str]
+
+
 class UntraceableError(Exception):
     """An operation meets channels in a way that the rules don't know."""
 
 
+Call = tuple[str, str, tuple[int, ...]]
 HEAD_NUMBERS = ("num_heads", "heads", "n_heads", "nhead")
 
 
@@ -86,7 +93,12 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(p): p for p in net.parameters()}
         self.buffers = {id(b): b for b in net.buffers()}
         self.stack: list[str] = []
+        self.calls: set[Call] = set()
         self.modules = dict(net.named_modules())
+
+    def follow(self, twin: nn.Module) -> None:
+        """Look at the modules of a copy that shares the network's parameters and buffers."""
+        self.modules = dict(twin.named_modules())
 
     @property
     def owner(self) -> str:
@@ -102,6 +114,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
+        self.calls.add(call_of(self.owner, func, args, kwargs, self.parameters))
         out = func(*args, **kwargs)
         outputs = tensors_in((out,))
         for weight, positions in weights_applied(name, args, kwargs, out):
@@ -197,8 +210,20 @@ def name_of(func: Any) -> str:
     return name.strip("_")
 
 
+def call_of(
+    owner: str,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    parameters: Container[int],
+) -> Call:
+    """Return what tells one call of a function from others: owner, name, parameters by id."""
+    given = tuple(id(a) for a in (*args, *kwargs.values()) if id(a) in parameters)
+    return owner, name_of(func), given
+
+
 @contextlib.contextmanager
-def following(net: nn.Module, tracer: Tracer) -> Iterator[None]:
+def following(net: nn.Module, tracer: HasStack) -> Iterator[None]:
     """Keep the tracer's stack of running modules."""
     names = {module: name for name, module in net.named_modules()}
     scripted = [n for m, n in names.items() if isinstance(m, torch.jit.ScriptModule)]
