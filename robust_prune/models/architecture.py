@@ -29,11 +29,11 @@ MOST_TRIED = 12
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that a file may hold, and who says so: the user ("") or a setting's name."""
+    """A network that a file may hold; `bare` where it was named without `torchvision/`."""
 
     arch: str
     kwargs: Mapping[str, Any]
-    said_by: str = ""
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,32 +130,32 @@ def _counts(
 
 def _candidates(found: ModelFile, arch: str | None, given: dict[str, Any]) -> Iterator[Candidate]:
     named = list(_named(found))
-    stored = dict(found.kwargs) or next((kwargs for _, _, kwargs in named if kwargs), {})
+    stored = dict(found.kwargs) or next((kwargs for _, kwargs in named if kwargs), {})
     if arch is not None:
         check_stored(found.path, None, stored)
         for name in builders_of(arch) or (arch,):
-            yield Candidate(name, {**stored, **given})
+            yield Candidate(name, {**stored, **given}, name != arch)
         return
     if found.arch is not None:
         check_stored(found.path, found.arch, stored)
         for name in builders_of(found.arch) or (found.arch,):
-            yield Candidate(name, {**stored, **given}, "architecture")
+            yield Candidate(name, {**stored, **given}, name != found.arch)
         return
     tried: dict[str, Candidate] = {}
-    for name, said_by, kwargs in named:
+    for name, kwargs in named:
         check_stored(found.path, name, kwargs)
         for builder in builders_of(name):
-            candidate = Candidate(builder, {**(kwargs or stored), **given}, said_by)
+            candidate = Candidate(builder, {**(kwargs or stored), **given}, builder != name)
             tried.setdefault(builder, candidate)
     yield from list(tried.values())[:MOST_TRIED]
 
 
-def _named(found: ModelFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (name, where it stood, arguments beside it) of networks that settings name."""
+def _named(found: ModelFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, arguments beside it) of networks that settings name, the likeliest first."""
     settings = sorted(found.content.settings.items(), key=lambda item: item[0].count("."))
     outer = _arguments(found, dict(settings).get("", {}))
     ranked = []
-    for path, entries in settings:
+    for _, entries in settings:
         kwargs = _arguments(found, entries) or outer
         for key, value in entries.items():
             if not isinstance(value, str) or not 1 < len(value) < 200:
@@ -163,9 +163,9 @@ def _named(found: ModelFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
             foreign = ":" in value and key in NAMING[:2]
             if foreign or (":" not in value and builders_of(value)) or _is_tagged(value):
                 rank = NAMING.index(key) if key in NAMING else len(NAMING)
-                ranked.append((rank, value, f"{path}.{key}" if path else key, kwargs))
-    for _, value, where, kwargs in sorted(ranked, key=lambda item: item[0]):
-        yield value, where, kwargs
+                ranked.append((rank, value, kwargs))
+    for _, value, kwargs in sorted(ranked, key=lambda item: item[0]):
+        yield value, kwargs
 
 
 def _is_tagged(value: str) -> bool:

@@ -14,6 +14,7 @@ from robust_prune.models.builders import default_input_size
 from robust_prune.models.matching import needed
 from robust_prune.modules import Fields, ImageModel, evaluating, fit_, set_fields_
 
+LARGEST_TRIED = 1024  # pixels of a side, where a file says the size of its images
 RUN_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ZeroDivisionError)
 
 
@@ -74,7 +75,58 @@ def narrower(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-@torch.no_grad()
+def check_stored_widths(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where a file of ours has more channels than the network it was made from."""
+    own = model.net.state_dict()
+    for name, tensor in state.items():
+        theirs, mine = tensor.shape, own[name].shape if name in own else tensor.shape
+        if len(theirs) != len(mine) or any(a > b for a, b in zip(theirs, mine, strict=True)):
+            raise ModelError(
+                f"{path}: its manifest is malformed: {name} is {list(theirs)}, and at most "
+                f"{list(mine)} in the {model.spec.arch} that it describes"
+            )
+
+
+def check_classes(model: ImageModel) -> None:
+    """Raise ModelError where the last layer has other outputs than the spec has classes."""
+    find = getattr(model.net, "get_classifier", None)
+    linear = [module for module in model.net.modules() if isinstance(module, nn.Linear)]
+    head = find() if callable(find) else next(reversed(linear), None)
+    if isinstance(head, nn.Linear) and head.out_features != model.spec.num_classes:
+        raise ModelError(
+            f"{head.out_features} outputs, and the model is said to have "
+            f"{model.spec.num_classes} classes"
+        )
+
+
+def check_stem(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where a file was made for small images and the network built was not."""
+    theirs, mine = state.get("conv1.weight"), getattr(model.net, "conv1", None)
+    if theirs is None or not isinstance(mine, nn.Conv2d) or theirs.shape == mine.weight.shape:
+        return
+    if theirs.shape[-1] == 3 and not model.spec.cifar_stem:
+        raise ModelError(
+            f"{path}: its stem conv1 is 3x3, that of {model.spec.arch} is 7x7: "
+            "it was made for small images, add --cifar-stem"
+        )
+
+
+def check_runs(model: ImageModel) -> None:
+    """Raise ModelError unless the network gives finite logits for one image, in one line."""
+    size = model.spec.input_size
+    if size is None or max(size) > LARGEST_TRIED:
+        size = default_input_size(model.spec)
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
+    except RUN_ERRORS as error:
+        raise ModelError((str(error).splitlines() or [type(error).__name__])[0][:120]) from None
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, model.spec.num_classes):
+        raise ModelError(f"no logits of {model.spec.num_classes} classes come out")
+    if not bool(logits.isfinite().all()):
+        raise ModelError("its logits are not finite")
+
+
 def narrow_to_(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> None:
     """Fit a named network to the widths of a file that was pruned elsewhere, and try it.
 
@@ -83,18 +135,10 @@ def narrow_to_(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> No
     """
     fit_(model.net, state)
     fill_(model.net, path, state)
-    size = model.spec.input_size or default_input_size(model.spec)
     try:
-        with evaluating(model):
-            logits = model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
-    except RUN_ERRORS as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        check_runs(model)
+    except ModelError as error:
         raise ModelError(
             f"{path}: pruned elsewhere, and {model.spec.arch} does not run with its widths "
-            f"({line}); build the network as it was pruned: load(path, model=NETWORK)"
+            f"({error}); build the network as it was pruned: load(path, model=NETWORK)"
         ) from None
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not bool(logits.isfinite().all()):
-        raise ModelError(
-            f"{path}: pruned elsewhere, and {model.spec.arch} gives no logits with its widths; "
-            "build the network as it was pruned: load(path, model=NETWORK)"
-        )

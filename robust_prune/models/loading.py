@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robust_prune.errors import ModelError, UsageError
 from robust_prune.models.architecture import identify, infer_kwargs
 from robust_prune.models.bounds import bounded
 from robust_prune.models.builders import (
-    TORCHVISION,
     build_model,
     check_normalisation,
     check_stored,
@@ -25,7 +24,16 @@ from robust_prune.models.builders import (
     resolve_spec,
     similar,
 )
-from robust_prune.models.fitting import fill_, narrow_to_, narrower, refill_
+from robust_prune.models.fitting import (
+    check_classes,
+    check_runs,
+    check_stem,
+    check_stored_widths,
+    fill_,
+    narrow_to_,
+    narrower,
+    refill_,
+)
 from robust_prune.models.manifest import Manifest, write
 from robust_prune.models.normalisation import (
     Normalisation,
@@ -200,9 +208,18 @@ def _from_manifest(found: ModelFile, manifest: Manifest) -> nn.Module:
         check_normalisation(spec)
     except UsageError as error:
         raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
-    with bounded(found.content):
-        model = build_model(spec)
-    refill_(model.net, found.path, found.content.tensors, manifest.fields)
+    try:
+        with bounded(found.content):
+            model = build_model(spec)
+        check_stored_widths(model, found.path, found.content.tensors)
+        refill_(model.net, found.path, found.content.tensors, manifest.fields)
+        check_classes(model)
+        if manifest.fields:
+            check_runs(model)
+    except ModelError as error:
+        if str(error).startswith(str(found.path)):
+            raise
+        raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
     return model
 
 
@@ -235,9 +252,9 @@ def _from_state(found: ModelFile, given: _Given) -> tuple[ImageModel, tuple[str,
         size = image_size(found.pretrained_cfg.get("input_size"), weights.channels)
         size = size or size_from_settings(content, weights.channels)
         model = build_model(replace(spec, input_size=size))
-    _check_stem(found, weights.state, model, given.cifar_stem)
+    check_stem(model, path, weights.state)
     notes = [_normalisation_note(model, given, weights.normalisation, stored)]
-    if arch.startswith(TORCHVISION) and matched.candidate.said_by != arch:
+    if matched.candidate.bare:
         notes.append(f"the network is {arch}; timm has none of that name with these weights")
     narrow = narrower(model.net, weights.state)
     if narrow:
@@ -266,19 +283,6 @@ def _normalisation_note(
         f"normalisation assumed: {whose} for {model.spec.arch}, mean {model.spec.mean}, std "
         f"{model.spec.std}; the file does not say, --mean and --std do"
     )
-
-
-def _check_stem(
-    found: ModelFile, state: Mapping[str, Tensor], model: ImageModel, cifar_stem: bool
-) -> None:
-    theirs, mine = state.get("conv1.weight"), getattr(model.net, "conv1", None)
-    if theirs is None or not isinstance(mine, nn.Conv2d) or theirs.shape == mine.weight.shape:
-        return
-    if theirs.shape[-1] == 3 and not cifar_stem:
-        raise ModelError(
-            f"{found.path}: its stem conv1 is 3x3, that of {model.spec.arch} is 7x7: "
-            "it was made for small images, add --cifar-stem"
-        )
 
 
 def _override(

@@ -118,6 +118,8 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Tensor], manifest: A
 def _spec(model: _Model) -> ModelSpec:
     if model.source != "custom" and model.num_classes < 1:
         raise ValueError(f"a network of {model.num_classes} classes - at `$.model.num_classes`")
+    if model.kwargs.get("num_classes", model.num_classes) != model.num_classes:
+        raise ValueError("not the number of classes in kwargs - at `$.model.num_classes`")
     if len(model.mean) != len(model.std):
         raise ValueError("mean and std differ in length - at `$.model.std`")
     if not all(map(math.isfinite, (*model.mean, *model.std))) or any(s <= 0 for s in model.std):

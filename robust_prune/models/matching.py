@@ -86,8 +86,7 @@ def find_sets(content: Content, wanted: Mapping[str, Tensor]) -> list[WeightSet]
     file, net = _tree(content.tensors), _tree(wanted)
     found = []
     for root, node in file.below():
-        shared = node.children.keys() & net.children.keys()
-        if shared and 2 * len(shared) >= min(len(net.children), 4):
+        if node.children.keys() & net.children.keys():
             names: dict[str, str] = {}
             wrappers: list[str] = []
             _place(net, node, root, names, wrappers)
@@ -258,6 +257,8 @@ def _notes(
     count = {2: "two", 3: "three", 4: "four"}.get(len(differing) + 1, str(len(differing) + 1))
     listed = " and ".join(o.title for o in differing[:4])
     reason = why.get(taken.root)
+    if reason is None and any("current" in _words(o) for o in differing):
+        reason = "the moving average"  # of Lightning, which calls the other one current
     if reason is None and any(_words(o) & SLOW for o in differing):
         reason = "what has learned from the others,"
     verb = "is" if len(differing) == 1 else "are"

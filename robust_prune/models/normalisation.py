@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -78,13 +79,14 @@ def from_tensors(left: Mapping[str, Tensor], root: str, channels: int) -> Normal
 def from_settings(content: Content, channels: int) -> Normalisation | None:
     """Find mean and std in a mapping of settings (timm's args, a config), the outermost first."""
     for path, settings in sorted(content.settings.items(), key=lambda item: item[0].count(".")):
-        mean, std = settings.get("mean"), settings.get("std")
-        if isinstance(mean, Tensor) or isinstance(std, Tensor):
-            continue  # buffers of a network, found by their names
-        pair = _pair(numbers_of(mean), numbers_of(std), channels)
-        if pair is not None:
-            where = f"{path}.mean" if path else "mean"
-            return Normalisation(*pair[:2], where, (), pair[2])
+        # tensors are buffers of a network, found by their names
+        plain = {key: value for key, value in settings.items() if not isinstance(value, Tensor)}
+        means, stds = ([k for k in plain if _matches(p, k)] for p in (MEAN, STD))
+        for mean, std in itertools.product(means, stds):
+            pair = _pair(numbers_of(plain[mean]), numbers_of(plain[std]), channels)
+            if pair is not None and MEAN.sub("", mean) == STD.sub("", std):
+                where = f"{path}.{mean}" if path else mean
+                return Normalisation(*pair[:2], where, (), pair[2])
     return None
 
 

@@ -77,7 +77,7 @@ def _read_file(path: Path, trust_pickle: bool) -> ModelFile:
     if _looks_like_safetensors(path):
         return _read_safetensors(path)
     loaded = _load_torch(path, trust_pickle)
-    if not isinstance(loaded, Mapping) and not trust_pickle:
+    if not isinstance(loaded, (Mapping, list, tuple)) and not trust_pickle:
         raise ModelError(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
     if isinstance(loaded, Mapping) and isinstance(loaded.get(METADATA_KEY), str):
         manifest = parse_manifest(path, loaded[METADATA_KEY])
@@ -173,6 +173,12 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
             raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
         if trust_pickle:
             return _unpickle(path)
+        if "Unsupported operand" in str(error):
+            raise UnsafeFileError(
+                f"{path}: written with another pickle protocol than torch.save's own, which is "
+                "read without trust in nothing but plain data; write it again by "
+                "torch.save(state_dict, path), or pass --trust-pickle if you trust its source"
+            ) from None
         what = f" ({found.group(1)})" if found else ""
         raise UnsafeFileError(
             f"{path}: holds pickled Python objects{what}, and reading them can run any code the "

@@ -113,6 +113,11 @@ def _scalar(kind: Any = None, raw: Any = b"", *arguments: Any) -> Any:
     return np.frombuffer(raw, numbers)[0].item()
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+    """Return the empty bytes, which older protocols write as a call; longer ones are written out."""
+    return b""
+
+
 def plain(value: Any) -> Any:
     """Return an array as a tensor, and every other value as it is."""
     return value.value if isinstance(value, Array) else value
@@ -131,7 +136,7 @@ _DICTIONARIES = (
 )
 _PATHS = ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
 _TYPES = (
-    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str")),
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str")),
     *(f"builtins.{name}" for name in ("frozenset", "range", "slice", "tuple")),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
@@ -145,6 +150,7 @@ _TYPES = (
 STAND_INS: tuple[tuple[Callable[..., Any], str], ...] = (
     *((Mapped, name) for name in _DICTIONARIES),
     *((Kept, name) for name in _TYPES),
+    (_no_bytes, "builtins.bytes"),
     (Attributes, "argparse.Namespace"),
     (Attributes, "types.SimpleNamespace"),
     (Attributes, "cox.utils.Parameters"),

@@ -55,6 +55,7 @@ def take(path: Path, content: Content, wanted: Mapping[str, Tensor]) -> Weights:
     wrappers = [w for w in taken.wrappers if w.rpartition(".")[2] not in SILENT_WRAPPERS]
     if wrappers:
         notes += (f"what lies around {wrappers[0]!r} in the file is taken to do nothing",)
+    names = [name for name in names if left[name].ndim]  # a single number is a metric
     if names:
         more = "" if len(names) == 1 else f" and {len(names) - 1} more"
         notes += (f"the file also holds {names[0]!r}{more}, of which nothing is used",)

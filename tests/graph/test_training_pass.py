@@ -1,4 +1,4 @@
-"""Branches that a pass in train mode alone runs: pruned along with what they read, or kept whole."""
+"""Branches that a pass in train mode alone runs: pruned with what they read, or kept whole."""
 
 from __future__ import annotations
 
