@@ -114,7 +114,7 @@ def _scalar(kind: Any = None, raw: Any = b"", *arguments: Any) -> Any:
 
 
 def _no_bytes(*arguments: Any) -> bytes:
-    """Return the empty bytes, which older protocols write as a call; longer ones are written out."""
+    """Return the empty bytes, which are written as a call; longer ones are not."""
     return b""
 
 

@@ -116,7 +116,6 @@ def calls(name: str, arguments: bytes, state: bytes = b"") -> bytes:
 
 
 NUMBER = b"\x8a\x08" + struct.pack("<q", 10**13)
-MARK = b"(X\x04\x00\x00\x00marktR"  # ('mark',) for the call before
 HOSTILE = {
     "a call": calls("os.system", b"(X\x04\x00\x00\x00truet"),
     "a builtin": calls("builtins.eval", b"(X\x04\x00\x00\x001+1 t"),
