@@ -2,10 +2,10 @@
 
 Each structure was compared with a file that the library wrote: torch 2.14.1 (state_dict, compile,
 DataParallel, AveragedModel, legacy format), pytorch-lightning 2.6.6 (Trainer.save_checkpoint, with
-and without WeightAveraging), timm 1.0.31 (CheckpointSaver, save_for_hf), torchvision 0.29.1, accelerate
-1.15.0 (save_model, save_state), safetensors 0.8.0, transformers 5.24.0 (TimmWrapper), robustness
-1.2.1.post2 (AttackerModel in DataParallel, saved by dill). RobustBench 1.1.1's follows its source
-(normalize_model): its package could not be imported.
+and without WeightAveraging), timm 1.0.31 (CheckpointSaver, save_for_hf), torchvision 0.29.1,
+accelerate 1.15.0 (save_model, save_state), safetensors 0.8.0, transformers 5.24.0 (TimmWrapper),
+robustness 1.2.1.post2 (AttackerModel in DataParallel, saved by dill). RobustBench
+1.1.1's follows its source (normalize_model): its package could not be imported.
 """
 
 from __future__ import annotations
