@@ -63,6 +63,7 @@ ONE_IMPORTER = {
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "safetensors": {"files", "models"},
+    "msgspec": {"models"},
     "accelerate": {"distributed"},
     "sklearn": {"data"},
     "torchvision": {"models", "data"},

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
@@ -104,15 +107,32 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
-    """Return the weight of a convolution or linear layer."""
+    """Return the weight of a convolution or linear layer.
+
+    Raises:
+        ModelError: it is computed from other parameters; the message says how to make it plain.
+    """
     weight = layer.weight
-    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer):
-        raise ModelError(
-            f"the weight of a {type(layer).__name__} is computed from other parameters (weight or "
-            "spectral norm); remove the parametrization first, as by "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    return weight
+    if isinstance(weight, nn.Parameter) and not parametrize.is_parametrized(layer):
+        return weight
+    raise ModelError(
+        f"the weight of a {type(layer).__name__} is computed from other parameters (weight norm, "
+        f"spectral norm, a mask); make it a plain parameter first, as by {_what_removes(layer)}"
+    )
+
+
+def _what_removes(layer: nn.Module) -> str:
+    """Return the call that turns a layer's computed weight into a parameter with its value."""
+    if parametrize.is_parametrized(layer):
+        return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    hooks = list(layer._forward_pre_hooks.values())
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return "torch.nn.utils.remove_spectral_norm(layer)"
+    if any(isinstance(hook, WeightNorm) for hook in hooks):
+        return "torch.nn.utils.remove_weight_norm(layer)"
+    if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+        return "torch.nn.utils.prune.remove(layer, 'weight')"
+    return "layer.weight = torch.nn.Parameter(layer.weight.detach()) and a plain forward"
 
 
 def example_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:

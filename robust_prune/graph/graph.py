@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import functools
@@ -29,7 +28,7 @@ from robust_prune.graph.probing import probed
 from robust_prune.graph.tracing import Count, Slot, couple
 from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import Wiring
-from robust_prune.modules import evaluating, make_contiguous_, network_of
+from robust_prune.modules import copied, evaluating, make_contiguous_, network_of
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 
 MIN_WIDTH = 2
@@ -228,9 +227,9 @@ class ModelGraph:
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
-        copied = copy.deepcopy(self.model)
-        self._cut_(copied, plan)
-        return copied
+        smaller = copied(self.model)
+        self._cut_(smaller, plan)
+        return smaller
 
     def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
         recorded, plan = plan, self.recounted(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from robust_prune.allocation import allocate_evenly
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.modules import seeded
+from robust_prune.modules import copied, seeded
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
 from robust_prune.pipeline.keeping import forget, is_kept, keep_weights, load_weights_, once
@@ -114,7 +113,7 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
 def cut_(job: Job, observed: Observed, plan: PruningPlan, settings: Settings, where: str) -> None:
     """Remove channels from the observed model, prove that right, and repair what is left."""
     graph, model, journal = observed.graph, observed.graph.model, job.journal
-    whole = copy.deepcopy(model) if settings.prune_steps > 1 else job.dense
+    whole = copied(model) if settings.prune_steps > 1 else job.dense
     rows = kept_rows(graph, plan)
     journal.stage(f"pruning {len(plan.groups)} groups{where}")
     with journal.timed("prune"):

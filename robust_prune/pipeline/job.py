@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from robust_prune.errors import DataError
 from robust_prune.evaluation import TestImages
 from robust_prune.finetune import History, batches_of, layout_of, optimizer_of
 from robust_prune.models import image_size_of
-from robust_prune.modules import ImageModel, contiguous, make_contiguous_
+from robust_prune.modules import ImageModel, contiguous, copied, make_contiguous_
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
@@ -136,7 +135,7 @@ def begin(
     input_size = image_size_of(model, splits.input_size if splits else settings.input_size)
     journal = Journal(events, splits.notes if splits else ())
     job = Job(contiguous(model), splits, settings, input_size, events, journal, folder, processes)
-    working = copy.deepcopy(model)
+    working = copied(model)
     make_contiguous_(working)
     if isinstance(working, ImageModel):
         working.spec = replace(working.spec, input_size=input_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from robust_prune.allocation import Problem, allocate_evenly, make_plan
@@ -309,3 +311,28 @@ def test_computed_weights_are_refused_with_what_to_do() -> None:
     nn.utils.parametrizations.weight_norm(model.first)
     with pytest.raises(ModelError, match="remove_parametrizations"):
         ModelGraph(model, (3, 16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("compute", "advice", "plain"),
+    [
+        (nn.utils.spectral_norm, "remove_spectral_norm", nn.utils.remove_spectral_norm),
+        (nn.utils.weight_norm, "remove_weight_norm", nn.utils.remove_weight_norm),
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            "prune.remove",
+            lambda layer: prune.remove(layer, "weight"),
+        ),
+    ],
+)
+def test_the_advice_for_a_computed_weight_works_on_it(
+    compute: Callable[[nn.Module], object], advice: str, plain: Callable[[nn.Module], object]
+) -> None:
+    model = OwnNet()
+    compute(model.first)
+    model(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ModelError, match=advice):
+        ModelGraph(model, (3, 16, 16))
+    plain(model.first)
+    assert ModelGraph(model, (3, 16, 16)).groups

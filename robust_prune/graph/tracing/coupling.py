@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from robust_prune.graph.tracing.adapters import adapted
 from robust_prune.graph.tracing.atoms import FIXED
 from robust_prune.graph.tracing.rules import RULES
 from robust_prune.graph.tracing.tracer import Labels, Tracer, following
+from robust_prune.graph.tracing.training import trace_training
 from robust_prune.modules import tensors_in
 
 
@@ -61,6 +62,7 @@ class Coupling:
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
     tokens, for each channel alike); `products` lists the same of the products between activations.
+    `trains` says that a pass in train mode does more than one in eval mode.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -71,6 +73,7 @@ class Coupling:
     uses: Mapping[str, tuple[Times, ...]]
     products: tuple[Times, ...]
     fixed: Mapping[str, str]
+    trains: bool = False
 
 
 def couple(
@@ -80,7 +83,7 @@ def couple(
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
 ) -> Coupling:
-    """Trace a network in eval mode on one image and return its groups.
+    """Trace a network in eval mode on one image, and what train mode adds; return its groups.
 
     Args:
         net: left as it was.
@@ -93,6 +96,7 @@ def couple(
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = net(example)
+    trains = trace_training(net, example, tracer)
     labels = tracer.labels
     for tensor in tensors_in((out,)):
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
@@ -101,7 +105,7 @@ def couple(
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return book.close()
+    return replace(book.close(), trains=trains)
 
 
 class _Book:

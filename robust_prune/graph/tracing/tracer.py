@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,17 @@ from robust_prune.graph.tracing.products import Place, Product, work_of
 from robust_prune.modules import tensors_in
 
 
+class HasStack(Protocol):
+    """What keeps the names of the modules whose forwards are running."""
+
+    stack: list[str]
+
+
 class UntraceableError(Exception):
     """An operation meets channels in a way that the rules don't know."""
 
 
+Call = tuple[str, str, tuple[int, ...]]
 HEAD_NUMBERS = ("num_heads", "heads", "n_heads", "nhead")
 
 
@@ -88,7 +95,12 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(p): p for p in net.parameters()}
         self.buffers = {id(b): b for b in net.buffers()}
         self.stack: list[str] = []
+        self.calls: set[Call] = set()
         self.modules = dict(net.named_modules())
+
+    def follow(self, twin: nn.Module) -> None:
+        """Look at the modules of a copy that shares the network's parameters and buffers."""
+        self.modules = dict(twin.named_modules())
 
     @property
     def owner(self) -> str:
@@ -104,6 +116,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
+        self.calls.add(call_of(self.owner, func, args, kwargs, self.parameters))
         out = func(*args, **kwargs)
         outputs = tensors_in((out,))
         weights, products = work_of(name, args, kwargs, out, self.is_parameter)
@@ -224,8 +237,20 @@ def name_of(func: Any) -> str:
     return name.strip("_")
 
 
+def call_of(
+    owner: str,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    parameters: Container[int],
+) -> Call:
+    """Return what tells one call of a function from others: owner, name, parameters by id."""
+    given = tuple(id(a) for a in (*args, *kwargs.values()) if id(a) in parameters)
+    return owner, name_of(func), given
+
+
 @contextlib.contextmanager
-def following(net: nn.Module, tracer: Tracer) -> Iterator[None]:
+def following(net: nn.Module, tracer: HasStack) -> Iterator[None]:
     """Keep the tracer's stack of running modules."""
     names = {module: name for name, module in net.named_modules()}
     scripted = [n for m, n in names.items() if isinstance(m, torch.jit.ScriptModule)]
