@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of, evaluating, network_of
+from robust_prune.repair.anchors import Anchor, anchors_of
+from robust_prune.repair.watching import batch_norms, watching
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
@@ -93,8 +93,8 @@ def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> d
 
     with (
         evaluating(model),
-        _watching(_fittable(model), after=look),
-        _watching(_batch_norms(model), before=normalise),
+        watching(_fittable(model), after=look),
+        watching(batch_norms(model), before=normalise),
     ):
         model(images.to(device_of(model)))
     return {
@@ -114,6 +114,7 @@ def reconstruct_(
     images: Tensor,
     *,
     ridge: float = RIDGE,
+    anchors: Mapping[str, Anchor] | None = None,
 ) -> tuple[Fit, ...]:
     """Fit the weights of a pruned model, in place, to the dense model's activations.
 
@@ -136,6 +137,8 @@ def reconstruct_(
         rows: `kept_rows` of the plan, made before pruning.
         images: [N, C, H, W] in [0, 1].
         ridge: how strongly weights stay; larger for fewer images.
+        anchors: statistics of the dense model's batch norms, for images of another kind than it
+            was trained on; statistics move from there as they move on these images.
 
     Returns:
         The relative squared errors of every layer that was fitted, in forward order.
@@ -157,13 +160,17 @@ def reconstruct_(
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
             dims = [d for d in range(x.ndim) if d != 1]
-            norm.running_mean.copy_(x.mean(dims))
-            norm.running_var.copy_(x.var(dims))
+            mean, variance = x.mean(dims), x.var(dims)
+            if anchors is not None:
+                kept = rows[name][0] if name in rows else None
+                mean, variance = anchors[name].moved(mean, variance, kept, norm.eps)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
     with (
         evaluating(model),
-        _watching(layers, before=fit),
-        _watching(_batch_norms(model), before=renew),
+        watching(layers, before=fit),
+        watching(batch_norms(model), before=renew),
     ):
         model(images.to(device_of(model)))
     return tuple(fits)
@@ -171,32 +178,42 @@ def reconstruct_(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer."""
+    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer.
+
+    `anchors` are there where the images are of another kind than those the model was trained on.
+    """
 
     images: Tensor
     dense: Mapping[str, Moments]
+    anchors: Mapping[str, Anchor] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
+    def of(cls, model: nn.Module, images: Tensor, *, anchored: bool = False) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
         images = images[: images_that_fit(model, images[:1], len(images))]
-        return cls(images, dense_moments(model, images))
+        if not anchored:
+            return cls(images, dense_moments(model, images))
+        with anchors_of(model) as anchors:
+            dense = dense_moments(model, images)
+        return cls(images, dense, anchors)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
-        return reconstruct_(pruned, self.dense, rows, self.images)
+        return reconstruct_(pruned, self.dense, rows, self.images, anchors=self.anchors)
 
 
 def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     """Return by layer which of the dense layer's outputs are left, and what they are multiplied by.
 
-    The graph's model must not be pruned yet.
+    Batch norms are among them with the channels that are left. The graph's model must not be pruned
+    yet.
     """
-    sizes = {n: p.shape for n, p in network_of(graph.model).named_parameters()}
+    sizes = {n: t.shape for n, t in network_of(graph.model).state_dict().items()}
     kept: dict[str, Tensor] = {}
     for group, gone in graph.dropped(plan).items():
         for slot in graph.slots(group):
-            if slot.role == "out" and slot.tensor == f"{slot.layer}.weight":
+            makes = slot.role == "out" and slot.tensor == f"{slot.layer}.weight"
+            if makes or slot.tensor == f"{slot.layer}.running_mean":
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
     scaled = graph.scaled_rows(plan)
@@ -218,7 +235,7 @@ def images_that_fit(model: nn.Module, image: Tensor, most: int) -> int:
         # the patches of a convolution are unfolded, a part of the images at a time
         largest[0] = max(largest[0], x.numel(), y.numel())
 
-    with evaluating(model), _watching(_fittable(model), after=look):
+    with evaluating(model), watching(_fittable(model), after=look):
         model(image.to(device_of(model)))
     return max(1, min(most, ACTIVATION_BYTES // (4 * largest[0])))
 
@@ -241,10 +258,6 @@ def _fittable(model: nn.Module) -> dict[str, nn.Module]:
         if plain and weight[0].numel() <= MOST_INPUTS:
             found[name] = layer
     return found
-
-
-def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool) -> Fit:
@@ -305,43 +318,3 @@ def _inputs(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
 
 def _tokens(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, x.shape[-1])
-
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-
-def _first(args: Args, kwargs: Kwargs) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
-
-
-@contextmanager
-def _watching(
-    modules: Mapping[str, nn.Module],
-    *,
-    before: Callable[[str, nn.Module, Tensor], None] | None = None,
-    after: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Call a function with the name, the module and its input (and output) at every call."""
-    handles: list[Any] = []
-    for name, module in modules.items():
-        if before is not None:
-
-            def enter(m: nn.Module, args: Args, kwargs: Kwargs, name: str = name) -> None:
-                before(name, m, _first(args, kwargs))
-
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        if after is not None:
-
-            def leave(
-                m: nn.Module, args: Args, kwargs: Kwargs, y: Tensor, name: str = name
-            ) -> None:
-                after(name, m, _first(args, kwargs), y)
-
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
