@@ -107,6 +107,15 @@ def check_line(record: Mapping[str, Any]) -> str:
     return line
 
 
+def grade_line(record: Mapping[str, Any]) -> str:
+    """Return what the plan was decided on and what that is worth; empty for older records."""
+    found = record.get("calibration")
+    if not found:
+        return ""
+    advice = f"; {found['advice']}" if found["advice"] else ""
+    return f"{found['grade']} (labels: {found['labels']}){advice}"
+
+
 def fit_line(record: Mapping[str, Any]) -> str:
     """Return what reconstruction did to the layers that are left."""
     fitted = record.get("reconstruction")
@@ -148,6 +157,7 @@ def to_html(record: Mapping[str, Any]) -> str:
         _table(("", "dense", "pruned", ""), cost_rows(record)),
         "<h2>Accuracy</h2>",
         f"<p>{html.escape(headline(record))}</p>",
+        f"<p>{html.escape(grade_line(record))}</p>",
     ]
     rows = accuracy_rows(record)
     if rows:

@@ -15,7 +15,7 @@ from torch import nn
 from robust_prune import report
 from robust_prune.adversaries import adversarial_set
 from robust_prune.criteria import calibration_images, measure_mrs
-from robust_prune.data import DataSplits, open_for
+from robust_prune.data import DataSplits, open_for, stand_ins
 from robust_prune.distributed import ALONE, Processes, processes
 from robust_prune.errors import DataError, Interrupted, RunError, UsageError
 from robust_prune.files import write_text
@@ -143,7 +143,7 @@ def run(
     folder: RunFolder | None = None,
     processes: Processes = ALONE,
 ) -> CompressResult:
-    """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
+    """Do what `settings` say to a copy of `model`; `splits` None means stand-ins."""
     with seeded(settings.seed), torch.enable_grad():
         job = Compression(model, splits, settings, events or Events(), folder, processes)
         for step in range(1, settings.prune_steps + 1):
@@ -211,7 +211,8 @@ def sensitivity(
     splits = open_for(model, source, input_size=input_size)
     size = image_size_of(model, splits.input_size if splits else input_size)
     graph = ModelGraph(model, size, protect=protect)
-    images, labels = calibration_images(model, splits, size, n, seed)
+    splits = splits or stand_ins(model, size, n, seed)
+    images, labels = calibration_images(model, splits, n, seed)
     adversarial = adversarial_set(model, images, labels, threat=threat, seed=seed, batch_size=64)
     return measure_mrs(graph, adversarial, estimator, rho=rho, on_module=on_module)
 

@@ -13,10 +13,20 @@ from robust_prune.data import DataSplits, synthetic_images
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, RunError
 from robust_prune.evaluation import Attack, TestImages
-from robust_prune.finetune import EpochRecord, History, batches_of, layout_of, optimizer_of, train_
+from robust_prune.finetune import (
+    EpochRecord,
+    History,
+    batches_of,
+    layout_of,
+    needs_teacher,
+    optimizer_of,
+    resolve_method,
+    train_,
+)
 from robust_prune.graph import ModelGraph, check_pruned
 from robust_prune.models import image_size_of, library_versions
 from robust_prune.modules import ImageModel, contiguous, device_of, make_contiguous_
+from robust_prune.pipeline.grade import GIVE_DATA, grade_of
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.planning import Planned, Planning, graph_of, step_settings
 from robust_prune.pipeline.record import describe_model, hardware, plain_history, plain_settings
@@ -84,8 +94,8 @@ class Compression:
                     "nor data tell, --input-size does"
                 )
             self.journal.note(
-                "no data is known: calibrated on synthetic images labelled by the model itself; "
-                "nothing is fine-tuned or measured, batch-norm statistics are the dense model's"
+                "no data is known: decided on stand-in photographs labelled by the model itself; "
+                f"nothing is fine-tuned or measured; {GIVE_DATA}"
             )
             if settings.finetune is not None or settings.evaluation != "none":
                 raise DataError("fine-tuning and evaluation need data; name it with --data")
@@ -95,6 +105,8 @@ class Compression:
                 f"{len(splits.train)} images are too few to keep some back for validation; "
                 "fine-tuning needs 20 or more"
             )
+        if not splits.labelled:
+            self._check_unlabelled()
         if settings.evaluation != "none" and splits.test is None:
             raise DataError("there is no test split to evaluate on; give test images as test=")
         if settings.finetune is not None:
@@ -102,6 +114,17 @@ class Compression:
             optimizer_of(self.model, config)
             layout_of(self.model, config)
             batches_of(len(splits.train), config.batch_size, self.processes.size)
+
+    def _check_unlabelled(self) -> None:
+        """Say that the labels are verdicts; only a teacher can train on such images."""
+        grade = grade_of(self.splits, self.settings.budget.prune_ratio) if self.splits else {}
+        self.journal.note(f"{grade['grade']}; {grade['advice']}")
+        method = self.settings.finetune
+        if method is not None and not needs_teacher(resolve_method(method)[1]):
+            raise DataError(
+                f"{method} learns from labels, and these pictures have none; rslad and ard learn "
+                "from the dense model"
+            )
 
     @property
     def plan(self) -> PruningPlan:
@@ -215,7 +238,10 @@ class Compression:
                 layers = recalibrate_batchnorm_(
                     self.model,
                     self.splits.train.batches(
-                        settings.batch_size, seed=settings.seed, limit=BATCHNORM_IMAGES
+                        settings.batch_size,
+                        seed=settings.seed,
+                        limit=BATCHNORM_IMAGES,
+                        verdicts=False,
                     ),
                 )
             images = min(BATCHNORM_IMAGES, len(self.splits.train))
@@ -361,8 +387,8 @@ def report_of(job: Compression, status: str) -> dict[str, Any]:
             "threat": settings.threat,
             "seed": settings.seed,
             "processes": job.processes.size,
-            "data": dict(splits.source) if splits else None,
-            "data_name": splits.name if splits else "synthetic images",
+            "data": dict(splits.source) if splits and splits.labelled else None,
+            "data_name": splits.name if splits else "stand-in photographs",
             "settings": plain_settings(settings),
             "sensitivity": job.sensitivity,
             "plan": plan,

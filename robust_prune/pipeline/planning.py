@@ -20,22 +20,20 @@ from robust_prune.allocation import (
     make_plan,
 )
 from robust_prune.criteria import (
-    IMAGE_PASSES,
     calibration_images,
     channel_scores,
     measure_mrs,
     structural_curves,
 )
-from robust_prune.data import DataSplits
+from robust_prune.data import DataSplits, stand_ins
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of
+from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
+from robust_prune.pipeline.grade import grade_of
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
 from robust_prune.repair import Reconstruction, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import Curve, PruningPlan, Sensitivity
-
-CPU_MACS = 10**13  # some minutes of a few cores
-SEARCH_IMAGES = 16, 256  # at least, at most
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,22 @@ class Planning:
         journal: Journal,
         input_size: tuple[int, int, int],
     ) -> None:
-        self.model, self.splits, self.settings, self.journal = model, splits, settings, journal
+        self.model, self.settings, self.journal = model, settings, journal
         self.input_size = input_size
         self.device = device_of(model)
         with journal.timed("graph"):
             self.graph = graph_of(model, input_size, settings)
         journal.parts["reachable"] = self.graph.reachable
+        asked, macs = settings.calibration_images, self.graph.cost().macs
+        self.effort: Effort
+        if splits is None:
+            self.effort = effort_with_stand_ins(asked, macs, input_size[1] * input_size[2])
+            with journal.timed("stand-ins"):
+                splits = stand_ins(model, input_size, 2 * self.effort.clean, settings.seed)
+        else:
+            self.effort = effort_with_data(asked, macs, self.device.type == "cpu")
+        self.splits = splits
+        self.journal.parts["calibration"] = grade_of(splits, settings.budget.prune_ratio)
         self.reconstruction: Reconstruction | None = None
 
     def measure_and_plan(self, known: Planned | None = None) -> Planned:
@@ -79,16 +87,22 @@ class Planning:
         """
         settings, model, graph = self.settings, self.model, self.graph
         with self.journal.timed("adversarial set"):
-            self.journal.stage(f"adversarial set: PGD-10, {settings.threat}")
-            n = self._calibration_count(quiet=known is not None)
-            size = self.input_size
-            self._calibration = calibration_images(model, self.splits, size, n, settings.seed)
+            effort = self.effort
+            self.journal.stage(f"adversarial set: PGD-{effort.attack_steps}, {settings.threat}")
+            if effort.cut_short and known is None:
+                self.journal.note(
+                    f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, "
+                    "so that it ends in minutes on a CPU; --calibration-images takes another number"
+                )
+            self._calibration = calibration_images(model, self.splits, effort.images, settings.seed)
             adversarial = adversarial_set(
                 model,
                 *self._calibration,
                 threat=settings.threat,
+                steps=effort.attack_steps,
+                step_size=effort.step_share * settings.threat.eps,
                 seed=settings.seed,
-                batch_size=min(64, settings.batch_size),
+                batch_size=min(effort.batch_size, settings.batch_size),
             )
         if known is not None:
             self.reconstruction = self._reconstruction(adversarial)
@@ -101,9 +115,15 @@ class Planning:
                 values = channel_scores(model, graph, score=score, adversarial=adversarial)
             if settings.allocation == "curve":
                 self.journal.stage(f"curves of {len(graph.groups)} groups")
-                passes = self._image_passes()
                 with self.journal.timed("curves"):
-                    curves = structural_curves(model, graph, values, adversarial, passes=passes)
+                    curves = structural_curves(
+                        model,
+                        graph,
+                        values,
+                        adversarial,
+                        passes=effort.passes,
+                        fewest=effort.fewest,
+                    )
                 self.journal.parts["curves"] = list(curves.values())
         with self.journal.timed("sensitivity"):
             self.journal.stage(f"module robustness sensitivity: {settings.estimator}")
@@ -132,14 +152,18 @@ class Planning:
 
     def _reconstruction(self, adversarial: AdversarialSet) -> Reconstruction | None:
         """Note what the dense model does on adversarial images and on as many clean ones."""
-        if self.splits is None or not self.settings.reconstruct:
+        if not self.settings.reconstruct:
             return None
         with self.journal.timed("reconstruction"):
             train = self.splits.train
-            clean, _ = train.take(min(len(adversarial), len(train)), self.settings.seed + 1)
-            pairs = zip(adversarial.images, clean.to(self.device), strict=False)
-            images = torch.stack([image for pair in pairs for image in pair])
-            return Reconstruction.of(self.model, images)
+            known = self.splits.in_distribution
+            n = len(adversarial) if known else self.effort.clean
+            clean, _ = train.take(min(n, len(train)), self.settings.seed + 1)
+            clean = clean.to(self.device)
+            pairs = zip(adversarial.images, clean, strict=False)
+            more = clean[len(adversarial) :]
+            images = torch.stack([*(image for pair in pairs for image in pair), *more])
+            return Reconstruction.of(self.model, images, anchored=not known)
 
     def _make_plan(
         self,
@@ -199,15 +223,17 @@ class Planning:
             )
         ]
         self.journal.stage(f"attacking {len(plans)} candidates")
-        few, many = SEARCH_IMAGES
-        n = max(few, min(many, self._image_passes() // (PASSES * len(plans))))
+        few, many = self.effort.search_images
+        n = max(few, min(many, self.effort.passes // (PASSES * len(plans))))
         images, labels = (part[:n] for part in self._calibration)
 
         def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
             if self.reconstruction is not None:
                 self.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            if splits is not None:
-                batches = splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
+            if splits.in_distribution:
+                batches = splits.train.batches(
+                    64, seed=settings.seed, limit=2 * len(labels), verdicts=False
+                )
                 recalibrate_batchnorm_(pruned, batches)
 
         best, losses = best_composed(
@@ -217,7 +243,7 @@ class Planning:
             labels,
             threat=settings.threat,
             seed=settings.seed,
-            batch_size=min(64, settings.batch_size),
+            batch_size=min(self.effort.batch_size, settings.batch_size),
             repair_=repair_,
         )
         self.journal.parts["search"] = {
@@ -234,29 +260,6 @@ class Planning:
             ],
         }
         return plans[best]
-
-    def _calibration_count(self, *, quiet: bool = False) -> int:
-        """How many images to measure on: what was asked, else what a CPU can do in minutes."""
-        asked = self.settings.calibration_images
-        if asked is not None or self.device.type != "cpu":
-            return asked or CALIBRATION_IMAGES
-        # PGD-10 and one more pass, forward and backward
-        work = 3 * 11 * max(self.graph.cost().macs, 1)
-        least, macs = (64, CPU_MACS) if self.splits is not None else (32, CPU_MACS // 5)
-        n = max(least, min(CALIBRATION_IMAGES, macs // work))
-        if n < CALIBRATION_IMAGES and not quiet:
-            self.journal.note(
-                f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it "
-                "ends in minutes on a CPU; --calibration-images takes another number"
-            )
-        return n
-
-    def _image_passes(self) -> int:
-        """How many images times forward passes curves, and the search, may each take."""
-        if self.device.type != "cpu":
-            return IMAGE_PASSES
-        macs = CPU_MACS if self.splits is not None else CPU_MACS // 10
-        return min(IMAGE_PASSES, macs // max(self.graph.cost().macs, 1))
 
 
 def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Settings) -> ModelGraph:
