@@ -1,7 +1,7 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
 from robust_prune.allocation.plan import make_plan
-from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
+from robust_prune.allocation.search import CAPS, PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
     ALLOCATIONS,
     EVEN,
@@ -16,6 +16,7 @@ from robust_prune.allocation.widths import (
 
 __all__ = [
     "ALLOCATIONS",
+    "CAPS",
     "CostOf",
     "EVEN",
     "MAX_PRUNE_RATIO",

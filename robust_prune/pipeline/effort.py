@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from robust_prune.allocation import CAPS
 from robust_prune.criteria import FEWEST_IMAGES, IMAGE_PASSES
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES
 
@@ -17,6 +18,9 @@ MACS_OF_A_PIXEL = 10**4
 STAND_IN_STEPS = 4
 STAND_IN_IMAGES = 16, 256
 STAND_IN_SEARCH = 8, 128
+# Free curves may cut what stand-ins have no use for, and data has: a network for digits lost its
+# last layer that way.
+STAND_IN_CAPS = CAPS[:2]
 FEWEST_CLEAN = 48
 BATCH_PIXELS = 1 << 19
 
@@ -33,6 +37,7 @@ class Effort:
         passes: images times forward passes that curves, and the search, may each take.
         fewest: images that a point of a curve takes at least.
         search_images: at least and at most, that candidates are attacked on.
+        caps: how free the curves are, by candidate; see `candidate_widths`.
         batch_size: images at a time, at most.
         cut_short: whether `images` are fewer than the default, for the sake of time.
     """
@@ -44,6 +49,7 @@ class Effort:
     passes: int
     fewest: int
     search_images: tuple[int, int]
+    caps: tuple[float, ...]
     batch_size: int
     cut_short: bool
 
@@ -68,6 +74,7 @@ def effort_with_data(asked: int | None, macs: int, cpu: bool) -> Effort:
         passes=min(IMAGE_PASSES, CPU_MACS // max(macs, 1)) if cpu else IMAGE_PASSES,
         fewest=FEWEST_IMAGES,
         search_images=SEARCH_IMAGES,
+        caps=CAPS,
         batch_size=64,
         cut_short=asked is None and images < CALIBRATION_IMAGES,
     )
@@ -93,6 +100,7 @@ def effort_with_stand_ins(asked: int | None, macs: int, pixels: int) -> Effort:
         passes=min(IMAGE_PASSES, STAND_IN_MACS // work),
         fewest=4,
         search_images=STAND_IN_SEARCH,
+        caps=STAND_IN_CAPS,
         batch_size=max(4, min(64, BATCH_PIXELS // pixels)),
         cut_short=False,
     )

@@ -220,6 +220,7 @@ class Planning:
                 curves,
                 max_prune_ratio=settings.max_prune_ratio,
                 round_to=settings.round_to,
+                caps=self.effort.caps,
             )
         ]
         self.journal.stage(f"attacking {len(plans)} candidates")
