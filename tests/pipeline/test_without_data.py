@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import socket
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from robust_prune.data import DataSplits, from_iterable, synthetic_images
 from robust_prune.errors import DataError
 from robust_prune.finetune import TrainingConfig, train_
 from robust_prune.modules import predict
+from robust_prune.pipeline import planning
 from robust_prune.pipeline.effort import effort_with_data, effort_with_stand_ins
 from tests.conftest import tiny_resnet
 
@@ -62,20 +62,26 @@ def robust_accuracy(model: nn.Module, digits: DataSplits) -> float:
     return float(correct.float().mean())
 
 
-def test_stand_ins_keep_what_noise_loses(robust: nn.Module, digits: DataSplits) -> None:
-    noise = synthetic_images(256, (1, 16, 16), 0)
-    noisy = replace(
-        from_iterable((noise, predict(robust, noise)), validation=False),
-        origin="stand-in photographs",
-    )
-    options: dict[str, Any] = {"prune_ratio": 0.6, "threat": EPS, "input_size": (1, 16, 16)}
-    found = {
-        name: robust_accuracy(compress(robust, data, **options).model, digits)
-        for name, data in (("stand-ins", None), ("noise", noisy), ("data", digits))
-    }
-    print(found, robust_accuracy(robust, digits))
-    assert found["stand-ins"] > found["noise"] + 0.05
-    assert found["stand-ins"] > found["data"] - 0.08
+def noisy(model: nn.Module, size: tuple[int, int, int], n: int, seed: int) -> DataSplits:
+    images = synthetic_images(n, size, seed)
+    splits = from_iterable((images, predict(model, images)), validation=False)
+    return replace(splits, origin="stand-in photographs")
+
+
+def test_stand_ins_keep_what_noise_loses(
+    robust: nn.Module, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense about 0.58, with data 0.50, on stand-ins 0.45: ten classes, one in ten by chance."""
+
+    def pruned() -> float:
+        size = (1, 16, 16)
+        result = compress(robust, None, prune_ratio=0.6, threat=EPS, input_size=size)
+        return robust_accuracy(result.model, digits)
+
+    on_stand_ins = pruned()
+    monkeypatch.setattr(planning, "stand_ins", noisy)
+    assert on_stand_ins > 0.38
+    assert on_stand_ins > pruned() + 0.05
 
 
 def test_no_network_access_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
