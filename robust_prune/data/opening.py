@@ -156,7 +156,7 @@ def _splits(
     workers: int,
     split_seed: int,
     labeller: nn.Module | None = None,
-) -> dict[str, Split | None]:
+) -> dict[str, Any]:
     """Return train, validation and test; where images are few none are held out."""
     few = len(parts.train) < FEWEST_TO_SHARE
     kept = (None, None) if few else _carve(len(parts.train), split_seed)
