@@ -4,7 +4,7 @@ from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
-from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
+from robust_prune.allocation.search import CAPS, PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
     EVEN,
     RULES,
@@ -17,6 +17,7 @@ from robust_prune.allocation.widths import (
 )
 
 __all__ = [
+    "CAPS",
     "Evidence",
     "allocations",
     "CostOf",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from robust_prune.allocation.problem import Problem, Widths
+from robust_prune.allocation.search import CAPS
 from robust_prune.errors import UsageError
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.types import Curve
@@ -18,10 +19,13 @@ class Evidence:
     Attributes:
         mrs: module robustness sensitivity, in nats.
         curves: the loss of masking a group, where the allocation asks for it.
+        caps: how far curves are trusted, from equal shares (0) to whatever they ask for (1), by
+            candidate.
     """
 
     mrs: Mapping[str, float]
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    caps: Sequence[float] = CAPS
 
 
 def allocations(name: str, problem: Problem, evidence: Evidence) -> list[Widths]:

@@ -21,12 +21,23 @@ STEPS = 5
 PASSES = 3 * STEPS + 1  # forward passes for an image, a backward one counted as two
 
 
-def candidate_widths(problem: Problem, curves: Mapping[str, Curve]) -> list[Widths]:
+def candidate_widths(
+    problem: Problem, curves: Mapping[str, Curve], caps: Sequence[float] = CAPS
+) -> list[Widths]:
     """Return widths at the same cost, from equal shares for all groups to what curves ask for.
 
     Curves of single groups do not add up, and the sum of small rises hides that a group cut to a
     few channels has nothing left to fine-tune. So the curves' freedom is limited by the share that
     a group may lose: from the share of the uniform allocation on, in steps, to `max_prune_ratio`.
+
+    Args:
+        graph: of the dense model.
+        budget: that all of them reach.
+        curves: by group.
+        max_prune_ratio: the most that a group may lose.
+        round_to: widths are multiples of it.
+        caps: how far the share that a group may lose goes, from 0 (as in equal shares) to 1
+            (`max_prune_ratio`); the first is that of equal shares.
 
     Raises:
         BudgetError: the budget is out of reach.
@@ -34,7 +45,7 @@ def candidate_widths(problem: Problem, curves: Mapping[str, Curve]) -> list[Widt
     most, uniform = problem.max_prune_ratio, allocate_evenly(problem)
     least = max((1 - uniform[g.name] / g.width for g in problem.groups), default=0.0)
     found = [uniform]
-    for cap in CAPS[1:]:
+    for cap in caps[1:]:
         with contextlib.suppress(BudgetError):  # rounding may leave the uniform one just above it
             limited = replace(problem, max_prune_ratio=min(least + cap * (most - least), most))
             widths = allocate_by_curves(limited, curves)

@@ -27,6 +27,7 @@ def structural_curves(
     *,
     shares: Sequence[float] = SHARES,
     passes: int = IMAGE_PASSES,
+    fewest: int = FEWEST_IMAGES,
 ) -> dict[str, Curve]:
     """Measure every group's curve by forward passes of the masked model.
 
@@ -40,12 +41,13 @@ def structural_curves(
         adversarial: images made at the model as it is; as many as `passes` allow are used.
         shares: of the units to remove, rising; every other one where images would get few.
         passes: images times forward passes, over all points.
+        fewest: images that every point takes, whatever `passes` say.
     """
     points = max(len(graph.groups) * len(shares), 1)
     if passes // points < FEW_IMAGES and len(shares) > 1:
         shares = shares[1::2]
         points = max(len(graph.groups) * len(shares), 1)
-    n = max(FEWEST_IMAGES, min(MOST_IMAGES, passes // points))
+    n = max(fewest, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)
     curves: dict[str, Curve] = {}
     with evaluating(model), requires_grad(model, False):

@@ -67,6 +67,11 @@ class DataOptions(Options):
         "Image folder (train/ and test/ or val/), tiny-imagenet folder, cifar10, cifar100, svhn, "
         "digits, or none. Default: what the model file records.",
     )
+    calibration: Path | None = option(
+        None,
+        "Folder of pictures without labels, in place of --data: the plan is decided on them, with "
+        "the model's own verdicts for labels.",
+    )
     data_root: Path | None = option(None, "Where torchvision's data sets lie.")
     download: bool = option(False, "Fetch a missing data set.")
     workers: int | None = option(

@@ -10,7 +10,7 @@ from torch import nn
 
 from robust_prune.adversaries import adversarial_set
 from robust_prune.criteria import calibration_images, measure_mrs
-from robust_prune.data import open_for
+from robust_prune.data import open_for, stand_ins
 from robust_prune.distributed import processes
 from robust_prune.errors import RunError
 from robust_prune.graph import ModelGraph
@@ -147,6 +147,7 @@ def sensitivity(
     splits = open_for(model, source, input_size=input_size)
     size = image_size_of(model, splits.input_size if splits else input_size)
     graph = ModelGraph(model, size, protect=protect)
-    images, labels = calibration_images(model, splits, size, n, seed)
+    splits = splits or stand_ins(model, size, n, seed)
+    images, labels = calibration_images(model, splits, n, seed)
     adversarial = adversarial_set(model, images, labels, threat=threat, seed=seed, batch_size=64)
     return measure_mrs(graph, adversarial, estimator, rho=rho, on_module=on_module)

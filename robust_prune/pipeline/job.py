@@ -13,9 +13,17 @@ from robust_prune.data import DataSplits
 from robust_prune.distributed import Processes
 from robust_prune.errors import DataError
 from robust_prune.evaluation import TestImages
-from robust_prune.finetune import History, batches_of, layout_of, optimizer_of
+from robust_prune.finetune import (
+    History,
+    batches_of,
+    layout_of,
+    needs_teacher,
+    optimizer_of,
+    resolve_method,
+)
 from robust_prune.models import image_size_of
 from robust_prune.modules import ImageModel, contiguous, copied, make_contiguous_
+from robust_prune.pipeline.grade import GIVE_DATA, grade_of
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
@@ -159,8 +167,8 @@ def _check_without_data(job: Job, model: nn.Module) -> None:
             "tell, --input-size does"
         )
     journal.note(
-        "no data is known: calibrated on synthetic images labelled by the model itself; nothing "
-        "is fine-tuned or measured, batch-norm statistics are the dense model's"
+        "no data is known: decided on stand-in photographs labelled by the model itself; nothing "
+        f"is fine-tuned or measured; {GIVE_DATA}"
     )
     if settings.finetune is not None or settings.evaluation != "none":
         raise DataError("fine-tuning and evaluation need data; name it with --data")
@@ -174,6 +182,8 @@ def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
             f"{len(splits.train)} images are too few to keep some back for validation; "
             "fine-tuning needs 20 or more"
         )
+    if not splits.labelled:
+        _check_unlabelled(job, splits)
     if settings.evaluation != "none" and splits.test is None:
         raise DataError("there is no test split to evaluate on; give test images as test=")
     if settings.finetune is not None:
@@ -181,3 +191,15 @@ def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
         optimizer_of(model, config)
         layout_of(model, config)
         batches_of(len(splits.train), config.batch_size, job.processes.size)
+
+
+def _check_unlabelled(job: Job, splits: DataSplits) -> None:
+    """Say that labels are verdicts; only a teacher can train on such images."""
+    grade = grade_of(splits, job.settings.budget.prune_ratio)
+    job.journal.note(f"{grade['grade']}; {grade['advice']}")
+    method = job.settings.finetune
+    if method is not None and not needs_teacher(resolve_method(method)[1]):
+        raise DataError(
+            f"{method} learns from labels, and these pictures have none; rslad and ard learn from "
+            "the dense model"
+        )

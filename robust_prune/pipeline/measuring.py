@@ -10,21 +10,24 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.criteria import (
-    IMAGE_PASSES,
     calibration_images,
     channel_scores,
     measure_mrs,
     structural_curves,
 )
+from robust_prune.data import DataSplits, stand_ins
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of
+from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
+from robust_prune.pipeline.grade import grade_of
 from robust_prune.pipeline.job import Job
+from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Reconstruction
 from robust_prune.types import Curve, Sensitivity
 
-CPU_MACS = 10**13  # some minutes of a few cores
+Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Observed:
 
     Attributes:
         graph: which channels go together, and what they cost.
+        splits: the data, or stand-ins for them.
+        effort: what planning may spend.
         images: [N, C, H, W] in [0, 1], clean.
         labels: [N].
         adversarial: the same images, attacked.
@@ -41,6 +46,8 @@ class Observed:
     """
 
     graph: ModelGraph
+    splits: DataSplits
+    effort: Effort
     images: Tensor
     labels: Tensor
     adversarial: AdversarialSet
@@ -82,20 +89,32 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         quiet: do not note again how many images there are.
     """
     model, journal = graph.model, job.journal
+    effort = effort_of(settings, graph, job.input_size, with_data=job.splits is not None)
+    splits = job.splits
+    if splits is None:
+        with journal.timed("stand-ins"):
+            splits = stand_ins(model, job.input_size, 2 * effort.clean, settings.seed)
+    journal.tell(calibration=grade_of(splits, settings.budget.prune_ratio))
     with journal.timed("adversarial set"):
-        journal.stage(f"adversarial set: PGD-10, {settings.threat}")
-        n = _calibration_count(job, graph, settings, quiet=quiet)
-        images, labels = calibration_images(model, job.splits, job.input_size, n, settings.seed)
+        journal.stage(f"adversarial set: PGD-{effort.attack_steps}, {settings.threat}")
+        if effort.cut_short and not quiet:
+            journal.note(
+                f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, so "
+                "that it ends in minutes on a CPU; --calibration-images takes another number"
+            )
+        images, labels = calibration_images(model, splits, effort.images, settings.seed)
         adversarial = adversarial_set(
             model,
             images,
             labels,
             threat=settings.threat,
+            steps=effort.attack_steps,
+            step_size=effort.step_share * settings.threat.eps,
             seed=settings.seed,
-            batch_size=min(64, settings.batch_size),
+            batch_size=min(effort.batch_size, settings.batch_size),
         )
-    reconstruction = _reconstruction(job, model, adversarial, settings)
-    return Observed(graph, images, labels, adversarial, reconstruction)
+    reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
+    return Observed(graph, splits, effort, images, labels, adversarial, reconstruction)
 
 
 def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
@@ -109,9 +128,16 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
             scores = channel_scores(model, graph, score=settings.score, adversarial=adversarial)
         if ALLOCATIONS.fact(settings.allocation, "curves"):
             journal.stage(f"curves of {len(graph.groups)} groups")
-            passes = image_passes(job, graph)
+            effort = observed.effort
             with journal.timed("curves"):
-                curves = structural_curves(model, graph, scores, adversarial, passes=passes)
+                curves = structural_curves(
+                    model,
+                    graph,
+                    scores,
+                    adversarial,
+                    passes=effort.passes,
+                    fewest=effort.fewest,
+                )
             journal.tell(curves=tuple(curves.values()))
     with journal.timed("sensitivity"):
         journal.stage(f"module robustness sensitivity: {settings.estimator}")
@@ -119,40 +145,33 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
     return Measured(scores, curves, sensitivity)
 
 
-def image_passes(job: Job, graph: ModelGraph) -> int:
-    """Return how many images times forward passes curves, and the search, may each take."""
-    if device_of(graph.model).type != "cpu":
-        return IMAGE_PASSES
-    macs = CPU_MACS if job.splits is not None else CPU_MACS // 10
-    return min(IMAGE_PASSES, macs // max(graph.cost().macs, 1))
-
-
-def _calibration_count(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool) -> int:
-    """How many images to measure on: what was asked, else what a CPU can do in minutes."""
-    asked = settings.calibration_images
-    if asked is not None or device_of(graph.model).type != "cpu":
-        return asked or CALIBRATION_IMAGES
-    # PGD-10 and one more pass, forward and backward
-    work = 3 * 11 * max(graph.cost().macs, 1)
-    least, macs = (64, CPU_MACS) if job.splits is not None else (32, CPU_MACS // 5)
-    n = max(least, min(CALIBRATION_IMAGES, macs // work))
-    if n < CALIBRATION_IMAGES and not quiet:
-        job.journal.note(
-            f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it ends in "
-            "minutes on a CPU; --calibration-images takes another number"
-        )
-    return n
+def effort_of(
+    settings: Settings, graph: ModelGraph, input_size: Size, *, with_data: bool
+) -> Effort:
+    """Return what planning may spend on this model."""
+    asked, macs = settings.calibration_images, graph.cost().macs
+    if not with_data:
+        return effort_with_stand_ins(asked, macs, input_size[1] * input_size[2])
+    return effort_with_data(asked, macs, device_of(graph.model).type == "cpu")
 
 
 def _reconstruction(
-    job: Job, model: nn.Module, adversarial: AdversarialSet, settings: Settings
+    journal: Journal,
+    splits: DataSplits,
+    effort: Effort,
+    model: nn.Module,
+    adversarial: AdversarialSet,
+    settings: Settings,
 ) -> Reconstruction | None:
     """Note what the layers give on adversarial images and on as many clean ones."""
-    if job.splits is None or not settings.reconstruct:
+    if not settings.reconstruct:
         return None
-    with job.journal.timed("reconstruction"):
-        train = job.splits.train
-        clean, _ = train.take(min(len(adversarial), len(train)), settings.seed + 1)
-        pairs = zip(adversarial.images, clean.to(device_of(model)), strict=False)
-        images = torch.stack([image for pair in pairs for image in pair])
-        return Reconstruction.of(model, images)
+    with journal.timed("reconstruction"):
+        known = splits.in_distribution
+        n = len(adversarial) if known else effort.clean
+        clean, _ = splits.train.take(min(n, len(splits.train)), settings.seed + 1)
+        clean = clean.to(device_of(model))
+        pairs = zip(adversarial.images, clean, strict=False)
+        more = clean[len(adversarial) :]
+        images = torch.stack([*(image for pair in pairs for image in pair), *more])
+        return Reconstruction.of(model, images, anchored=not known)

@@ -19,14 +19,12 @@ from robust_prune.allocation import (
 )
 from robust_prune.graph import ModelGraph
 from robust_prune.pipeline.job import Job
-from robust_prune.pipeline.measuring import Measured, Observed, image_passes
+from robust_prune.pipeline.measuring import Measured, Observed
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
-
-SEARCH_IMAGES = 16, 256  # at least, at most
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,9 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
             whole_heads=graph.whole_heads,
         )
 
-    asked = allocations(settings.allocation, problem, Evidence(by_group, measured.curves))
+    asked = allocations(
+        settings.allocation, problem, Evidence(by_group, measured.curves, observed.effort.caps)
+    )
     plans = [plan_of(widths) for widths in asked]
     if len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves"):
         return plans[0]
@@ -122,17 +122,19 @@ def _best(
     job: Job, observed: Observed, plans: Sequence[PruningPlan], settings: Settings
 ) -> PruningPlan:
     """Return the plan whose model, really pruned and repaired, withstands attacks best."""
-    graph, splits = observed.graph, job.splits
+    graph, splits, effort = observed.graph, observed.splits, observed.effort
     job.journal.stage(f"attacking {len(plans)} candidates")
-    few, many = SEARCH_IMAGES
-    n = max(few, min(many, image_passes(job, graph) // (PASSES * len(plans))))
+    few, many = effort.search_images
+    n = max(few, min(many, effort.passes // (PASSES * len(plans))))
     images, labels = observed.images[:n], observed.labels[:n]
 
     def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
         if observed.reconstruction is not None:
             observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
-        if splits is not None:
-            batches = splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
+        if splits.in_distribution:
+            batches = splits.train.batches(
+                64, seed=settings.seed, limit=2 * len(labels), verdicts=False
+            )
             recalibrate_batchnorm_(pruned, batches)
 
     best, losses = best_composed(
@@ -142,7 +144,7 @@ def _best(
         labels,
         threat=settings.threat,
         seed=settings.seed,
-        batch_size=min(64, settings.batch_size),
+        batch_size=min(effort.batch_size, settings.batch_size),
         repair_=repair_,
     )
     candidates = tuple(

@@ -58,9 +58,13 @@ class Recalibrated:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the stations of one pruning step tell; None where one has told nothing."""
+    """What the stations of one pruning step tell; None where one has told nothing.
+
+    `calibration` says what it was decided on, and what that is worth (`grade_of`).
+    """
 
     reachable: float | None = None
+    calibration: Mapping[str, Any] | None = None
     curves: tuple[Curve, ...] | None = None
     search: Search | None = None
     self_check: SelfCheck | None = None
@@ -80,6 +84,7 @@ class Pruned:
         batchnorm = data.get("batchnorm")
         return cls(
             reachable=data.get("reachable"),
+            calibration=data.get("calibration"),
             curves=None if curves is None else tuple(map(_curve, curves)),
             search=None if search is None else _search(search),
             self_check=None if check is None else SelfCheck(**check),

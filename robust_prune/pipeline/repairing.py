@@ -58,7 +58,7 @@ def repair_(
         return
     with journal.timed("batch norm"):
         batches = job.splits.train.batches(
-            settings.batch_size, seed=settings.seed, limit=BATCHNORM_IMAGES
+            settings.batch_size, seed=settings.seed, limit=BATCHNORM_IMAGES, verdicts=False
         )
         layers = recalibrate_batchnorm_(model, batches)
     images = min(BATCHNORM_IMAGES, len(job.splits.train))

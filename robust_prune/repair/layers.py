@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.modules import network_of
 
@@ -38,11 +35,6 @@ def fittable(model: nn.Module) -> dict[str, nn.Module]:
         if plain and weight[0].numel() <= MOST_INPUTS:
             found[name] = layer
     return found
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all batch norms by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def places_of(layer: nn.Module, y: Tensor) -> int:
@@ -82,39 +74,3 @@ def inputs_at(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
 
 def _tokens(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, x.shape[-1])
-
-
-def _first(args: Args, kwargs: Kwargs) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
-
-
-@contextmanager
-def watching(
-    modules: Mapping[str, nn.Module],
-    *,
-    before: Callable[[str, nn.Module, Tensor], None] | None = None,
-    after: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Call a function with the name, the module and its input (and output) at every call."""
-    handles: list[Any] = []
-    for name, module in modules.items():
-        if before is not None:
-
-            def enter(m: nn.Module, args: Args, kwargs: Kwargs, name: str = name) -> None:
-                before(name, m, _first(args, kwargs))
-
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        if after is not None:
-
-            def leave(
-                m: nn.Module, args: Args, kwargs: Kwargs, y: Tensor, name: str = name
-            ) -> None:
-                after(name, m, _first(args, kwargs), y)
-
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,14 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of, evaluating, network_of
-from robust_prune.repair.layers import (
-    batch_norms,
-    fittable,
-    inputs_at,
-    outputs_at,
-    places_of,
-    watching,
-)
+from robust_prune.repair.anchors import Anchor, anchors_of
+from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
+from robust_prune.repair.watching import batch_norms, watching
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
@@ -117,6 +112,7 @@ def reconstruct_(
     images: Tensor,
     *,
     ridge: float = RIDGE,
+    anchors: Mapping[str, Anchor] | None = None,
 ) -> tuple[Fit, ...]:
     """Fit the weights of a pruned model, in place, to the dense model's activations.
 
@@ -139,6 +135,8 @@ def reconstruct_(
         rows: `kept_rows` of the plan, made before pruning.
         images: [N, C, H, W] in [0, 1].
         ridge: how strongly weights stay; larger for fewer images.
+        anchors: statistics of the dense model's batch norms, for images of another kind than it
+            was trained on; statistics move from there as they move on these images.
 
     Returns:
         The relative squared errors of every layer that was fitted, in forward order.
@@ -160,8 +158,12 @@ def reconstruct_(
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
             dims = [d for d in range(x.ndim) if d != 1]
-            norm.running_mean.copy_(x.mean(dims))
-            norm.running_var.copy_(x.var(dims))
+            mean, variance = x.mean(dims), x.var(dims)
+            if anchors is not None:
+                kept = rows[name][0] if name in rows else None
+                mean, variance = anchors[name].moved(mean, variance, kept, norm.eps)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
     with (
         evaluating(model),
@@ -174,32 +176,42 @@ def reconstruct_(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer."""
+    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer.
+
+    `anchors` are there where the images are of another kind than those the model was trained on.
+    """
 
     images: Tensor
     dense: Mapping[str, Moments]
+    anchors: Mapping[str, Anchor] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
+    def of(cls, model: nn.Module, images: Tensor, *, anchored: bool = False) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
         images = images[: images_that_fit(model, images[:1], len(images))]
-        return cls(images, dense_moments(model, images))
+        if not anchored:
+            return cls(images, dense_moments(model, images))
+        with anchors_of(model) as anchors:
+            dense = dense_moments(model, images)
+        return cls(images, dense, anchors)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
-        return reconstruct_(pruned, self.dense, rows, self.images)
+        return reconstruct_(pruned, self.dense, rows, self.images, anchors=self.anchors)
 
 
 def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     """Return by layer which of the dense layer's outputs are left, and what they are multiplied by.
 
-    The graph's model must not be pruned yet.
+    Batch norms are among them with the channels that are left. The graph's model must not be pruned
+    yet.
     """
-    sizes = {n: p.shape for n, p in network_of(graph.model).named_parameters()}
+    sizes = {n: t.shape for n, t in network_of(graph.model).state_dict().items()}
     kept: dict[str, Tensor] = {}
     for group, gone in graph.dropped(plan).items():
         for slot in graph.slots(group):
-            if slot.role == "out" and slot.tensor == f"{slot.layer}.weight":
+            makes = slot.role == "out" and slot.tensor == f"{slot.layer}.weight"
+            if makes or slot.tensor == f"{slot.layer}.running_mean":
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
     scaled = graph.scaled_rows(plan)

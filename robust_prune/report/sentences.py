@@ -117,6 +117,15 @@ def flags(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def grade_line(record: Mapping[str, Any]) -> str:
+    """Return what the plan was decided on and what that is worth; empty for older records."""
+    found = record.get("calibration")
+    if not found:
+        return ""
+    advice = f"; {found['advice']}" if found["advice"] else ""
+    return f"{found['grade']} (labels: {found['labels']}){advice}"
+
+
 def check_line(record: Mapping[str, Any]) -> str:
     """Return what could be pruned, and how the result compares with masking."""
     line = f"{100 * record.get('reachable', 1):.0f} % of the parameters lie along channels that "

@@ -11,4 +11,4 @@ from robust_prune.registry import allocation_rule
 @allocation_rule("curve", curves=True)
 def curve(problem: Problem, evidence: Evidence) -> list[Widths]:
     """Return a few allocations, from equal shares to whatever the curves ask for."""
-    return candidate_widths(problem, evidence.curves)
+    return candidate_widths(problem, evidence.curves, evidence.caps)
