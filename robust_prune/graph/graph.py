@@ -20,6 +20,7 @@ from robust_prune.graph.costs import (
     total,
     weight_of,
 )
+from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import probed
 from robust_prune.graph.tracing import Count, Slot, couple
@@ -178,7 +179,9 @@ class ModelGraph:
 
     def scaled_rows(self, plan: PruningPlan) -> dict[str, list[tuple[Tensor, float]]]:
         """Return by tensor the rows (dense indices) that pruning multiplies, and by what."""
-        return self._wiring.scaled_rows(self.dropped(plan))
+        dropped = self.dropped(plan)
+        stays = {name: int((~gone).sum()) / len(gone) for name, gone in dropped.items()}
+        return self._wiring.scaled_rows(stays)
 
     def apply_(self, plan: PruningPlan) -> None:
         """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
@@ -197,7 +200,7 @@ class ModelGraph:
     def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
         self.check(plan)
         net = network_of(model)
-        self._wiring.remove_(net, self.dropped(plan))
+        Remaining(self._wiring, net).remove_(self.dropped(plan))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError
+from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.wiring import Wiring
 from robust_prune.modules import difference
@@ -42,7 +43,7 @@ class _Trial:
             # removing replaces tensors, so that only silencing needs copies of its own
             shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
             pruned = copy.deepcopy(self.net, shared)
-            self.wiring.remove_(pruned, dropped)
+            Remaining(self.wiring, pruned).remove_(dropped)
             found = pruned(self.image)
             masked = copy.deepcopy(self.net)
             silence_(masked, self.wiring, dropped)
