@@ -21,14 +21,13 @@ from robust_prune.graph.costs import (
     weight_of,
 )
 from robust_prune.graph.cutting import Remaining
+from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
-from robust_prune.graph.probing import probed
-from robust_prune.graph.tracing import Count, Slot, couple
-from robust_prune.graph.wiring import Wiring
+from robust_prune.graph.probing import wired
+from robust_prune.graph.tracing import Count, Slot
+from robust_prune.graph.wiring import MIN_WIDTH, Wiring
 from robust_prune.modules import evaluating, make_contiguous_, network_of
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
-
-MIN_WIDTH = 2
 
 
 class ModelGraph:
@@ -73,21 +72,21 @@ class ModelGraph:
         names = [name for name, _ in net.named_modules() if name]
         matched = _match(protect, names)
         protected = {n: f"protected: {n}" for n in layers if n in matched}
-        image = example_image(net, input_size)
-
-        def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
-            with checked(input_size), evaluating(net):
-                coupling = couple(net, image, protected, ties, whole_heads)
-                return Wiring.of(net, coupling, min_width)
-
         self.whole_heads = whole_heads
-        self.ties: tuple[tuple[str, str], ...] = tuple(ties)
-        self._wiring = wiring = wire(self.ties)
-        if probe:
-            self._wiring, self.ties = probed(net, image, wiring, wire)
+        with checked(input_size), evaluating(net):
+            wiring, self.ties = wired(
+                net,
+                Example(example_image(net, input_size)),
+                protected=protected,
+                min_width=min_width,
+                ties=ties,
+                whole_heads=whole_heads,
+                probe=probe,
+            )
+        self._wiring = wiring
         seen = {s.layer for slots in self._wiring.slots.values() for s in slots}
         seen |= {item.name for item in self._wiring.unprunable}
-        broken = {layer: g.name for g in wiring.groups for layer in (*g.members, *g.readers)}
+        broken = wiring.group_of
         missing = {
             n: f"goes with {broken[n]}" if n in broken else "the forward pass does not use it"
             for n in layers

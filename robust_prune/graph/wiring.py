@@ -13,9 +13,16 @@ from robust_prune.graph.tracing import Count, Coupling, Slot, find
 from robust_prune.types import ChannelGroup, Unprunable
 
 
+MIN_WIDTH = 2
+
+
 @dataclass(frozen=True)
 class Wiring:
-    """Groups by name with their slots, and what else follows their widths."""
+    """Groups by name with their slots, and what else follows their widths.
+
+    `names` are those of the coupling's groups by their numbers. `group_of` says by layer in which
+    group it was traced, whether that can be pruned or not.
+    """
 
     groups: tuple[ChannelGroup, ...]
     slots: Mapping[str, tuple[Slot, ...]]
@@ -23,6 +30,7 @@ class Wiring:
     unprunable: tuple[Unprunable, ...]
     coupling: Coupling
     names: Mapping[int, str]
+    group_of: Mapping[str, str]
 
     @classmethod
     def of(cls, net: nn.Module, coupling: Coupling, min_width: int) -> Wiring:
@@ -35,7 +43,8 @@ class Wiring:
             makers = [s for s in slots if s.role == "out"]
             if not makers:
                 continue
-            if not any(s.role == "in" for s in slots) and not coupling.gates[g]:
+            read = any(s.role == "in" for s in slots) or coupling.gates[g]
+            if not read and g not in coupling.outputs:
                 unprunable.setdefault(makers[0].layer, "no layer reads its channels")
                 continue
             if coupling.sizes[g] < 2:
@@ -60,6 +69,7 @@ class Wiring:
             unprunable=tuple(Unprunable(name, why) for name, why in unprunable.items()),
             coupling=coupling,
             names=names,
+            group_of={layer: g.name for g in groups for layer in (*g.members, *g.readers)},
         )
 
     def names_after(self, gone: Mapping[str, Tensor]) -> dict[str, str]:
@@ -111,6 +121,7 @@ class Wiring:
             ),
             coupling=self.coupling,
             names=self.names,
+            group_of=self.group_of,
         )
 
     def channels(self, without: Mapping[str, str]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Coupling:
     rows whose product with other channels is what the group contributes (queries). `scaled` are
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
-    tokens, for each channel alike).
+    tokens, for each channel alike). `outputs` are the groups that the network returns.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -66,37 +67,41 @@ class Coupling:
     counts: tuple[Count, ...]
     uses: Mapping[str, tuple[tuple[int, tuple[Count, ...]], ...]]
     fixed: Mapping[str, str]
+    outputs: frozenset[int]
 
 
 def couple(
     net: nn.Module,
-    example: Tensor,
+    run: Callable[[nn.Module], Any],
     protected: Mapping[str, str],
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
+    outputs_stay: bool = True,
 ) -> Coupling:
-    """Trace a network in eval mode on one image and return its groups.
+    """Trace a network in eval mode on one example and return its groups.
 
     Args:
         net: left as it was.
-        example: one image [1, C, H, W].
+        run: runs it, on one image where costs are to be counted.
         protected: why a layer's outputs must stay, by its dotted name.
         ties: pairs of dimensions, as `tensor:dim`, that have to go together although the forward
             does not say so.
         whole_heads: an attention loses whole heads, not the same dims of every head.
+        outputs_stay: the channels of what it returns can't be removed.
     """
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
-        out = net(example)
+        out = run(net)
     labels = tracer.labels
-    for tensor in tensors_in((out,)):
-        labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
+    outputs = [tracer.label(tensor).reshape(-1) for tensor in tensors_in((out,))]
+    for atoms in outputs if outputs_stay else ():
+        labels.fix(atoms, "its channels are the model's outputs")
     book = _Book(net, labels)
     for name, reason in protected.items():
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return book.close()
+    return book.close(outputs)
 
 
 class _Book:
@@ -154,7 +159,7 @@ class _Book:
         if a is not None and b is not None and a.shape == b.shape:
             self.atoms.join(a, b)
 
-    def close(self) -> Coupling:
+    def close(self, outputs: Sequence[Tensor]) -> Coupling:
         keys = list(self.axes)
         roots = {
             key: self.atoms.find(atoms.contiguous()).numpy() for key, atoms in self.axes.items()
@@ -192,6 +197,7 @@ class _Book:
                 for key, uses in self.labels.uses.items()
             },
             fixed=self._fixed(roots),
+            outputs=frozenset(g for atoms in outputs for g in self._groups_of(atoms, unit_of)),
         )
 
     def _slot(self, key: tuple[str, int], roots: np.ndarray, order: Sequence[int]) -> Slot:
@@ -282,6 +288,10 @@ class _Book:
             (g, torch.tensor([i for i, _ in pairs]), torch.tensor([u for _, u in pairs]))
             for g, pairs in by_group.items()
         )
+
+    def _groups_of(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> set[int]:
+        roots = self.atoms.find(atoms.contiguous()).unique().tolist()
+        return {unit_of[root][0] for root in roots if root in unit_of}
 
     def _fixed(self, roots: Mapping[tuple[str, int], np.ndarray]) -> dict[str, str]:
         """Say why layers have outputs that stay."""
