@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from robust_prune.allocation import MAX_PRUNE_RATIO, group_weights
 from robust_prune.criteria import Estimator, Score, channel_scores, sensitivities, structural_curves
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, ModelGraph
+from robust_prune.graph import MIN_WIDTH, DependencyGraph, Group, Groups, ModelGraph
 from robust_prune.modules import check_float32, network_of
 from robust_prune.types import Curve, Sensitivity, ThreatModel
 
@@ -118,6 +118,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         channels, height, width = images.shape[1:]
         self._input_size = channels, height, width
         self._cache: tuple[Any, ModelGraph, Mapping[str, Tensor]] | None = None
+        self._scores: tuple[Any, Mapping[str, Tensor]] | None = None
         graph = ModelGraph(model, self._input_size)
         self.sensitivity: Sensitivity = sensitivities(
             model, self._adversarial, method=method, groups=graph.groups
@@ -148,6 +149,12 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             UsageError: the group is none that was measured, because the pruner's graph was built
                 on another model.
         """
+        device = next(self._model.parameters()).device
+        if isinstance(group, Group):
+            scores = self._scores_of(group.graph)
+            self._check_measured(group.units)
+            values = {name: self._values(name, scores[name]) for name in group.units}
+            return group.at_root(values).to(device, torch.float32)
         names = {module: name for name, module in network_of(self._model).named_modules()}
         root = group[0].dep.target.module
         graph, scores = self._scores_now()
@@ -167,7 +174,6 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         values = torch.full((root.weight.shape[made[0][1].dim],), 2 * ALWAYS_KEPT).double()
         for name, slot in made:
             values[slot.indices] = self._values(name, scores[name])[slot.units]
-        device = next(self._model.parameters()).device
         return values[list(group[0].idxs)].to(device, torch.float32)
 
     def _values(self, name: str, units: Tensor) -> Tensor:
@@ -187,16 +193,33 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         values[ranks >= n - least] += ALWAYS_KEPT
         return values
 
+    def _check_measured(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._order:
+                raise UsageError(
+                    f"MRSImportance has not measured the group of {name}; it was made for another "
+                    "model, or for this one as it was before something was pruned"
+                )
+
     def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
-        """Score all groups at once, anew whenever the model has other parameters than before."""
-        key = tuple((id(p), p._version) for p in self._model.parameters())
+        """Score all groups of torch-pruning's own graph, traced anew when the model has changed."""
+        key = self._state()
         if self._cache is None or self._cache[0] != key:
             graph = ModelGraph(self._model, self._input_size, probe=False)
-            scores = channel_scores(
-                self._model,
-                graph,
-                score=self.score,
-                adversarial=self._adversarial,
-            )
-            self._cache = key, graph, scores
+            self._cache = key, graph, self._scored(graph)
         return self._cache[1], self._cache[2]
+
+    def _scores_of(self, graph: DependencyGraph) -> Mapping[str, Tensor]:
+        """Score all groups of a graph of this package, anew when the model has changed."""
+        key = id(graph), self._state()
+        if self._scores is None or self._scores[0] != key:
+            self._scores = key, self._scored(graph)
+        return self._scores[1]
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(p), p._version) for p in self._model.parameters())
+
+    def _scored(self, graph: Groups) -> Mapping[str, Tensor]:
+        return channel_scores(
+            self._model, graph, score=self.score, adversarial=self._adversarial
+        )

@@ -40,7 +40,7 @@ ORDER = (
 WITHOUT_TORCH = {"errors", "statistics", "types", "allocation.widths", "allocation.plan"}
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
-    "torch_pruning": {"importance"},
+    "torch_pruning": {"graph", "importance"},
     "timm": {"models", "finetune"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.errors import UsageError
-from robust_prune.graph import ModelGraph, Slot
+from robust_prune.graph import Groups, Slot
 from robust_prune.modules import evaluating, network_of, requires_grad
 from robust_prune.repair import dense_moments
 
@@ -23,7 +23,7 @@ DAMPING = 0.01  # of the mean squared input, for inverting second moments
 
 def channel_scores(
     model: nn.Module,
-    graph: ModelGraph,
+    graph: Groups,
     *,
     score: Score = "taylor",
     adversarial: AdversarialSet | None = None,
@@ -62,7 +62,7 @@ def sum_by_unit(slot: Slot, values: Tensor, units: int) -> Tensor:
     return torch.zeros(units, dtype=torch.float64).index_add_(0, slot.units, sums[slot.indices])
 
 
-def l2(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:
+def l2(model: nn.Module, graph: Groups) -> dict[str, Tensor]:
     """Return by group [units]: the norm of all weights that go with a unit, in and out.
 
     The group version of Li et al., "Pruning filters for efficient convnets", ICLR 2017.
@@ -79,7 +79,7 @@ def l2(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:
 
 
 @torch.enable_grad()
-def taylor(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> dict[str, Tensor]:
+def taylor(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict[str, Tensor]:
     """Return by group [units]: mean over batches of the squared first-order loss change.
 
     Removing a unit zeroes the columns that read it, which changes the loss by -sum(w * dL/dw)
@@ -123,7 +123,7 @@ def taylor(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> 
 
 
 @torch.enable_grad()
-def fisher(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> dict[str, Tensor]:
+def fisher(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict[str, Tensor]:
     """Return by group [units]: half the mean over images of the squared first-order change.
 
     At a minimum of the loss the change of second order counts, and the diagonal of its Hessian
@@ -194,7 +194,7 @@ def _by_image(layer: nn.Module, products: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruction(
-    model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet
+    model: nn.Module, graph: Groups, adversarial: AdversarialSet
 ) -> dict[str, Tensor]:
     """Return by group [units]: the share of its readers' outputs lost for good when it goes.
 

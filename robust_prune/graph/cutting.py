@@ -86,8 +86,9 @@ class Remaining:
             tensor: [(self._here(tensor, indices), factor) for indices, factor in pairs]
             for tensor, pairs in self._wiring.scaled_rows(share).items()
         }
+        fields = self._fields(share)  # before layers set their own
         narrow_(self._modules, self._narrowed(fresh), rows, self._depthwise)
-        set_fields_(self._net, self._fields(share), self._modules)
+        set_fields_(self._net, fields, self._modules)
 
     def _advance(self, dropped: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Note what goes; return by group which units go now, and the share that stays."""

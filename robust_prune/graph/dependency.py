@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Number
 from typing import Any
 
@@ -29,9 +30,10 @@ from robust_prune.graph.roots import (
     kind_of,
     roots_of,
 )
+from robust_prune.graph.tracing import Slot
 from robust_prune.graph.wiring import Wiring
 from robust_prune.modules import network_of
-from robust_prune.types import Unprunable
+from robust_prune.types import ChannelGroup, Unprunable
 
 PARAMETER = tp.pruner.function.PrunerBox[ops.OPTYPE.PARAMETER]
 ROOT_TYPES = (ops.TORCH_CONV, ops.TORCH_LINEAR)
@@ -207,6 +209,28 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             typed = any(isinstance(m, tuple(root_module_types)) or not is_mixing(m) for m in makers)
             if typed and not held & ignored:
                 yield self.group_of(group.name)
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups that can be pruned, as wide as they are now."""
+        return tuple(self._now(group) for group in self.wiring.groups)
+
+    def _now(self, group: ChannelGroup) -> ChannelGroup:
+        units = self.remaining.units(group.name)
+        new = {int(unit): i for i, unit in enumerate(units)}
+        order = tuple(new[unit] for unit in group.units_of if unit in new)
+        width = len(units) * group.blocks
+        return replace(
+            group, width=width, min_width=min(width, group.min_width), units_of=order
+        )
+
+    def slots(self, group: str) -> tuple[Slot, ...]:
+        """Return where the group's channels are stored now."""
+        return tuple(self.remaining.slot(group, slot) for slot in self.wiring.slots[group])
+
+    def gates(self, group: str) -> tuple[Slot, ...]:
+        """Return the rows of queries, whose channels nothing but a product reads."""
+        return tuple(self.remaining.slot(group, slot) for slot in self.wiring.gates[group])
 
     def group_of(self, name: str) -> Group:
         """Return the whole group of a name, that is of the layer that first makes its channels."""

@@ -33,6 +33,25 @@ class Group(tp.dependency.Group):  # type: ignore[misc]
         super().__init__()
         self._DG = graph
         self.units = units
+        # by name (channels of the root, the units they belong to), both as they are numbered now
+        self.root_units: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def graph(self) -> Any:
+        """The graph that this group is of."""
+        return self._DG
+
+    def at_root(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return values of units, as an importance gives them: one for each index of the root.
+
+        Args:
+            values: by the group's name in the graph, [units that are left].
+        """
+        channels = torch.tensor(self[0].idxs)
+        found = torch.zeros(len(channels), dtype=torch.float64)
+        for name, (mine, units) in self.root_units.items():
+            found[torch.searchsorted(channels, mine)] = values[name][units].double()
+        return found
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
         """Remove the channels from the network, or those of the root that are given instead."""
@@ -158,6 +177,7 @@ class Assembly:
             chosen = torch.searchsorted(self._remaining.units(name), units)
             root = self._root_places(name, root_axis, target, side)[chosen]
             of_root += root.reshape(-1).tolist()
+            group.root_units[name] = root.reshape(-1), chosen.repeat_interleave(root.shape[1])
             for slot in self._told(name, root_axis):
                 held = self._table(name, slot)[chosen]
                 module = self._modules[slot.layer]
