@@ -111,7 +111,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         for layer in net.modules():
             if isinstance(layer, ROOT_TYPES):
                 weight_of(layer)  # refuses weights that are computed from others
-        wiring, _ = wired(
+        wiring, self.ties = wired(
             net,
             Example(example_inputs, forward_fn),
             whole_heads=self.whole_heads,
