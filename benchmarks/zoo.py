@@ -270,6 +270,9 @@ def verdict(row: dict[str, Any]) -> str:
         return "not run"
     if row["pass"]:
         return "pass"
+    wrong = [key for key in ("reload_equal", "backward") if row.get(key) is False]
+    if wrong:
+        return f"fails: {', '.join(wrong)}"
     if "masking_error" in row and abs(row["reached"] - RATIO) <= 0.02:
         return f"masking error {row['masking_error']:.0e}"
     return f"{100 * row['reached']:.1f} %" if "reached" in row else str(row.get("error", ""))
@@ -306,7 +309,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/records/zoo"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one network")
-    parser.add_argument("--only", nargs="*", default=[], help="families or networks")
+    parser.add_argument("--only", nargs="*", default=[], help="families or networks, in this order")
     parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
     parser.add_argument("--resume", action="store_true", help="leave out what the log has")
     parser.add_argument("--work", nargs=2, metavar=("ENGINE", "ARCH"), help=argparse.SUPPRESS)
@@ -315,8 +318,9 @@ def main() -> None:
         work(*options.work)
         return
     archs = members() | {f"torchvision/{name}": f"torchvision/{name}" for name in TORCHVISION}
-    only = set(options.only)
-    todo = {f: a for f, a in archs.items() if not only or f in only or a in only}
+    by_arch = {arch: family for family, arch in archs.items()}
+    asked = [by_arch.get(name, name) for name in options.only] or list(archs)
+    todo = {family: archs[family] for family in asked}
     options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "log.jsonl"
     earlier = [json.loads(line) for line in stored.open()] if stored.exists() else []

@@ -103,7 +103,12 @@ def compared(pruned: nn.Module, masked: nn.Module, images: Tensor) -> tuple[floa
 
 @torch.no_grad()
 def reloaded_equal(model: nn.Module, images: Tensor) -> bool:
-    """Return whether the saved file gives the same model, bit for bit."""
+    """Return whether the saved file gives the same model, tensor by tensor, bit for bit.
+
+    Not its outputs: at odd widths those of a mere copy can differ in the last digit on a CPU.
+    """
     with tempfile.TemporaryDirectory() as folder:
         again = rp.load(rp.save(model, Path(folder) / "pruned.safetensors"))
-    return torch.equal(again(images), model(images))
+    state = again.state_dict()
+    same = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    return same and difference(again(images), model(images)) < 1e-4

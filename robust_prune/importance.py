@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.allocation import MAX_PRUNE_RATIO, group_weights
-from robust_prune.criteria import Estimator, Score, channel_scores, sensitivities, structural_curves
+from robust_prune.criteria import (
+    ChannelImportance,
+    Estimator,
+    Score,
+    sensitivities,
+    structural_curves,
+)
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, DependencyGraph, Group, Groups, ModelGraph
+from robust_prune.graph import MIN_WIDTH, Group, ModelGraph
 from robust_prune.modules import check_float32, network_of
 from robust_prune.types import Curve, Sensitivity, ThreatModel
 
@@ -118,7 +124,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         channels, height, width = images.shape[1:]
         self._input_size = channels, height, width
         self._cache: tuple[Any, ModelGraph, Mapping[str, Tensor]] | None = None
-        self._scores: tuple[Any, Mapping[str, Tensor]] | None = None
+        self._importance = ChannelImportance(model, score, self._adversarial)
         graph = ModelGraph(model, self._input_size)
         self.sensitivity: Sensitivity = sensitivities(
             model, self._adversarial, method=method, groups=graph.groups
@@ -126,7 +132,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         self.willingness: Mapping[str, float] = {}
         self.curves: Mapping[str, Curve] = {}
         if rule == "curve":
-            scores = channel_scores(model, graph, score=score, adversarial=self._adversarial)
+            scores = self._importance.of_units(graph)
             self.curves = structural_curves(model, graph, scores, self._adversarial)
             self._prices = _prices(graph, self.curves)
         else:
@@ -151,7 +157,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         device = next(self._model.parameters()).device
         if isinstance(group, Group):
-            scores = self._scores_of(group.graph)
+            scores = self._importance.of_units(group.graph)
             self._check_measured(group.units)
             values = {name: self._values(name, scores[name]) for name in group.units}
             return group.at_root(values).to(device, torch.float32)
@@ -203,23 +209,8 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
         """Score all groups of torch-pruning's own graph, traced anew when the model has changed."""
-        key = self._state()
+        key = tuple((id(p), p._version) for p in self._model.parameters())
         if self._cache is None or self._cache[0] != key:
             graph = ModelGraph(self._model, self._input_size, probe=False)
-            self._cache = key, graph, self._scored(graph)
+            self._cache = key, graph, self._importance.of_units(graph)
         return self._cache[1], self._cache[2]
-
-    def _scores_of(self, graph: DependencyGraph) -> Mapping[str, Tensor]:
-        """Score all groups of a graph of this package, anew when the model has changed."""
-        key = id(graph), self._state()
-        if self._scores is None or self._scores[0] != key:
-            self._scores = key, self._scored(graph)
-        return self._scores[1]
-
-    def _state(self) -> tuple[tuple[int, int], ...]:
-        return tuple((id(p), p._version) for p in self._model.parameters())
-
-    def _scored(self, graph: Groups) -> Mapping[str, Tensor]:
-        return channel_scores(
-            self._model, graph, score=self.score, adversarial=self._adversarial
-        )

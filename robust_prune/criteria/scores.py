@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.errors import UsageError
-from robust_prune.graph import Groups, Slot
+from robust_prune.graph import Group, Groups, Importance, Slot
 from robust_prune.modules import evaluating, network_of, requires_grad
 from robust_prune.repair import dense_moments
 
@@ -28,28 +28,68 @@ def channel_scores(
     score: Score = "taylor",
     adversarial: AdversarialSet | None = None,
 ) -> dict[str, Tensor]:
-    """Score every unit of every group; the lowest go first.
+    """Score every unit of every group, group by group as a pruner does; the lowest go first.
 
     Args:
         model: left as it was.
         graph: its groups.
-        score: `l2`, the group's weight norm; `taylor` and `fisher`, the change of the adversarial
-            loss when the unit goes, to first and second order; `reconstruction`, what its readers'
-            outputs lose when the others make up for it. All but `l2` need `adversarial`.
+        score: as `ChannelImportance` has them.
         adversarial: images to take gradients or activations on.
 
     Returns:
         By group, float64 scores [units] on the CPU; comparable between groups for `taylor` and
         `fisher` alone.
     """
-    if score not in SCORES:
-        raise UsageError(f"score {score!r} is not known; use one of {', '.join(SCORES)}")
-    if score == "l2":
-        return l2(model, graph)
-    if adversarial is None:
-        raise UsageError(f"score {score!r} needs adversarial images; use 'l2' without data")
-    measured = {"taylor": taylor, "fisher": fisher, "reconstruction": reconstruction}
-    return measured[score](model, graph, adversarial)
+    importance = ChannelImportance(model, score, adversarial)
+    found: dict[str, Tensor] = {}
+    for item in graph.groups:
+        group = graph.group_of(item.name)
+        found |= group.by_unit(importance(group))
+    return found
+
+
+class ChannelImportance(Importance):  # type: ignore[misc]
+    """Scores of channels as one of torch-pruning's importances: for its pruners, and `compress`.
+
+    Gradients and activations are measured for all groups of a graph at once, and anew when the
+    model has changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, score: Score = "taylor", adversarial: AdversarialSet | None = None
+    ) -> None:
+        """Choose what a channel is scored by.
+
+        Args:
+            model: left as it was.
+            score: `l2`, the group's weight norm; `taylor` and `fisher`, the change of the
+                adversarial loss when the unit goes, to first and second order; `reconstruction`,
+                what its readers' outputs lose when the others make up for it.
+            adversarial: images to take gradients or activations on; all but `l2` need them.
+        """
+        if score not in SCORES:
+            raise UsageError(f"score {score!r} is not known; use one of {', '.join(SCORES)}")
+        if score != "l2" and adversarial is None:
+            raise UsageError(f"score {score!r} needs adversarial images; use 'l2' without data")
+        self._model, self._score, self._adversarial = model, score, adversarial
+        self._measured: tuple[Groups, Any, Mapping[str, Tensor]] | None = None
+
+    def __call__(self, group: Group) -> Tensor:
+        """Return float64 scores [indices of the group's root] on the CPU."""
+        return group.at_root(self.of_units(group.graph))
+
+    def of_units(self, graph: Groups) -> Mapping[str, Tensor]:
+        """Return by group the scores [units] of all groups of a graph."""
+        state = tuple((id(p), p._version) for p in self._model.parameters())
+        if self._measured is None or self._measured[0] is not graph or self._measured[1] != state:
+            self._measured = graph, state, self._measure(graph)
+        return self._measured[2]
+
+    def _measure(self, graph: Groups) -> Mapping[str, Tensor]:
+        if self._adversarial is None or self._score == "l2":
+            return l2(self._model, graph)
+        measures = {"taylor": taylor, "fisher": fisher, "reconstruction": reconstruction}
+        return measures[self._score](self._model, graph, self._adversarial)
 
 
 def sum_by_unit(slot: Slot, values: Tensor, units: int) -> Tensor:

@@ -1,19 +1,20 @@
 """Which channels go together, what they cost, and cutting them."""
 
 from robust_prune.graph.costs import count_cost, weight_of
-from robust_prune.graph.dependency import DependencyGraph
+from robust_prune.graph.dependency import DependencyGraph, Importance
 from robust_prune.graph.graph import ModelGraph, mask_, prune_
-from robust_prune.graph.items import Group
+from robust_prune.graph.items import Group, Groups
 from robust_prune.graph.pruners import dependency_graph
 from robust_prune.graph.tracing import Atoms, Slot, adapter, compress
 from robust_prune.graph.verify import check_pruned, masking_error
-from robust_prune.graph.wiring import MIN_WIDTH, Groups
+from robust_prune.graph.wiring import MIN_WIDTH
 
 __all__ = [
     "Atoms",
     "DependencyGraph",
     "Group",
     "Groups",
+    "Importance",
     "MIN_WIDTH",
     "ModelGraph",
     "Slot",

@@ -65,6 +65,8 @@ class Remaining:
     def slot(self, group: str, slot: Slot) -> Slot:
         """Return a slot in the numbers of the tensor and the units that are there now."""
         gone, left = self.gone.get(group), self._left.get((slot.tensor, slot.dim))
+        if gone is None and left is None:
+            return slot
         indices, units = slot.indices, slot.units
         if gone is not None:
             stays = ~gone[units]

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.dependency import Node
 
+from robust_prune.errors import UsageError
+from robust_prune.graph.assembly import Assembly
 from robust_prune.graph.costs import weight_of
 from robust_prune.graph.cutting import Axis, Remaining
 from robust_prune.graph.example import Example
-from robust_prune.graph.items import Assembly, Group
+from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import wired
 from robust_prune.graph.roots import (
@@ -35,6 +37,7 @@ from robust_prune.graph.wiring import Wiring
 from robust_prune.modules import network_of
 from robust_prune.types import ChannelGroup, Unprunable
 
+Importance = tp.importance.Importance  # what a pruner calls with a group
 PARAMETER = tp.pruner.function.PrunerBox[ops.OPTYPE.PARAMETER]
 ROOT_TYPES = (ops.TORCH_CONV, ops.TORCH_LINEAR)
 
@@ -258,7 +261,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         Raises:
             ValueError: the module is not in the graph.
-            UsageError: the channels have to stay, or would take all others with them.
+            UsageError: the channels have to stay.
         """
         if module not in self.module2node:
             raise ValueError(f"Module {module} is not in the dependency graph.")
@@ -288,9 +291,19 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._pruning_history.append([self._module2name[target], self._side(fn) == "out", idxs])
 
     def cut_(self, units: Mapping[str, Tensor]) -> None:
-        """Remove units of groups, by the numbers they were traced with, from the network."""
+        """Remove units of groups, by the numbers they were traced with, from the network.
+
+        Raises:
+            UsageError: nothing would be left of a group; the network is untouched.
+        """
         dropped = {}
         for name, numbers in units.items():
+            if not bool((~torch.isin(self.remaining.units(name), numbers)).any()):
+                raise UsageError(
+                    f"these channels take all others of {name} with them, so that nothing would "
+                    "be left; of an attention the same dims of every head go together, and heads "
+                    "go whole with whole_heads=True"
+                )
             dropped[name] = torch.zeros(self.wiring.units(name), dtype=torch.bool)
             dropped[name][numbers] = True
         self.remaining.remove_(dropped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +22,9 @@ from robust_prune.graph.costs import (
     weight_of,
 )
 from robust_prune.graph.cutting import Remaining
+from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
+from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import wired
 from robust_prune.graph.tracing import Count, Slot
@@ -114,6 +117,17 @@ class ModelGraph:
         """Return the rows of queries, whose channels nothing but a product reads."""
         return self._wiring.gates[group]
 
+    @functools.cached_property
+    def dependency(self) -> DependencyGraph:
+        """The same groups in torch-pruning's terms; what is cut here is cut there."""
+        return DependencyGraph(whole_heads=self.whole_heads).adopt(
+            network_of(self.model), self._wiring
+        )
+
+    def group_of(self, name: str) -> Group:
+        """Return a whole group in torch-pruning's terms, as its importances take it."""
+        return self.dependency.group_of(name)
+
     def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
         """Return the exact cost when groups have these widths; missing ones stay whole."""
         widths = widths or {}
@@ -188,18 +202,18 @@ class ModelGraph:
         Raises:
             PlanError: the plan does not fit; the model is untouched.
         """
-        self._cut_(self.model, plan)
+        self._cut_(self.model, self.dependency.remaining, plan)
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
         copied = copy.deepcopy(self.model)
-        self._cut_(copied, plan)
+        self._cut_(copied, Remaining(self._wiring, network_of(copied)), plan)
         return copied
 
-    def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
+    def _cut_(self, model: nn.Module, whole: Remaining, plan: PruningPlan) -> None:
         self.check(plan)
         net = network_of(model)
-        Remaining(self._wiring, net).remove_(self.dropped(plan))
+        whole.remove_(self.dropped(plan))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import Tensor
 from torch_pruning._helpers import GroupItem
-from torch_pruning.dependency import Dependency, Node
 
-from robust_prune.errors import UsageError
-from robust_prune.graph.cutting import Axis, Remaining
-from robust_prune.graph.roots import Units, handler_of, inputs_per_column, is_mixing
 from robust_prune.graph.tracing import Slot
-from robust_prune.graph.wiring import Wiring
+from robust_prune.types import ChannelGroup
 
 
 class Group(tp.dependency.Group):  # type: ignore[misc]
@@ -65,188 +61,27 @@ class Group(tp.dependency.Group):  # type: ignore[misc]
             self._DG.record(self)
         self._DG.cut_(self.units)
 
+    def by_unit(self, values: Tensor) -> dict[str, Tensor]:
+        """Return by name what an importance gave the root of a whole group, for each unit [units].
+
+        Where the root has several channels for a unit, the largest counts.
+
+        Args:
+            values: [indices of the root].
+        """
+        channels = torch.tensor(self[0].idxs)
+        found = {}
+        for name, (mine, units) in self.root_units.items():
+            least = torch.full((len(self.units[name]),), -torch.inf, dtype=values.dtype)
+            places = torch.searchsorted(channels, mine)
+            found[name] = least.scatter_reduce(0, units, values[places], "amax")
+        return found
+
     def add(self, dep: Any, idxs: list[int], root_idxs: list[int]) -> None:
         """Append an item whose i-th index goes with channel `root_idxs[i]` of the root."""
         item = GroupItem(dep, idxs)
         item.root_idxs = root_idxs
         self._group.append(item)
-
-
-class Assembly:
-    """Puts torch-pruning's groups together, in the numbers that channels have now."""
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        remaining: Remaining,
-        modules: Mapping[str, nn.Module],
-        nodes: Mapping[Any, Node],
-        parameters: Mapping[Axis, Node],
-    ) -> None:
-        """Start from what is stored where.
-
-        Args:
-            wiring: the groups as they were traced.
-            remaining: what is left of them.
-            modules: of the network by their names.
-            nodes: torch-pruning's, by module or parameter.
-            parameters: those of parameters that belong to none of its layers, by axis.
-        """
-        self._wiring, self._remaining = wiring, remaining
-        self._modules, self._nodes, self._parameters = modules, nodes, parameters
-        self._names = {module: name for name, module in modules.items()}
-        self._axes: dict[Axis, list[tuple[str, Slot]]] = {}
-        self._along: dict[str, Axis] = {}
-        for group in wiring.groups:
-            for slot in wiring.slots[group.name]:
-                self._axes.setdefault((slot.tensor, slot.dim), []).append((group.name, slot))
-                if slot.role == "along":
-                    self._along.setdefault(slot.layer, (slot.tensor, slot.dim))
-
-    def axis(self, target: Any, side: str) -> Axis:
-        """Return which dimension of which tensor holds one side of a layer, or a parameter."""
-        for axis, node in self._parameters.items():
-            if node.module is target:
-                return axis
-        name = self._names[target]
-        if not is_mixing(target):
-            return self._along.get(name, (f"{name}.weight", 0))
-        first = int(bool(getattr(target, "transposed", False)))
-        depthwise = inputs_per_column(target) is None
-        return f"{name}.weight", first if side == "out" or depthwise else 1 - first
-
-    def units_of(self, target: Any, side: str, wanted: Sequence[int]) -> dict[str, Tensor]:
-        """Return by group which units, by their traced numbers, channels of a layer belong to.
-
-        Raises:
-            UsageError: some have to stay, or only go together with all others.
-        """
-        axis = self.axis(target, side)
-        entries = torch.tensor(wanted, dtype=torch.long)
-        columns = inputs_per_column(target) if side == "in" else 1
-        if columns is None:  # depthwise: a channel in is a block of channels out
-            each = target.out_channels // target.in_channels
-            entries = (entries[:, None] * each + torch.arange(each)).reshape(-1)
-        elif columns > 1:
-            entries = entries % (target.in_channels // columns)
-        found: dict[str, Tensor] = {}
-        hit = torch.zeros(len(entries), dtype=torch.bool)
-        for group, slot in self._axes.get(axis, ()):
-            here = self._remaining.slot(group, slot)
-            mine = torch.isin(entries, here.indices)
-            units = here.units[torch.isin(here.indices, entries)].unique()
-            if not len(units):
-                continue
-            left, hit = self._remaining.units(group), hit | mine
-            if len(units) == len(left) and len(entries[mine].unique()) < len(here.indices):
-                raise UsageError(
-                    f"these channels of {self._called(target)} only go together with all others "
-                    f"of their group, {group}; heads go whole with whole_heads=True"
-                )
-            found[group] = left[units]
-        if not bool(hit.all()):
-            raise UsageError(self._why_fixed(target, axis, entries[~hit].tolist()))
-        return found
-
-    def _why_fixed(self, target: Any, axis: Axis, channels: Sequence[int]) -> str:
-        layer = axis[0].rpartition(".")[0]
-        reasons = {item.name: item.reason for item in self._wiring.unprunable}
-        some = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
-        return (
-            f"channels {some} of {self._called(target)} have to stay: "
-            f"{reasons.get(layer, 'they go with channels that have to')}"
-        )
-
-    def _called(self, target: Any) -> str:
-        return self._names.get(target) or type(target).__name__
-
-    def fill(self, group: Group, target: Any, pruning_fn: Any, side: str) -> Group:
-        """Give a group its items, the first for the root.
-
-        Args:
-            group: knows its units.
-            target: the root: a layer, a parameter or a module that only counts units.
-            pruning_fn: torch-pruning's function for its side.
-            side: `out` or `in`.
-        """
-        node = self._nodes[target]
-        root_axis = None if isinstance(target, Units) else self.axis(target, side)
-        places: dict[tuple[Any, ...], list[tuple[list[int], list[int]]]] = {}
-        of_root: list[int] = []
-        for name, units in group.units.items():
-            chosen = torch.searchsorted(self._remaining.units(name), units)
-            root = self._root_places(name, root_axis, target, side)[chosen]
-            of_root += root.reshape(-1).tolist()
-            group.root_units[name] = root.reshape(-1), chosen.repeat_interleave(root.shape[1])
-            for slot in self._told(name, root_axis):
-                held = self._table(name, slot)[chosen]
-                module = self._modules[slot.layer]
-                columns = inputs_per_column(module) if slot.role == "in" else 1
-                if columns == root.shape[1] > 1 == held.shape[1]:
-                    held = _of_all_groups(held, module, columns)
-                for copy, pair in enumerate(copies(held, root)):
-                    places.setdefault((slot.tensor, slot.dim, copy), []).append(pair)
-        of_root.sort()
-        group.add(Dependency(pruning_fn, pruning_fn, node, node), of_root, list(of_root))
-        source, trigger = self._source(group, node, pruning_fn)
-        for (tensor, dim, _), pairs in places.items():
-            indices, roots = _merged(pairs)
-            handler, aim = self._handler(tensor, dim)
-            group.add(Dependency(trigger, handler, source, aim), indices, roots)
-        return group
-
-    def makers(self, group: str) -> Iterator[Slot]:
-        """Yield the slots of the layers that make a group's channels."""
-        for slot in self._wiring.slots[group]:
-            if slot.role == "out" and is_mixing(self._modules[slot.layer]):
-                yield slot
-
-    def channels(self, group: str, slot: Slot, units: Mapping[str, Tensor]) -> list[int]:
-        """Return where a slot of a group holds some of its units now, in rising order."""
-        chosen = torch.searchsorted(self._remaining.units(group), units[group])
-        found: list[int] = self._table(group, slot)[chosen].reshape(-1).sort()[0].tolist()
-        return found
-
-    def _source(self, group: Group, node: Node, pruning_fn: Any) -> tuple[Node, Any]:
-        """Return what items are said to follow from: a layer, for pruners that look for it."""
-        if isinstance(node.module, Units):
-            for slot in self.makers(node.module.group):
-                module = self._modules[slot.layer]
-                return self._nodes[module], handler_of(module, slot)
-        return node, pruning_fn
-
-    def _table(self, group: str, slot: Slot) -> Tensor:
-        return table(self._remaining.slot(group, slot), len(self._remaining.units(group)))
-
-    def _root_places(self, group: str, axis: Axis | None, target: Any, side: str) -> Tensor:
-        """Return where the root holds the units of a group [units, fold]."""
-        if axis is None:
-            return torch.arange(len(self._remaining.units(group)))[:, None]
-        slot = next(s for name, s in self._axes[axis] if name == group)
-        held = self._table(group, slot)
-        columns = inputs_per_column(target) if side == "in" else 1
-        return held if columns in (1, None) else _of_all_groups(held, target, columns)
-
-    def _told(self, group: str, root: Axis | None) -> Iterator[Slot]:
-        """Yield the slots that become items: one for each side of a layer, and each parameter."""
-        seen = set()
-        for slot in self._wiring.slots[group]:
-            module = self._modules[slot.layer]
-            own = (slot.tensor, slot.dim) in self._parameters
-            if handler_of(module, slot) is None and not own:
-                continue
-            key = (slot.tensor, slot.dim) if own else (slot.layer, slot.role)
-            if key not in seen and (slot.tensor, slot.dim) != root:
-                yield slot
-            seen.add(key)
-
-    def _handler(self, tensor: str, dim: int) -> tuple[Any, Node]:
-        """Return torch-pruning's function for an axis, and the node that it is called on."""
-        if (tensor, dim) in self._parameters:
-            return tp.prune_parameter_out_channels, self._parameters[tensor, dim]
-        slot = self._axes[tensor, dim][0][1]
-        module = self._modules[slot.layer]
-        return handler_of(module, slot), self._nodes[module]
 
 
 def table(slot: Slot, units: int) -> Tensor:
@@ -255,48 +90,40 @@ def table(slot: Slot, units: int) -> Tensor:
     return slot.indices[order].view(units, -1)
 
 
-def copies(places: Tensor, root: Tensor) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (indices, channels of the root) of the items that one slot becomes.
+def paired(places: Tensor, root: Tensor) -> tuple[list[int], list[int]]:
+    """Return the indices of an item in rising order, and the channel of the root for each.
 
-    Where it holds a unit more often than the root (queries, keys and values of one width) it
-    becomes several items that hold each unit as often as the root does: importances that take a
-    maximum or a product keep one value per item and channel. Channels that were spread out by a
-    flatten are neighbours and stay one item, as torch-pruning has it. Indices rise: some
+    One item holds all that a layer has on one side, as torch-pruning has it and its pruners count
+    on. Where it holds a unit more often than the root, that is by turns (queries, keys and values,
+    head by head), or side by side where a flatten has spread a channel out. Indices rise, as some
     importances sort them in place, which must not part them from their channels.
 
     Args:
-        places: [units, times] where the slot holds the units.
+        places: [units, times] where the layer holds the units.
         root: [units, fold] where the root holds them.
     """
     times, fold = places.shape[1], root.shape[1]
     if times % fold:
         root, fold = root[:, :1], 1
     spread = times // fold
-    blocks = places.view(len(places), fold, spread)
-    if spread == 1 or bool((blocks.diff(dim=2) == 1).all()):
-        yield _paired(blocks.flatten(1), root.repeat_interleave(spread, 1))
-        return
-    for part in places.split(fold, dim=1):
-        yield _paired(part, root)
-
-
-def _paired(places: Tensor, root: Tensor) -> tuple[list[int], list[int]]:
+    side_by_side = bool((places.view(len(places), fold, spread).diff(dim=2) == 1).all())
+    root = root.repeat_interleave(spread, 1) if side_by_side else root.repeat(1, spread)
     indices, order = places.reshape(-1).sort()
     return indices.tolist(), root.reshape(-1)[order].tolist()
 
 
-def _of_all_groups(places: Tensor, module: nn.Module, groups: int) -> Tensor:
-    """Return the inputs of a grouped convolution [units, groups] that its columns are.
+class Groups(Protocol):
+    """A graph that says which channels go together, and where they are stored."""
 
-    Its weight has the columns of one group; torch-pruning numbers the inputs of all.
-    """
-    width = int(module.in_channels) // groups
-    return (places[:, None] + width * torch.arange(groups)[:, None]).reshape(len(places), -1)
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups that can be pruned."""
 
+    def slots(self, group: str) -> tuple[Slot, ...]:
+        """Return where a group's channels are stored."""
 
-def _merged(pairs: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
-    """Return one item of those that several groups have in the same place, indices rising."""
-    if len(pairs) == 1:
-        return pairs[0]
-    both = sorted(pair for indices, roots in pairs for pair in zip(indices, roots, strict=True))
-    return [i for i, _ in both], [r for _, r in both]
+    def gates(self, group: str) -> tuple[Slot, ...]:
+        """Return the rows of queries, whose channels nothing but a product reads."""
+
+    def group_of(self, name: str) -> Group:
+        """Return a whole group in torch-pruning's terms, as its importances take it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,6 @@ from robust_prune.types import ChannelGroup, Unprunable
 
 
 MIN_WIDTH = 2
-
-
-class Groups(Protocol):
-    """A graph that says which channels go together, and where they are stored."""
-
-    @property
-    def groups(self) -> tuple[ChannelGroup, ...]:
-        """The groups that can be pruned."""
-
-    def slots(self, group: str) -> tuple[Slot, ...]:
-        """Return where a group's channels are stored."""
-
-    def gates(self, group: str) -> tuple[Slot, ...]:
-        """Return the rows of queries, whose channels nothing but a product reads."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def load(
             plain state_dict (.pt, .pth, .safetensors), or a name such as `resnet18.a1_in1k`.
         model: a fresh instance of your own class, for files that `save` wrote of one; its layers
             take the stored widths and weights.
-        arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it.
+        arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it; one
+            that `save` wrote of a bare network, pruned or not, fits the stored widths.
         model_kwargs: arguments for the builder of `arch`.
         cifar_stem: 3x3 stride-1 stem without max-pool, for small images.
         mean, std: normalisation per channel for images in [0, 1]; default: what the file says,
@@ -116,7 +117,7 @@ def open_model(
     record = dict(found.manifest)
     if model is not None:
         loaded: nn.Module = _into_own_class(model, found)
-    elif found.kind == "robust-prune":
+    elif found.kind == "robust-prune" and not (arch and _is_custom(found)):
         loaded = _from_manifest(found)
     elif found.module is not None:
         loaded = _identify(found.module, mean, std)
@@ -202,6 +203,12 @@ def _into_own_class(model: nn.Module, found: Checkpoint) -> nn.Module:
     return model
 
 
+def _is_custom(found: Checkpoint) -> bool:
+    """Return whether the file holds a class that only its user can build."""
+    stored = found.manifest.get("model", {})
+    return isinstance(stored, Mapping) and stored.get("source") == "custom"
+
+
 def _from_state(
     found: Checkpoint,
     arch: str | None,
@@ -228,7 +235,7 @@ def _from_state(
         spec = replace(spec, input_size=(int(size[0]), int(size[1]), int(size[2])))
     model = build_model(spec)
     _check_stem(found, model, cifar_stem)
-    _load_state(model, found, exact=True)
+    _load_state(model, found, exact=found.kind != "robust-prune")
     return model
 
 
