@@ -80,9 +80,7 @@ def half(model: nn.Module, size: tuple[int, int, int], groups: Any) -> float:
     low, high = 0.0, 1.0
     for _ in range(14):
         ratio = (low + high) / 2
-        widths = {
-            g.name: max(1, int(g.units * (1 - ratio))) * g.blocks for g in groups.groups
-        }
+        widths = {g.name: max(1, int(g.units * (1 - ratio))) * g.blocks for g in groups.groups}
         low, high = (ratio, high) if costs.cost(widths).macs > RATIO * dense else (low, ratio)
     return ratio
 

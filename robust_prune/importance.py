@@ -159,8 +159,8 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         if isinstance(group, Group):
             scores = self._importance.of_units(group.graph)
             self._check_measured(group.units)
-            values = {name: self._values(name, scores[name]) for name in group.units}
-            return group.at_root(values).to(device, torch.float32)
+            prices = {name: self._values(name, scores[name]) for name in group.units}
+            return group.at_root(prices).to(device, torch.float32)
         names = {module: name for name, module in network_of(self._model).named_modules()}
         root = group[0].dep.target.module
         graph, scores = self._scores_now()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Dependency, Node
 
 from robust_prune.errors import UsageError
+from robust_prune.graph.costs import weight_of
 from robust_prune.graph.cutting import Axis, Remaining
 from robust_prune.graph.items import Group, paired, table
 from robust_prune.graph.roots import Units, handler_of, inputs_per_column, is_mixing
@@ -80,7 +81,7 @@ class Assembly:
         for group, slot in self._axes.get(axis, ()):
             here = self._remaining.slot(group, slot)
             mine = torch.isin(entries, here.indices)
-            units = here.units[torch.isin(here.indices, entries)].unique()
+            units = torch.unique(here.units[torch.isin(here.indices, entries)])
             if not len(units):
                 continue
             hit |= mine
@@ -112,27 +113,28 @@ class Assembly:
         """
         node = self._nodes[target]
         root_axis = None if isinstance(target, Units) else self.axis(target, side)
-        places: dict[Axis, list[tuple[list[int], list[int]]]] = {}
+        items: dict[tuple[Axis, int], list[tuple[list[int], list[int]]]] = {}
         of_root: list[int] = []
         for name, units in group.units.items():
             chosen = torch.searchsorted(self._remaining.units(name), units)
             root = self._root_places(name, root_axis, target, side)[chosen]
             of_root += root.reshape(-1).tolist()
             group.root_units[name] = root.reshape(-1), chosen.repeat_interleave(root.shape[1])
-            for slot in self._told(name, root_axis):
+            for slot, parts in self._told(name, root_axis):
                 held = self._table(name, slot)[chosen]
                 module = self._modules[slot.layer]
                 columns = inputs_per_column(module) if slot.role == "in" else 1
                 if columns == root.shape[1] > 1 == held.shape[1]:
                     held = _of_all_groups(held, module, columns)
-                places.setdefault((slot.tensor, slot.dim), []).append(paired(held, root))
+                for part, places in enumerate(torch.split(held, 1 if parts else held.shape[1], 1)):
+                    key = (slot.tensor, slot.dim), part
+                    items.setdefault(key, []).append(paired(places, root))
         of_root.sort()
         group.add(Dependency(pruning_fn, pruning_fn, node, node), of_root, list(of_root))
-        source, trigger = self._source(group, node, pruning_fn)
-        for (tensor, dim), pairs in places.items():
-            indices, roots = _merged(pairs)
+        source, trigger = self._source(node, pruning_fn)
+        for ((tensor, dim), _), pairs in items.items():
             handler, aim = self._handler(tensor, dim)
-            group.add(Dependency(trigger, handler, source, aim), indices, roots)
+            group.add(Dependency(trigger, handler, source, aim), *_merged(pairs))
         return group
 
     def makers(self, group: str) -> Iterator[Slot]:
@@ -147,7 +149,7 @@ class Assembly:
         found: list[int] = self._table(group, slot)[chosen].reshape(-1).sort()[0].tolist()
         return found
 
-    def _source(self, group: Group, node: Node, pruning_fn: Any) -> tuple[Node, Any]:
+    def _source(self, node: Node, pruning_fn: Any) -> tuple[Node, Any]:
         """Return what items are said to follow from: a layer, for pruners that look for it."""
         if isinstance(node.module, Units):
             for slot in self.makers(node.module.group):
@@ -167,18 +169,28 @@ class Assembly:
         columns = inputs_per_column(target) if side == "in" else 1
         return held if columns in (1, None) else _of_all_groups(held, target, columns)
 
-    def _told(self, group: str, root: Axis | None) -> Iterator[Slot]:
-        """Yield the slots that become items: one for each side of a layer, and each parameter."""
-        seen = set()
+    def _told(self, group: str, root: Axis | None) -> Iterator[tuple[Slot, bool]]:
+        """Yield the slots that become items, and whether each channel of a unit has one of its own.
+
+        One item for each side of a layer, and each parameter, is what torch-pruning has and its
+        pruners count on. But importances take the length of their scores from the first item that
+        they know, so behind a root that is no layer, readers come first, part by part.
+        """
+        slots: dict[tuple[Any, ...], Slot] = {}
         for slot in self._wiring.slots[group]:
-            module = self._modules[slot.layer]
-            own = (slot.tensor, slot.dim) in self._parameters
-            if handler_of(module, slot) is None and not own:
-                continue
-            key = (slot.tensor, slot.dim) if own else (slot.layer, slot.role)
-            if key not in seen and (slot.tensor, slot.dim) != root:
-                yield slot
-            seen.add(key)
+            axis = slot.tensor, slot.dim
+            key = axis if axis in self._parameters else (slot.layer, slot.role)
+            known = handler_of(self._modules[slot.layer], slot) is not None
+            if (known or axis in self._parameters) and axis != root:
+                slots.setdefault(key, slot)
+        readers = [slot for slot in slots.values() if slot.role == "in"]
+        if root is not None:
+            yield from ((slot, False) for slot in slots.values())
+            return
+        yield from ((slot, True) for slot in readers)
+        for slot in slots.values():
+            if slot.role != "in":
+                yield slot, slot.role != "out" or not readers
 
     def _handler(self, tensor: str, dim: int) -> tuple[Any, Node]:
         """Return torch-pruning's function for an axis, and the node that it is called on."""
@@ -194,7 +206,7 @@ def _of_all_groups(places: Tensor, module: nn.Module, groups: int) -> Tensor:
 
     Its weight has the columns of one group; torch-pruning numbers the inputs of all.
     """
-    width = int(module.in_channels) // groups
+    width = weight_of(module).shape[1 - int(bool(getattr(module, "transposed", False)))]
     return (places[:, None] + width * torch.arange(groups)[:, None]).reshape(len(places), -1)
 
 

@@ -144,7 +144,11 @@ class Remaining:
             if self._wiring.names.get(g) not in groups or gone is None:
                 continue
             width = self._head_width(owner, g)
-            if isinstance(scale, float) and width and math.isclose(scale, width**-0.5, rel_tol=1e-6):
+            if (
+                isinstance(scale, float)
+                and width
+                and math.isclose(scale, width**-0.5, rel_tol=1e-6)
+            ):
                 share = float((~gone[slots[0].units]).double().mean())
                 fields.setdefault(owner, {})["scale"] = (width * share) ** -0.5
         return fields

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Number
 from typing import Any
 
 import torch
@@ -107,7 +106,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             self.register_customized_layer(kind, pruner)
         if self.CUSTOMIZED_PRUNERS and verbose:
             names = ", ".join(getattr(k, "__name__", str(k)) for k in self.CUSTOMIZED_PRUNERS)
-            warnings.warn(f"the pruners of {names} are not called: this graph cuts them itself")
+            line = f"the pruners of {names} are not called: this graph cuts such modules itself"
+            warnings.warn(line, stacklevel=2)
         net = network_of(model)
         if isinstance(example_inputs, Tensor) and forward_fn is None and example_inputs.ndim == 4:
             example_inputs = example_inputs[:1]
@@ -141,7 +141,9 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._module2name |= {units: f"units of {g}" for g, units in self._units.items()}
         self.module2node = {m: Node(m, None, name) for m, name in self._module2name.items()}
         self._parameters = self._nodes_of_parameters()
-        self._assembly = Assembly(wiring, self.remaining, self._modules, self.module2node, self._parameters)
+        self._assembly = Assembly(
+            wiring, self.remaining, self._modules, self.module2node, self._parameters
+        )
         return self
 
     def _nodes_of_parameters(self) -> dict[Axis, Node]:
@@ -223,9 +225,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         new = {int(unit): i for i, unit in enumerate(units)}
         order = tuple(new[unit] for unit in group.units_of if unit in new)
         width = len(units) * group.blocks
-        return replace(
-            group, width=width, min_width=min(width, group.min_width), units_of=order
-        )
+        return replace(group, width=width, min_width=min(width, group.min_width), units_of=order)
 
     def slots(self, group: str) -> tuple[Slot, ...]:
         """Return where the group's channels are stored now."""
@@ -249,9 +249,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _side(self, pruning_fn: Callable[..., Any]) -> str:
         return "out" if self.is_out_channel_pruning_fn(pruning_fn) else "in"
 
-    def get_pruning_group(
-        self, module: Any, pruning_fn: Callable[..., Any], idxs: Any
-    ) -> Group:
+    def get_pruning_group(self, module: Any, pruning_fn: Callable[..., Any], idxs: Any) -> Group:
         """Return what has to go with some channels of a layer.
 
         Args:
@@ -265,7 +263,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         """
         if module not in self.module2node:
             raise ValueError(f"Module {module} is not in the dependency graph.")
-        wanted = sorted({int(i) for i in ([idxs] if isinstance(idxs, Number) else idxs)})
+        wanted = sorted({int(i) for i in ([idxs] if isinstance(idxs, int) else idxs)})
         if isinstance(module, Units):
             units = {module.group: self.remaining.units(module.group)[wanted]}
         else:
@@ -311,7 +309,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             if name in self._units:
                 self._units[name].count = len(self.remaining.units(name))
         for (tensor, _), node in self._parameters.items():
-            here = self._tensor(tensor)
+            here: Any = self._tensor(tensor)
             if here is not node.module:
                 for known in (self.module2node, self._module2name, self._param_to_name):
                     if node.module in known:

@@ -28,7 +28,7 @@ from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import wired
 from robust_prune.graph.tracing import Count, Slot
-from robust_prune.graph.wiring import MIN_WIDTH, Wiring
+from robust_prune.graph.wiring import MIN_WIDTH
 from robust_prune.modules import evaluating, make_contiguous_, network_of
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 

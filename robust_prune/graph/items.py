@@ -1,4 +1,4 @@
-"""A group in torch-pruning's terms: dependencies with indices, each with its channel of the root."""
+"""A group in torch-pruning's terms: dependencies with indices, and with channels of the root."""
 
 from __future__ import annotations
 
@@ -93,10 +93,9 @@ def table(slot: Slot, units: int) -> Tensor:
 def paired(places: Tensor, root: Tensor) -> tuple[list[int], list[int]]:
     """Return the indices of an item in rising order, and the channel of the root for each.
 
-    One item holds all that a layer has on one side, as torch-pruning has it and its pruners count
-    on. Where it holds a unit more often than the root, that is by turns (queries, keys and values,
-    head by head), or side by side where a flatten has spread a channel out. Indices rise, as some
-    importances sort them in place, which must not part them from their channels.
+    Where a layer holds a unit more often than the root, that is by turns (queries, keys and
+    values, head by head), or side by side where a flatten has spread a channel out. Indices rise,
+    as some importances sort them in place, which must not part them from their channels.
 
     Args:
         places: [units, times] where the layer holds the units.

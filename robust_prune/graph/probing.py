@@ -87,9 +87,7 @@ def wired(
 
     def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
         with evaluating(net):
-            coupling = couple(
-                net, example.run, protected or {}, ties, whole_heads, outputs_stay
-            )
+            coupling = couple(net, example.run, protected or {}, ties, whole_heads, outputs_stay)
             return Wiring.of(net, coupling, min_width)
 
     traced = wire(ties)

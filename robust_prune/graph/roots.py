@@ -118,8 +118,8 @@ def roots_of(
             break
         roots.update(dict.fromkeys(torn, Root(None)))
     folds: dict[str, dict[str, int]] = {}
-    for (layer, side), answer in answers.items():
-        folds.setdefault(layer, {})[side] = max(answer)
+    for (layer, role), answer in answers.items():
+        folds.setdefault(layer, {})[role] = max(answer)
     return roots, folds
 
 
@@ -128,9 +128,9 @@ def _sides(slots: tuple[Slot, ...], modules: Mapping[str, nn.Module]) -> dict[Si
     found = {}
     for slot in slots:
         module = modules[slot.layer]
-        grouped = isinstance(module, ops.TORCH_CONV) and module.groups > 1
-        if grouped and kind_of(module) == ops.OPTYPE.CONV and slot.role != "along":
-            found[slot.layer, slot.role] = int(module.groups)
+        groups = inputs_per_column(module) or 1
+        if groups > 1 and slot.role != "along":
+            found[slot.layer, slot.role] = groups
         elif isinstance(module, nn.GroupNorm):
             found[slot.layer, "out"] = module.num_groups
     return found

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from robust_prune.graph.tracing import Count, Coupling, Slot, find
 from robust_prune.types import ChannelGroup, Unprunable
 
-
 MIN_WIDTH = 2
 
 
@@ -186,9 +185,9 @@ class Wiring:
         """
         rows: dict[str, dict[tuple[int, ...], float]] = {}
         for _, slots, g in self.coupling.scaled:
-            kept = share.get(self.names.get(g, ""))
-            for slot in slots if kept is not None else ():
-                rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = kept**0.5
+            name = self.names.get(g, "")
+            for slot in slots if name in share else ():
+                rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share[name] ** 0.5
         return {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()}
 
     def normalised(self, dropped: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:

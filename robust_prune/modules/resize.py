@@ -143,9 +143,7 @@ def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
-def _set_fields(
-    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], depthwise: bool
-) -> None:
+def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], depthwise: bool) -> None:
     weight = shapes.get("weight", ())
     if isinstance(module, _ConvNd) and weight:
         _set_convolution(module, weight, depthwise)

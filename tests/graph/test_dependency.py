@@ -224,14 +224,15 @@ def test_any_channels_cut_one_group_after_another_are_those_that_masking_silence
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in replayed.state_dict().items())
 
 
-def test_items_hold_all_that_a_layer_has_of_each_unit_with_indices_that_rise() -> None:
+def test_items_hold_each_unit_with_indices_that_rise() -> None:
     net, images = network("mobilevit_xxs")
     graph = rp.DependencyGraph(probe=False).build_dependency(net, images)
     by_root = {g[0].dep.target.name: g for g in graph.get_all_groups()}
     heads = next(g for n, g in by_root.items() if "transformer.0.attn.qkv" in n)
     assert isinstance(heads[0].dep.target.module, Units)
-    assert [len(item.idxs) for item in heads] == [16, 12 * 16, 4 * 16]
-    assert heads[1].root_idxs == [i % 16 for i in range(12 * 16)]
+    # the root, what proj reads of each of four heads, and queries, keys and values
+    assert [len(item.idxs) for item in heads] == [16, 16, 16, 16, 16, 12 * 16]
+    assert heads[5].root_idxs == [i % 16 for i in range(12 * 16)]
     for group in by_root.values():
         for item in group:
             assert item.idxs == sorted(item.idxs)

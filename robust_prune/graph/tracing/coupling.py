@@ -290,7 +290,7 @@ class _Book:
         )
 
     def _groups_of(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> set[int]:
-        roots = self.atoms.find(atoms.contiguous()).unique().tolist()
+        roots = set(self.atoms.find(atoms.contiguous()).tolist())
         return {unit_of[root][0] for root in roots if root in unit_of}
 
     def _fixed(self, roots: Mapping[tuple[str, int], np.ndarray]) -> dict[str, str]:
