@@ -273,7 +273,7 @@ def verdict(row: dict[str, Any]) -> str:
     wrong = [key for key in ("reload_equal", "backward") if row.get(key) is False]
     if wrong:
         return f"fails: {', '.join(wrong)}"
-    if "masking_error" in row and abs(row["reached"] - RATIO) <= 0.02:
+    if "masking_error" in row and abs(row["reached"] - RATIO) <= 0.05:
         return f"masking error {row['masking_error']:.0e}"
     return f"{100 * row['reached']:.1f} %" if "reached" in row else str(row.get("error", ""))
 
@@ -296,7 +296,7 @@ def settings() -> list[str]:
         "channel ratio bisected in 6 steps to 50 % of its own count within one point, forward and "
         f"backward; at most {PLAIN_LIMIT_S} s; whether it equals masking is not asked. On our "
         "graph: the same pruner inside `dependency_graph()`, at the channel ratio that halves our "
-        "count within two points, with L2 or `MRSImportance`; forward, backward, equal to the "
+        "count within five points, with L2 or `MRSImportance`; forward, backward, equal to the "
         f"masked model in float64 within 1e-6, reloaded bit-equal; at most {LIMIT_S} s.",
         "",
         f"`make bench-zoo`; {json.dumps(found)}; {json.dumps(hardware(torch.device('cpu')))}",
