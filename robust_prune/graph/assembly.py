@@ -44,6 +44,7 @@ class Assembly:
         self._names = {module: name for name, module in modules.items()}
         self._axes: dict[Axis, list[tuple[str, Slot]]] = {}
         self._along: dict[str, Axis] = {}
+        self._tellings: dict[tuple[str, Axis | None], list[tuple[Slot, bool]]] = {}
         for group in wiring.groups:
             for slot in wiring.slots[group.name]:
                 self._axes.setdefault((slot.tensor, slot.dim), []).append((group.name, slot))
@@ -169,28 +170,30 @@ class Assembly:
         columns = inputs_per_column(target) if side == "in" else 1
         return held if columns in (1, None) else _of_all_groups(held, target, columns)
 
-    def _told(self, group: str, root: Axis | None) -> Iterator[tuple[Slot, bool]]:
-        """Yield the slots that become items, and whether each channel of a unit has one of its own.
+    def _told(self, group: str, root: Axis | None) -> list[tuple[Slot, bool]]:
+        """Return the slots that become items, and whether a unit's channels each have their own.
 
         One item for each side of a layer, and each parameter, is what torch-pruning has and its
         pruners count on. But importances take the length of their scores from the first item that
         they know, so behind a root that is no layer, readers come first, part by part.
         """
-        slots: dict[tuple[Any, ...], Slot] = {}
-        for slot in self._wiring.slots[group]:
-            axis = slot.tensor, slot.dim
-            key = axis if axis in self._parameters else (slot.layer, slot.role)
-            known = handler_of(self._modules[slot.layer], slot) is not None
-            if (known or axis in self._parameters) and axis != root:
-                slots.setdefault(key, slot)
-        readers = [slot for slot in slots.values() if slot.role == "in"]
-        if root is not None:
-            yield from ((slot, False) for slot in slots.values())
-            return
-        yield from ((slot, True) for slot in readers)
-        for slot in slots.values():
-            if slot.role != "in":
-                yield slot, slot.role != "out" or not readers
+        if (group, root) not in self._tellings:
+            slots: dict[tuple[Any, ...], Slot] = {}
+            for slot in self._wiring.slots[group]:
+                axis = slot.tensor, slot.dim
+                key = axis if axis in self._parameters else (slot.layer, slot.role)
+                known = handler_of(self._modules[slot.layer], slot) is not None
+                if (known or axis in self._parameters) and axis != root:
+                    slots.setdefault(key, slot)
+            readers = [slot for slot in slots.values() if slot.role == "in"]
+            others = [slot for slot in slots.values() if slot.role != "in"]
+            if root is not None:
+                told = [(slot, False) for slot in slots.values()]
+            else:
+                told = [(slot, True) for slot in readers]
+                told += [(slot, slot.role != "out" or not readers) for slot in others]
+            self._tellings[group, root] = told
+        return self._tellings[group, root]
 
     def _handler(self, tensor: str, dim: int) -> tuple[Any, Node]:
         """Return torch-pruning's function for an axis, and the node that it is called on."""

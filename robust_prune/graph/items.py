@@ -102,6 +102,9 @@ def paired(places: Tensor, root: Tensor) -> tuple[list[int], list[int]]:
         root: [units, fold] where the root holds them.
     """
     times, fold = places.shape[1], root.shape[1]
+    if times == fold == 1:
+        indices, order = places.reshape(-1).sort()
+        return indices.tolist(), root.reshape(-1)[order].tolist()
     if times % fold:
         root, fold = root[:, :1], 1
     spread = times // fold
