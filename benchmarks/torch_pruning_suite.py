@@ -3,9 +3,9 @@
     python -m benchmarks.torch_pruning_suite CHECKOUT --out benchmarks/records/torch_pruning_suite
 
 CHECKOUT is a clone of torch-pruning; its tests run against the torch-pruning that is installed,
-each file in a process of its own, first alone and then on our graph (which then offers the
-network's outputs too, as theirs does). Tests that download weights fail in both where there is no
-network.
+each file in a process of its own, first alone and then on our graph. As theirs does, it then
+offers the network's outputs too, and leaves the network in eval mode, which some tests count on.
+Tests that download weights fail in both where there is no network.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ def _replace(stack: contextlib.ExitStack) -> None:
 
     import robust_prune as rp
 
+    build = rp.DependencyGraph.build_dependency
+
+    def built(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return build(self, model.eval(), *args, **kwargs)
+
+    rp.DependencyGraph.build_dependency = built  # type: ignore[method-assign]
+    stack.callback(setattr, rp.DependencyGraph, "build_dependency", build)
     theirs = tp.DependencyGraph
     tp.DependencyGraph = functools.partial(rp.DependencyGraph, prune_outputs=True)
     stack.callback(setattr, tp, "DependencyGraph", theirs)

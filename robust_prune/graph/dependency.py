@@ -278,15 +278,15 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     # cutting
 
-    def record(self, group: Group) -> None:
-        """Write a group into the pruning history, by a layer that a replay can find."""
+    def line_of(self, group: Group) -> list[Any]:
+        """Return a group as the pruning history has it, by a layer that a replay can find."""
         target, fn = group[0].dep.target.module, group[0].dep.handler
         idxs = list(group[0].idxs)
         if isinstance(target, (Units, nn.Parameter)):
             name, slot = next((n, s) for n in group.units for s in self._assembly.makers(n))
             target = self._modules[slot.layer]
             fn, idxs = handler_of(target, slot), self._assembly.channels(name, slot, group.units)
-        self._pruning_history.append([self._module2name[target], self._side(fn) == "out", idxs])
+        return [self._module2name[target], self._side(fn) == "out", idxs]
 
     def cut_(self, units: Mapping[str, Tensor]) -> None:
         """Remove units of groups, by the numbers they were traced with, from the network.

@@ -57,9 +57,10 @@ class Group(tp.dependency.Group):  # type: ignore[misc]
                 record_history=record_history
             )
             return
-        if record_history:
-            self._DG.record(self)
+        line = self._DG.line_of(self)  # in the numbers before the cut
         self._DG.cut_(self.units)
+        if record_history:
+            self._DG.pruning_history().append(line)
 
     def by_unit(self, values: Tensor) -> dict[str, Tensor]:
         """Return by name what an importance gave the root of a whole group, for each unit [units].

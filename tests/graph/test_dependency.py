@@ -248,6 +248,7 @@ def test_channels_that_take_all_others_along_are_refused_when_they_are_cut() -> 
     assert not graph.check_pruning_group(group)
     with pytest.raises(UsageError, match="whole_heads=True"):
         group.prune()
+    assert graph.pruning_history() == []
     assert net(images).shape == (4, 10)
 
 
@@ -269,6 +270,8 @@ def test_pruning_other_channels_of_a_group_writes_one_line_of_history() -> None:
     net, images = network("resnet18")
     graph = rp.DependencyGraph().build_dependency(net, images)
     group = graph.get_pruning_group(net.conv1[0], tp.prune_conv_out_channels, [0])
+    assert "prune_out_channels on conv1.0" in str(group)
+    assert "(Pruning Root)" in group.details()
     group.prune(idxs=[1, 2])
     assert [line[2] for line in graph.pruning_history()] == [[1, 2]]
 
