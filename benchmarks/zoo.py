@@ -2,8 +2,9 @@
 
     python -m benchmarks.zoo --out benchmarks/records/zoo --jobs 2
 
-One process per network, with a time limit, one thread each. `--only NAME` repeats a part: the
-table takes the last row of each family in the folder's log.
+One process per network and engine, with a time limit, one thread each. `--only NAME` repeats a
+part, `--engines ENGINE` runs some columns alone, `--resume` leaves out what the folder's log has:
+the table takes the last result of each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TORCHVISION = """
 """.split()  # noqa: SIM905
 LIMIT_S = 400
 PLAIN_LIMIT_S = 90
+ENGINES = ("ours", "plain", "graph-l2", "graph-mrs")
 RATIO = 0.5
 
 
@@ -194,11 +196,22 @@ def plain(arch: str) -> dict[str, Any]:
     return row
 
 
+def run(engine: str, arch: str) -> dict[str, Any]:
+    """Prune one network by one engine."""
+    if engine == "ours":
+        return ours(arch)
+    if engine == "plain":
+        return plain(arch)
+    from benchmarks.zoo_pruners import on_our_graph
+
+    return on_our_graph(arch, engine.removeprefix("graph-"), enliven_)
+
+
 def work(engine: str, arch: str) -> None:
     """Run one network in this process, and print its row."""
     start = time.perf_counter()
     try:
-        row = ours(arch) if engine == "ours" else plain(arch)
+        row = run(engine, arch)
     except Exception as error:  # noqa: BLE001 (a row for every failure)
         line = (str(error).splitlines() or [""])[0][:200]
         row = {"pass": False, "error": f"{type(error).__name__}: {line}"}
@@ -229,16 +242,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the record's table."""
     lines = [
         "| family | network | groups | reachable | MACs removed | masking error | reload | "
-        "graph s | with plan and prune s | verdict | torch-pruning |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "graph s | with plan and prune s | verdict | torch-pruning | on our graph, L2 | "
+        "on our graph, MRS |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, row in rows.items():
-        mine, theirs = row["ours"], row.get("plain") or {}
-        other = "not run"
-        if theirs:
-            other = "pass" if theirs["pass"] else theirs.get("error", "")
-            if not theirs["pass"] and "reached" in theirs:
-                other = f"{100 * theirs['reached']:.1f} %"
+        mine = row["ours"]
+        other = " | ".join(verdict(row.get(engine) or {}) for engine in ENGINES[1:])
         if "error" in mine:
             lines.append(f"| {family} | {row['arch']} | | | | | | | | {mine['error']} | {other} |")
             continue
@@ -249,6 +259,20 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{mine['total_s']:.1f} | {'pass' if mine['pass'] else 'fails'} | {other} |"
         )
     return "\n".join(lines)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Return what became of one network, in a word or two."""
+    if not row:
+        return "not run"
+    if row["pass"]:
+        return "pass"
+    wrong = [key for key in ("reload_equal", "backward") if row.get(key) is False]
+    if wrong:
+        return f"fails: {', '.join(wrong)}"
+    if "masking_error" in row and abs(row["reached"] - RATIO) <= 0.05:
+        return f"masking error {row['masking_error']:.0e}"
+    return f"{100 * row['reached']:.1f} %" if "reached" in row else str(row.get("error", ""))
 
 
 def settings() -> list[str]:
@@ -267,7 +291,10 @@ def settings() -> list[str]:
         "equal to the masked model in float64 within 1e-6, reloaded bit-equal, backward pass "
         f"finite; at most {LIMIT_S} s. torch-pruning alone: `BasePruner`, group L2, local, the "
         "channel ratio bisected in 6 steps to 50 % of its own count within one point, forward and "
-        f"backward; at most {PLAIN_LIMIT_S} s; whether it equals masking is not asked.",
+        f"backward; at most {PLAIN_LIMIT_S} s; whether it equals masking is not asked. On our "
+        "graph: the same pruner inside `dependency_graph()`, at the channel ratio that halves our "
+        "count within five points, with L2 or `MRSImportance`; forward, backward, equal to the "
+        f"masked model in float64 within 1e-6, reloaded bit-equal; at most {LIMIT_S} s.",
         "",
         f"`make bench-zoo`; {json.dumps(found)}; {json.dumps(hardware(torch.device('cpu')))}",
     ]
@@ -279,45 +306,52 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/records/zoo"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one network")
-    parser.add_argument("--only", nargs="*", default=[], help="families or networks")
-    parser.add_argument("--no-plain", action="store_true", help="leave torch-pruning alone out")
+    parser.add_argument("--only", nargs="*", default=[], help="families or networks, in this order")
+    parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--resume", action="store_true", help="leave out what the log has")
     parser.add_argument("--work", nargs=2, metavar=("ENGINE", "ARCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(*options.work)
         return
     archs = members() | {f"torchvision/{name}": f"torchvision/{name}" for name in TORCHVISION}
-    only = set(options.only)
-    todo = {f: a for f, a in archs.items() if not only or f in only or a in only}
+    by_arch = {arch: family for family, arch in archs.items()}
+    asked = [by_arch.get(name, name) for name in options.only] or list(archs)
+    todo = {family: archs[family] for family in asked}
     options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "log.jsonl"
     earlier = [json.loads(line) for line in stored.open()] if stored.exists() else []
-    before = {row.pop("family"): row for row in earlier}
-    log = stored.open("a")
     rows: dict[str, dict[str, Any]] = {}
+    for row in earlier:
+        family = row.pop("family")
+        rows[family] = {**rows.get(family, {}), **row}
+    log = stored.open("a")
 
     def one(item: tuple[str, str]) -> None:
         family, arch = item
-        row: dict[str, Any] = {"arch": arch, "ours": launch("ours", arch, options.limit)}
-        if not options.no_plain:
-            row["plain"] = launch("plain", arch, min(options.limit, PLAIN_LIMIT_S))
-        rows[family] = row
+        row: dict[str, Any] = {"arch": arch}
+        for engine in options.engines:
+            if options.resume and engine in rows.get(family, {}):
+                continue
+            most = min(options.limit, PLAIN_LIMIT_S) if engine == "plain" else options.limit
+            row[engine] = launch(engine, arch, most)
+            print(f"{family} {arch}: {engine}: {verdict(row[engine])}", flush=True)
+        rows[family] = {**rows.get(family, {}), **row}
         log.write(json.dumps({"family": family, **row}) + "\n")
         log.flush()
-        mine = row["ours"]
-        verdict = "pass" if mine["pass"] else mine.get("error", f"fails {mine}")
-        print(f"{len(rows)}/{len(todo)} {family} {arch}: {verdict}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, todo.items()))
-    rows = {**before, **rows}
-    rows = {family: rows[family] for family in archs if family in rows}
+    rows = {family: rows[family] for family in archs if "ours" in rows.get(family, {})}
     timm_rows = {f: r for f, r in rows.items() if not f.startswith("torchvision/")}
     summary = []
     for title, part in (("timm families", timm_rows), ("all", rows)):
-        passed = sum(r["ours"]["pass"] for r in part.values())
-        theirs = sum(bool(r.get("plain", {}).get("pass")) for r in part.values())
-        summary.append(f"{title}: {passed} of {len(part)} pass; torch-pruning alone: {theirs}")
+        passed = {e: sum(bool(r.get(e, {}).get("pass")) for r in part.values()) for e in ENGINES}
+        summary.append(
+            f"{title}: {passed['ours']} of {len(part)} pass; torch-pruning alone: "
+            f"{passed['plain']}; its `BasePruner` on our graph: {passed['graph-l2']} with L2, "
+            f"{passed['graph-mrs']} with MRS"
+        )
     text = "\n".join(
         ["# Zoo", "", *(f"- {line}" for line in summary), "", *settings(), "", table(rows), ""]
     )

@@ -10,7 +10,7 @@ from robust_prune.errors import RobustPruneError
 if TYPE_CHECKING:
     from robust_prune.evaluation import evaluate
     from robust_prune.exporting import export
-    from robust_prune.graph import adapter, prune_
+    from robust_prune.graph import DependencyGraph, adapter, dependency_graph, prune_
     from robust_prune.importance import MRSImportance
     from robust_prune.models import load, save
     from robust_prune.pipeline import CompressResult, compress, sensitivity
@@ -22,10 +22,12 @@ _HOMES = {
     "export": "exporting",
     "Budget": "types",
     "CompressResult": "pipeline",
+    "DependencyGraph": "graph",
     "MRSImportance": "importance",
     "PruningPlan": "types",
     "ThreatModel": "types",
     "compress": "pipeline",
+    "dependency_graph": "graph",
     "evaluate": "evaluation",
     "load": "models",
     "prune_": "graph",
@@ -38,12 +40,14 @@ __all__ = [
     "export",
     "Budget",
     "CompressResult",
+    "DependencyGraph",
     "MRSImportance",
     "PruningPlan",
     "RobustPruneError",
     "ThreatModel",
     "__version__",
     "compress",
+    "dependency_graph",
     "evaluate",
     "load",
     "prune_",

@@ -16,15 +16,15 @@ from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.allocation import MAX_PRUNE_RATIO, TOLERANCE, group_weights, ratio_for
 from robust_prune.criteria import (
     STAYS,
+    ChannelImportance,
     LimitedScores,
-    channel_scores,
     removal_prices,
     sensitivities,
     structural_curves,
 )
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, ModelGraph, count_cost
+from robust_prune.graph import MIN_WIDTH, Group, ModelGraph, count_cost
 from robust_prune.modules import check_float32, network_of
 from robust_prune.types import Budget, ChannelGroup, Curve, Sensitivity, Target, ThreatModel
 
@@ -113,6 +113,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         channels, height, width = images.shape[1:]
         self._input_size = channels, height, width
         self._cache: tuple[Any, ModelGraph, Mapping[str, Tensor]] | None = None
+        self._importance = ChannelImportance(model, score, self._adversarial)
         graph = ModelGraph(model, self._input_size)
         self.sensitivity: Sensitivity = sensitivities(
             model, self._adversarial, method=method, groups=graph.groups
@@ -120,7 +121,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         self.willingness: Mapping[str, float] = {}
         self.curves: Mapping[str, Curve] = {}
         if rule == "curve":
-            scores = channel_scores(model, graph, score=score, adversarial=self._adversarial)
+            scores = self._importance.of_units(graph)
             self.curves = structural_curves(model, graph, scores, self._adversarial)
             self._prices = removal_prices(graph, self.curves)
         else:
@@ -146,6 +147,13 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             UsageError: the group is none that was measured, because the pruner's graph was built
                 on another model.
         """
+        device = next(self._model.parameters()).device
+        if isinstance(group, Group):
+            scores = self._importance.of_units(group.graph)
+            self._check_measured(group.units)
+            prices = {name: self._values(name, scores[name]) for name in group.units}
+            values = group.at_root(prices, other=2 * STAYS)
+            return LimitedScores.of(values.to(device, torch.float32), ", ".join(prices))
         names = {module: name for name, module in network_of(self._model).named_modules()}
         root = group[0].dep.target.module
         graph, scores = self._scores_now()
@@ -165,7 +173,6 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         values = 2 * STAYS + torch.arange(size).double() / size  # those that can't be removed
         for name, slot in made:
             values[slot.indices] = self._values(name, scores[name])[slot.units]
-        device = next(self._model.parameters()).device
         values = values[list(group[0].idxs)].to(device, torch.float32)
         return LimitedScores.of(values, layer)
 
@@ -271,17 +278,20 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         limited.round_to = math.lcm(self.round_to, step)
         return limited
 
+    def _check_measured(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._order:
+                raise UsageError(
+                    f"MRSImportance has not measured the group of {name}; it was made for another "
+                    "model, or for this one as it was before something was pruned"
+                )
+
     def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
-        """Score all groups at once, anew whenever the model has other parameters than before."""
+        """Score all groups of torch-pruning's own graph, traced anew when the model has changed."""
         key = tuple((id(p), p._version) for p in self._model.parameters())
         if self._cache is None or self._cache[0] != key:
             graph = ModelGraph(self._model, self._input_size, probe=False, ties=self._ties)
-            found = channel_scores(
-                self._model,
-                graph,
-                score=self.score,
-                adversarial=self._adversarial,
-            )
+            found = self._importance.of_units(graph)
             scores = {name: found[now] for name, now in self._names_now(graph.groups).items()}
             self._cache = key, graph, scores
         return self._cache[1], self._cache[2]

@@ -54,7 +54,7 @@ WITHOUT_TORCH = {
 }
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
-    "torch_pruning": {"importance"},
+    "torch_pruning": {"graph", "importance"},
     "timm": {"models", "finetune"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},

@@ -1,12 +1,20 @@
 """Which channels go together, what they cost, and cutting them."""
 
 from robust_prune.graph.costs import count_cost, weight_of
-from robust_prune.graph.graph import MIN_WIDTH, ModelGraph, mask_, prune_
+from robust_prune.graph.dependency import DependencyGraph, Importance
+from robust_prune.graph.graph import ModelGraph, mask_, prune_
+from robust_prune.graph.items import Group, Groups
+from robust_prune.graph.pruners import dependency_graph
 from robust_prune.graph.tracing import Atoms, Slot, adapter, compress
 from robust_prune.graph.verify import check_pruned, masking_error
+from robust_prune.graph.wiring import MIN_WIDTH
 
 __all__ = [
     "Atoms",
+    "DependencyGraph",
+    "Group",
+    "Groups",
+    "Importance",
     "MIN_WIDTH",
     "ModelGraph",
     "Slot",
@@ -14,6 +22,7 @@ __all__ = [
     "check_pruned",
     "compress",
     "count_cost",
+    "dependency_graph",
     "mask_",
     "masking_error",
     "prune_",

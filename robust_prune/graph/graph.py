@@ -23,15 +23,18 @@ from robust_prune.graph.costs import (
     example_image,
     weight_of,
 )
+from robust_prune.graph.cutting import Remaining
+from robust_prune.graph.dependency import DependencyGraph
+from robust_prune.graph.example import Example
+from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
-from robust_prune.graph.probing import probed
-from robust_prune.graph.tracing import Count, Slot, couple
+from robust_prune.graph.probing import wired
+from robust_prune.graph.tracing import Count, Slot
 from robust_prune.graph.uncounted import uncounted_work
-from robust_prune.graph.wiring import Wiring
+from robust_prune.graph.wiring import MIN_WIDTH
 from robust_prune.modules import copied, evaluating, make_contiguous_, network_of
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 
-MIN_WIDTH = 2
 logger = logging.getLogger(__name__)
 
 
@@ -77,21 +80,21 @@ class ModelGraph:
         names = [name for name, _ in net.named_modules() if name]
         matched = _match(protect, names)
         protected = {n: f"protected: {n}" for n in layers if n in matched}
-        image = example_image(net, input_size)
-
-        def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
-            with checked(input_size), evaluating(net):
-                coupling = couple(net, image, protected, ties, whole_heads)
-                return Wiring.of(net, coupling, min_width)
-
         self.whole_heads = whole_heads
-        self.ties: tuple[tuple[str, str], ...] = tuple(ties)
-        self._wiring = wiring = wire(self.ties)
-        if probe:
-            self._wiring, self.ties = probed(net, image, wiring, wire)
+        with checked(input_size), evaluating(net):
+            wiring, self.ties = wired(
+                net,
+                Example(example_image(net, input_size)),
+                protected=protected,
+                min_width=min_width,
+                ties=ties,
+                whole_heads=whole_heads,
+                probe=probe,
+            )
+        self._wiring = wiring
         seen = {s.layer for slots in self._wiring.slots.values() for s in slots}
         seen |= {item.name for item in self._wiring.unprunable}
-        broken = {layer: g.name for g in wiring.groups for layer in (*g.members, *g.readers)}
+        broken = wiring.group_of
         missing = {
             n: f"goes with {broken[n]}" if n in broken else "the forward pass does not use it"
             for n in layers
@@ -118,6 +121,17 @@ class ModelGraph:
     def gates(self, group: str) -> tuple[Slot, ...]:
         """Return the rows of queries, whose channels nothing but a product reads."""
         return self._wiring.gates[group]
+
+    @functools.cached_property
+    def dependency(self) -> DependencyGraph:
+        """The same groups in torch-pruning's terms; what is cut here is cut there."""
+        return DependencyGraph(whole_heads=self.whole_heads).adopt(
+            network_of(self.model), self._wiring
+        )
+
+    def group_of(self, name: str) -> Group:
+        """Return a whole group in torch-pruning's terms, as its importances take it."""
+        return self.dependency.group_of(name)
 
     def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
         """Return the exact cost when groups have these widths; missing ones stay whole."""
@@ -215,7 +229,9 @@ class ModelGraph:
 
     def scaled_rows(self, plan: PruningPlan) -> dict[str, list[tuple[Tensor, float]]]:
         """Return by tensor the rows (dense indices) that pruning multiplies, and by what."""
-        return self._wiring.scaled_rows(self.dropped(plan))
+        dropped = self.dropped(plan)
+        stays = {name: int((~gone).sum()) / len(gone) for name, gone in dropped.items()}
+        return self._wiring.scaled_rows(stays)
 
     def apply_(self, plan: PruningPlan) -> None:
         """Remove the channels that `plan` drops, in place. The graph is spent afterwards.
@@ -223,20 +239,20 @@ class ModelGraph:
         Raises:
             PlanError: the plan does not fit; the model is untouched.
         """
-        self._cut_(self.model, plan)
+        self._cut_(self.model, self.dependency.remaining, plan)
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
         smaller = copied(self.model)
-        self._cut_(smaller, plan)
+        self._cut_(smaller, Remaining(self._wiring, network_of(smaller)), plan)
         return smaller
 
-    def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
+    def _cut_(self, model: nn.Module, whole: Remaining, plan: PruningPlan) -> None:
         recorded, plan = plan, self.recounted(plan)
         if plan is not recorded:
             logger.warning("plan %s: %s", plan.digest, plan.notes[-1])
         net = network_of(model)
-        self._wiring.remove_(net, self.dropped(plan))
+        whole.remove_(self.dropped(plan))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)

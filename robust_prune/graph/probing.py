@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError
+from robust_prune.graph.cutting import Remaining
+from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
-from robust_prune.graph.tracing import pair, train_mode
-from robust_prune.graph.wiring import Wiring
-from robust_prune.modules import copied, difference
+from robust_prune.graph.tracing import couple, train_mode
+from robust_prune.graph.wiring import MIN_WIDTH, Wiring
+from robust_prune.modules import copied, difference, evaluating
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -28,7 +30,7 @@ class _Trial:
 
     net: nn.Module
     wiring: Wiring
-    image: Tensor
+    example: Example
     draw: int = 0
 
     def problem(self, names: Sequence[str]) -> str | None:
@@ -42,26 +44,73 @@ class _Trial:
             # removing replaces tensors, so that only silencing needs copies of its own
             shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
             pruned = copied(self.net, shared)
-            self.wiring.remove_(pruned, dropped)
-            found = pruned(self.image)
+            Remaining(self.wiring, pruned).remove_(dropped)
+            found = self.example.run(pruned)
             if self.wiring.coupling.trains:
                 with train_mode(pruned):
-                    pruned(pair(self.image))
+                    self.example.run_pair(pruned)
             masked = copied(self.net)
             silence_(masked, self.wiring, dropped)
-            error = difference(found, masked(self.image))
+            error = difference(found, self.example.run(masked))
         except RUN_ERRORS as fault:
             line = (str(fault).splitlines() or [type(fault).__name__])[0][:120]
             return f"the model does not run when it is pruned: {line}"
-        if not error < TOLERANCES[self.image.dtype]:
+        if not error < TOLERANCES[self.example.dtype]:
             return f"pruning it is not the same as masking it (by {error:.1g})"
         return None
+
+
+def wired(
+    net: nn.Module,
+    example: Example,
+    *,
+    protected: Mapping[str, str] | None = None,
+    min_width: int = MIN_WIDTH,
+    ties: Sequence[tuple[str, str]] = (),
+    whole_heads: bool = False,
+    outputs_stay: bool = True,
+    probe: bool = True,
+) -> tuple[Wiring, tuple[tuple[str, str], ...]]:
+    """Trace a network, and try on a copy that pruning its groups does what masking them does.
+
+    Args:
+        net: left as it was, in mode and requires_grad.
+        example: what it is run on.
+        protected: why a layer's outputs must stay, by its dotted name.
+        min_width: channels that every group keeps at least (fewer if it has fewer).
+        ties: what an earlier probe found out.
+        whole_heads: attentions lose whole heads.
+        outputs_stay: the channels of what it returns can't be removed; others are not tried.
+        probe: False trusts that every group can be pruned.
+
+    Returns:
+        The groups, and pairs of dimensions that the code couples without saying so.
+    """
+
+    def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
+        with evaluating(net):
+            coupling = couple(
+                net,
+                example.run,
+                protected or {},
+                ties,
+                whole_heads,
+                outputs_stay,
+                example.run_pair,
+            )
+            return Wiring.of(net, coupling, min_width)
+
+    traced = wire(ties)
+    if not probe:
+        return traced, tuple(ties)
+    wiring, ties = probed(net, example, traced, wire)
+    return replace(wiring, group_of=traced.group_of), ties
 
 
 @torch.no_grad()
 def probed(
     net: nn.Module,
-    image: Tensor,
+    example: Example,
     wiring: Wiring,
     wire: Callable[[Sequence[tuple[str, str]]], Wiring],
 ) -> tuple[Wiring, tuple[tuple[str, str], ...]]:
@@ -72,34 +121,35 @@ def probed(
     culprits that are left are searched by halving.
     """
     stirred = copied(net).eval().double()
-    image = image.double()
+    example = example.to(torch.float64)
     _randomize_(stirred)
-    names = [group.name for group in wiring.groups]
-    if _Trial(stirred, wiring, image).problem(names) is None:
-        if _Trial(stirred.float(), wiring, image.float(), draw=1).problem(names) is None:
+    names = _returned_not(wiring)
+    if _Trial(stirred, wiring, example).problem(names) is None:
+        single = example.to(torch.float32)
+        if _Trial(stirred.float(), wiring, single, draw=1).problem(names) is None:
             return wiring, ()
-        stirred, image = stirred.double(), image.double()
+        stirred = stirred.double()
     try:
-        stirred(image)
+        example.run(stirred)
     except RUN_ERRORS:  # float32 is part of its code
-        stirred, image = stirred.float(), image.float()
-    found = _broken(stirred, wiring, image)
+        stirred, example = stirred.float(), example.to(torch.float32)
+    found = _broken(stirred, wiring, example)
     if not found:
         return wiring, ()
     ties = wiring.possible_ties(found)
     if ties:
         tied = wire(ties)
-        still = _broken(stirred, tied, image)
+        still = _broken(stirred, tied, example)
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()
 
 
-def _broken(net: nn.Module, wiring: Wiring, image: Tensor) -> dict[str, str]:
+def _broken(net: nn.Module, wiring: Wiring, example: Example) -> dict[str, str]:
     """Return the groups that can't be pruned by either of two draws, with what goes wrong."""
-    first = _search(_Trial(net, wiring, image))
+    first = _search(_Trial(net, wiring, example))
     left = wiring.without(first)
-    return {**first, **_search(_Trial(net, left, image, draw=1))}
+    return {**first, **_search(_Trial(net, left, example, draw=1))}
 
 
 def _search(trial: _Trial) -> dict[str, str]:
@@ -134,10 +184,16 @@ def _search(trial: _Trial) -> dict[str, str]:
                 kinds_of([[name] for name in between])
 
     kinds: dict[str, list[str]] = {}
-    for group in trial.wiring.groups:
-        kinds.setdefault(re.sub(r"\d+", "#", group.name), []).append(group.name)
+    for name in _returned_not(trial.wiring):
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     kinds_of(list(kinds.values()))
     return broken
+
+
+def _returned_not(wiring: Wiring) -> list[str]:
+    """Return the groups whose channels the network does not return: only they can be compared."""
+    returned = {wiring.names.get(g) for g in wiring.coupling.outputs}
+    return [group.name for group in wiring.groups if group.name not in returned]
 
 
 def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:

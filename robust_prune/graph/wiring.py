@@ -1,31 +1,27 @@
-"""The named groups of a network, where their channels are stored, and how to remove them."""
+"""The named groups of a network, and where their channels are stored."""
 
 from __future__ import annotations
 
-import math
-import re
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust_prune.graph.tracing import HEAD_NUMBERS, Count, Coupling, Slot, find
-from robust_prune.modules import Fields, narrow_, set_fields_
+from robust_prune.graph.tracing import Count, Coupling, Slot, find
 from robust_prune.types import ChannelGroup, Unprunable
 
-# numbers in modules that happen to equal a width, but never are one
-NO_WIDTH = re.compile(
-    "num|heads|groups|window|kernel|stride|padding|patch|image|img|grid|dilat|depth|ratio|index|"
-    "resolution|pool|radix|shift|scale_factor|factor|level|feat_size|output_size|training"
-)
-STANDARD = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+MIN_WIDTH = 2
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Groups by name with their slots, and what else follows their widths."""
+    """Groups by name with their slots, and what else follows their widths.
+
+    `names` are those of the coupling's groups by their numbers. `group_of` says by layer in which
+    group it was traced, whether that can be pruned or not.
+    """
 
     groups: tuple[ChannelGroup, ...]
     slots: Mapping[str, tuple[Slot, ...]]
@@ -33,6 +29,7 @@ class Wiring:
     unprunable: tuple[Unprunable, ...]
     coupling: Coupling
     names: Mapping[int, str]
+    group_of: Mapping[str, str]
 
     @classmethod
     def of(cls, net: nn.Module, coupling: Coupling, min_width: int) -> Wiring:
@@ -45,7 +42,8 @@ class Wiring:
             makers = [s for s in slots if s.role == "out"]
             if not makers:
                 continue
-            if not any(s.role == "in" for s in slots) and not coupling.gates[g]:
+            read = any(s.role == "in" for s in slots) or coupling.gates[g]
+            if not read and g not in coupling.outputs:
                 unprunable.setdefault(makers[0].layer, "no layer reads its channels")
                 continue
             if coupling.sizes[g] < 2:
@@ -70,6 +68,7 @@ class Wiring:
             unprunable=tuple(Unprunable(name, why) for name, why in unprunable.items()),
             coupling=coupling,
             names=names,
+            group_of={layer: g.name for g in groups for layer in (*g.members, *g.readers)},
         )
 
     def names_after(self, gone: Mapping[str, Tensor]) -> dict[str, str]:
@@ -121,6 +120,7 @@ class Wiring:
             ),
             coupling=self.coupling,
             names=self.names,
+            group_of=self.group_of,
         )
 
     def channels(self, without: Mapping[str, str]) -> int:
@@ -167,42 +167,34 @@ class Wiring:
                     ties.append(pair)
         return tuple(dict.fromkeys(ties))
 
-    @torch.no_grad()
-    def remove_(self, net: nn.Module, dropped: Mapping[str, Tensor]) -> None:
-        """Remove units of groups from a network, by True [units] for those that go."""
-        set_fields = self._fields(dict(net.named_modules()), dropped)
-        sizes = {n: tuple(t.shape) for n, t in (*net.named_parameters(), *net.named_buffers())}
-        keep: dict[tuple[str, int], Tensor] = {}
-        for name, gone in dropped.items():
-            for slot in self.slots[name]:
-                key = slot.tensor, slot.dim
-                mask = keep.setdefault(
-                    key, torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
-                )
-                mask[slot.indices[gone[slot.units]]] = False
-        kept = {key: mask.nonzero().squeeze(1) for key, mask in keep.items()}
-        narrow_(net, kept, self.scaled_rows(dropped))
-        set_fields_(net, set_fields)
+    def units(self, group: str) -> int:
+        """Return how many units a group has, whether it can be pruned or not."""
+        return self._sizes[group]
 
-    def scaled_rows(self, dropped: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, float]]]:
+    @functools.cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        return {name: self.coupling.sizes[g] for g, name in self.names.items()}
+
+    def scaled_rows(self, share: Mapping[str, float]) -> dict[str, list[tuple[Tensor, float]]]:
         """Return by tensor which rows pruning multiplies, and by what.
 
         An attention divides by the root of its head's width, which the rows of queries make up for.
+
+        Args:
+            share: by group, which share of its units stays.
         """
         rows: dict[str, dict[tuple[int, ...], float]] = {}
         for _, slots, g in self.coupling.scaled:
-            gone = dropped.get(self.names.get(g, ""))
-            for slot in slots:
-                if gone is not None:
-                    share = float((~gone[slot.units]).double().mean())
-                    rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share**0.5
+            name = self.names.get(g, "")
+            for slot in slots if name in share else ():
+                rows.setdefault(slot.tensor, {})[tuple(slot.indices.tolist())] = share[name] ** 0.5
         return {t: [(torch.tensor(i), f) for i, f in pairs.items()] for t, pairs in rows.items()}
 
     def normalised(self, dropped: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Return by module and full width which channels stay of those it counts."""
         found: dict[str, dict[int, Tensor]] = {}
         for count in self.coupling.counts:
-            kept = self._kept(count, dropped)
+            kept = self.kept(count, dropped)
             if not bool(kept.all()):
                 found.setdefault(count.owner, {})[count.value] = kept.nonzero().squeeze(1)
         return found
@@ -221,61 +213,14 @@ class Wiring:
                     kept[slot.indices[gone[slot.units]]] = False
         return {n: (kept.nonzero().squeeze(1), len(kept)) for n, kept in found.items()}
 
-    def _kept(self, count: Count, dropped: Mapping[str, Tensor]) -> Tensor:
+    def kept(self, count: Count, dropped: Mapping[str, Tensor]) -> Tensor:
+        """Return True [value] for the channels of a count that stay."""
         kept = torch.ones(count.value, dtype=torch.bool)
         for g, indices, units in count.where:
             gone = dropped.get(self.names.get(g, ""))
             if gone is not None:
                 kept[indices[gone[units]]] = False
         return kept
-
-    def _fields(self, modules: Mapping[str, nn.Module], dropped: Mapping[str, Tensor]) -> Fields:
-        """Find the numbers in modules that count channels, and what they are to become."""
-        widths: dict[str, dict[int, set[int]]] = {}
-        for count in self.coupling.counts:
-            after = int(self._kept(count, dropped).sum())
-            widths.setdefault(count.owner, {}).setdefault(count.value, set()).add(after)
-        fields: Fields = {}
-        for owner, changes in widths.items():
-            module = modules[owner]
-            known = {old: new.pop() for old, new in changes.items() if len(new) == 1}
-            if isinstance(module, STANDARD):
-                continue
-            for name, value in vars(module).items():
-                if name.startswith("_") or (NO_WIDTH.search(name) and name not in HEAD_NUMBERS):
-                    continue
-                if type(value) not in (int, tuple, list):
-                    continue
-                new = _follow(value, known)
-                if new != value:
-                    fields.setdefault(owner, {})[name] = new
-        for owner, slots, g in self.coupling.scaled:
-            gone = dropped.get(self.names.get(g, ""))
-            scale = getattr(modules[owner], "scale", None)
-            width = self._head_width(owner, g)
-            if gone is None or not isinstance(scale, float) or not width:
-                continue
-            if math.isclose(scale, width**-0.5, rel_tol=1e-6):
-                share = float((~gone[slots[0].units]).double().mean())
-                fields.setdefault(owner, {})["scale"] = (width * share) ** -0.5
-        return fields
-
-    def _head_width(self, owner: str, g: int) -> int:
-        """Return the width of one head: the smallest number of these channels that is counted."""
-        counted = [
-            c.value
-            for c in self.coupling.counts
-            if c.owner == owner and any(group == g for group, _, _ in c.where)
-        ]
-        return min(counted, default=0)
-
-
-def _follow(value: Any, known: Mapping[int, int]) -> Any:
-    if isinstance(value, int):
-        return known.get(value, value)
-    if all(type(v) is int for v in value):
-        return type(value)(known.get(v, v) for v in value)
-    return value
 
 
 def _group(

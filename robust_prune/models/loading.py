@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from robust_prune.errors import ModelError, UsageError
-from robust_prune.models.architecture import identify, infer_kwargs
 from robust_prune.models.bounds import bounded
 from robust_prune.models.builders import (
     build_model,
@@ -27,20 +26,11 @@ from robust_prune.models.builders import (
 from robust_prune.models.fitting import (
     check_classes,
     check_runs,
-    check_stem,
     check_stored_widths,
-    fill_,
-    narrow_to_,
-    narrower,
     refill_,
 )
 from robust_prune.models.manifest import Manifest, write
-from robust_prune.models.normalisation import (
-    Normalisation,
-    image_size,
-    size_from_settings,
-    stored_normalisation,
-)
+from robust_prune.models.named import Given, by_arch, from_state
 from robust_prune.models.pickled import find_module, identified, pickle_note
 from robust_prune.models.reading import ModelFile, read
 from robust_prune.models.weights import take
@@ -74,7 +64,8 @@ def load(
             plain state_dict (.pt, .pth, .safetensors), or a name such as `resnet18.a1_in1k`.
         model: a fresh instance of your own class, for files that `save` wrote of one; its layers
             take the stored widths and weights.
-        arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it.
+        arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it; one
+            that `save` wrote of a bare network, pruned or not, fits the stored widths.
         model_kwargs: arguments for the builder of `arch`.
         cifar_stem: 3x3 stride-1 stem without max-pool, for small images.
         mean, std: normalisation per channel for images in [0, 1]; default: what the file says,
@@ -126,7 +117,7 @@ def open_model(
     if not Path(name).exists():
         raise ModelError(f"{name}: no such file or folder, nor a network of timm{similar(name)}")
     found = read(path_or_name, trust_pickle=trust_pickle)
-    given = _Given(arch, model_kwargs, cifar_stem, mean, std)
+    given = Given(arch, model_kwargs, cifar_stem, mean, std)
     loaded, record = _loaded(found, model, given)
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
@@ -136,23 +127,14 @@ def open_model(
     return loaded.to(device).eval(), record
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What the user says of a file; None where nothing."""
-
-    arch: str | None
-    kwargs: Mapping[str, Any] | None
-    cifar_stem: bool
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-
-
 def _loaded(
-    found: ModelFile, model: nn.Module | None, given: _Given
+    found: ModelFile, model: nn.Module | None, given: Given
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a file and its record; what had to be decided is under `assumed`."""
     if found.manifest is not None:
         record = dict(found.manifest.record)
+        if model is None and given.arch is not None and found.manifest.spec.source == "custom":
+            return by_arch(found, found.manifest, given), record
         if model is None:
             return _from_manifest(found, found.manifest), record
         refill_(network_of(model), found.path, found.content.tensors, found.manifest.fields)
@@ -168,7 +150,7 @@ def _loaded(
             model = _normalised(model, mean, std)
         notes = (pickle_note(model, given.mean is not None), *notes)
     else:
-        model, notes = _from_state(found, given)
+        model, notes = from_state(found, given)
     return model, {"assumed": list(notes)} if notes else {}
 
 
@@ -233,56 +215,6 @@ def _into_own_class(model: nn.Module, found: ModelFile) -> tuple[nn.Module, tupl
         return model, weights.notes
     model = _normalised(model, normalisation.mean, normalisation.std)
     return model, (normalisation.note, *weights.notes)
-
-
-def _from_state(found: ModelFile, given: _Given) -> tuple[ImageModel, tuple[str, ...]]:
-    """Build the network that is asked for, or that the file names, and fill it."""
-    path, content = found.path, found.content
-    with bounded(content):
-        matched = identify(found, given.arch, given.kwargs)
-        arch, kwargs = matched.candidate.arch, dict(matched.candidate.kwargs)
-        weights = take(path, content, matched.wanted)
-        kwargs = {**infer_kwargs(arch, kwargs, matched.wanted, weights.state), **kwargs}
-        stored = stored_normalisation(path, found.pretrained_cfg, weights.channels)
-        normalisation = weights.normalisation or stored
-        mean, std = given.mean, given.std
-        if normalisation is not None:
-            mean, std = mean or normalisation.mean, std or normalisation.std
-        spec = resolve_spec(arch, kwargs, cifar_stem=given.cifar_stem, mean=mean, std=std)
-        size = image_size(found.pretrained_cfg.get("input_size"), weights.channels)
-        size = size or size_from_settings(content, weights.channels)
-        model = build_model(replace(spec, input_size=size))
-    check_stem(model, path, weights.state)
-    notes = [_normalisation_note(model, given, weights.normalisation, stored)]
-    if matched.candidate.bare:
-        notes.append(f"the network is {arch}; timm has none of that name with these weights")
-    narrow = narrower(model.net, weights.state)
-    if narrow:
-        narrow_to_(model, path, weights.state)
-        notes.append(
-            f"{len(narrow)} of {len(weights.state)} tensors are narrower than those of {arch}: the "
-            "network was pruned elsewhere, and has the file's widths"
-        )
-    else:
-        fill_(model.net, path, weights.state)
-    return model, (*filter(None, notes), *weights.notes)
-
-
-def _normalisation_note(
-    model: ImageModel, given: _Given, own: Normalisation | None, stored: Normalisation | None
-) -> str:
-    """Say where the normalisation is from, unless the user or timm's configuration said it."""
-    if given.mean is not None:
-        return ""
-    if own is not None:
-        return own.note
-    if stored is not None:
-        return ""
-    whose = "timm's" if model.spec.source == "timm" else "ImageNet's,"
-    return (
-        f"normalisation assumed: {whose} for {model.spec.arch}, mean {model.spec.mean}, std "
-        f"{model.spec.std}; the file does not say, --mean and --std do"
-    )
 
 
 def _override(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,38 +20,44 @@ KEPT_FIELDS = "_pruned_fields"
 
 @torch.no_grad()
 def narrow_(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     keep: Mapping[tuple[str, int], Tensor],
     rows: Mapping[str, Sequence[tuple[Tensor, float]]] | None = None,
+    depthwise: Collection[str] = (),
 ) -> None:
     """Keep only some entries of tensors, and set the layers' fields.
 
-    Tensors are replaced, never written to: another model may share them.
+    Tensors are replaced, never written to: another model may share them. Gradients go along.
 
     Args:
-        model: changed in place.
+        modules: of a network by their names; changed in place.
         keep: the entries that stay, by (name, dimension).
         rows: by name (rows, factor) that entries of the first dimension are multiplied with.
+        depthwise: convolutions that lose a group with a channel. Their numbers don't tell: a
+            grouped convolution whose inputs were cut to one a group has the same ones.
     """
     rows = rows or {}
     by_tensor: dict[str, dict[int, Tensor]] = {}
     for (name, dim), indices in keep.items():
         by_tensor.setdefault(name, {})[dim] = indices
-    modules = dict(model.named_modules())
     touched: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, dims in by_tensor.items():
         layer, _, leaf = name.rpartition(".")
         module = modules[layer]
         old = getattr(module, leaf)
-        data = old.detach().clone() if name in rows else old.detach()
+        data, grad = old.detach().clone() if name in rows else old.detach(), old.grad
         for indices, factor in rows.get(name, ()):
             data[indices.to(data.device)] *= factor
         for dim, indices in dims.items():
-            data = data.index_select(dim, indices.to(data.device))
+            indices = indices.to(data.device)
+            data = data.index_select(dim, indices)
+            grad = None if grad is None else grad.index_select(dim, indices)
         touched.setdefault(layer, {})[leaf] = tuple(data.shape)
         _replace(module, leaf, plain_layout(data))
+        if grad is not None:
+            getattr(module, leaf).grad = plain_layout(grad)
     for layer, shapes in touched.items():
-        _set_fields(modules[layer], shapes)
+        _set_fields(modules[layer], shapes, layer in depthwise)
 
 
 def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -72,7 +78,7 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for name, shape in changed.items():
                 old = getattr(module, name)
                 _replace(module, name, torch.empty(shape, dtype=old.dtype, device=old.device))
-            _set_fields(module, shapes)
+            _set_fields(module, shapes, _is_depthwise(module))
 
 
 def fields_of(model: nn.Module) -> Fields:
@@ -81,13 +87,22 @@ def fields_of(model: nn.Module) -> Fields:
     return found
 
 
-def set_fields_(model: nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
+def set_fields_(
+    model: nn.Module,
+    fields: Mapping[str, Mapping[str, Any]],
+    modules: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Set numbers of modules, such as the width of an attention's heads, and remember them.
+
+    Args:
+        model: changed in place; it remembers.
+        fields: the new numbers, by module and attribute.
+        modules: those of the model by their names, where the caller has them.
 
     Raises:
         ModelError: there is no such module or attribute, or it is not a number.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if modules is None else modules
     kept = {layer: dict(values) for layer, values in fields_of(model).items()}
     for layer, values in fields.items():
         for name, value in values.items():
@@ -124,10 +139,14 @@ def _replace(module: nn.Module, name: str, data: Tensor) -> None:
         setattr(module, name, data)
 
 
-def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], depthwise: bool) -> None:
     weight = shapes.get("weight", ())
     if isinstance(module, _ConvNd) and weight:
-        _set_convolution(module, weight)
+        _set_convolution(module, weight, depthwise)
     elif isinstance(module, nn.Linear) and weight:
         module.out_features, module.in_features = weight
     elif isinstance(module, _NormBase) or (hasattr(module, "num_features") and len(weight) == 1):
@@ -141,12 +160,11 @@ def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
         module.normalized_shape = weight  # type: ignore[assignment]
 
 
-def _set_convolution(module: _ConvNd, weight: tuple[int, ...]) -> None:
+def _set_convolution(module: _ConvNd, weight: tuple[int, ...], depthwise: bool) -> None:
     first, second = weight[:2]
     if isinstance(module, _ConvTransposeNd):
         module.in_channels, module.out_channels = first, second * module.groups
-    elif module.groups == module.in_channels and module.groups > 1:
-        # depthwise: one group a channel, before and after
+    elif depthwise:  # one group a channel, before and after
         multiplier = module.out_channels // module.in_channels
         module.in_channels = module.groups = first // multiplier
         module.out_channels = first

@@ -159,7 +159,9 @@ def test_a_network_that_never_ran_in_train_mode_is_pruned_as_before() -> None:
 
 
 def test_ordinary_networks_have_nothing_more_in_train_mode() -> None:
+    from robust_prune.graph.example import Example
     from robust_prune.graph.tracing import couple
 
+    example = Example(torch.rand(1, 3, 16, 16))
     for net in (OwnNet(), nn.Sequential(stage(3, 8), nn.Dropout(), nn.Flatten())):
-        assert not couple(net.eval(), torch.rand(1, 3, 16, 16), {}).trains
+        assert not couple(net.eval(), example.run, {}, train_run=example.run_pair).trains

@@ -12,14 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.criteria.scores.taylor import taylor
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import Groups
 from robust_prune.modules import evaluating, network_of, requires_grad
 from robust_prune.registry import channel_score
 
 
 @channel_score("fisher")
 @torch.enable_grad()
-def fisher(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> dict[str, Tensor]:
+def fisher(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict[str, Tensor]:
     """Return by group [units]: half the mean over images of the squared first-order change.
 
     At a minimum of the loss the change of second order counts, and the diagonal of its Hessian

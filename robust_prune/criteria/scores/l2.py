@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.criteria.scoring import sum_by_unit
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import Groups
 from robust_prune.modules import network_of
 from robust_prune.registry import channel_score
 
 
 @channel_score("l2", data_free=True)
 def l2(
-    model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet | None = None
+    model: nn.Module, graph: Groups, adversarial: AdversarialSet | None = None
 ) -> dict[str, Tensor]:
     """Return by group [units]: the norm of all weights that go with a unit, in and out.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.criteria.scores.l2 import l2
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import Groups
 from robust_prune.modules import network_of
 from robust_prune.registry import channel_score
 from robust_prune.repair import dense_moments
@@ -18,7 +18,7 @@ DAMPING = 0.01  # of the mean squared input, for inverting second moments
 @channel_score("reconstruction")
 @torch.no_grad()
 def reconstruction(
-    model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet
+    model: nn.Module, graph: Groups, adversarial: AdversarialSet
 ) -> dict[str, Tensor]:
     """Return by group [units]: the share of its readers' outputs lost for good when it goes.
 

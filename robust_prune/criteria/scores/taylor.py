@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.criteria.scoring import sum_by_unit
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import Groups
 from robust_prune.modules import evaluating, network_of, requires_grad
 from robust_prune.registry import channel_score
 
 
 @channel_score("taylor")
 @torch.enable_grad()
-def taylor(model: nn.Module, graph: ModelGraph, adversarial: AdversarialSet) -> dict[str, Tensor]:
+def taylor(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict[str, Tensor]:
     """Return by group [units]: mean over batches of the squared first-order loss change.
 
     Removing a unit zeroes the columns that read it, which changes the loss by -sum(w * dL/dw)

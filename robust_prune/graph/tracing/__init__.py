@@ -5,7 +5,7 @@ from robust_prune.graph.tracing.atoms import Atoms, compress
 from robust_prune.graph.tracing.coupling import Count, Coupling, Slot, couple
 from robust_prune.graph.tracing.products import work_of
 from robust_prune.graph.tracing.tracer import HEAD_NUMBERS, name_of
-from robust_prune.graph.tracing.training import pair, train_mode
+from robust_prune.graph.tracing.training import train_mode
 
 __all__ = [
     "Atoms",
@@ -19,7 +19,6 @@ __all__ = [
     "couple",
     "find",
     "name_of",
-    "pair",
     "train_mode",
     "work_of",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Coupling:
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
     tokens, for each channel alike); `products` lists the same of the products between activations.
-    `trains` says that a pass in train mode does more than one in eval mode.
+    `trains` says that a pass in train mode does more than one in eval mode. `outputs` are the
+    groups that the network returns.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -73,39 +75,45 @@ class Coupling:
     uses: Mapping[str, tuple[Times, ...]]
     products: tuple[Times, ...]
     fixed: Mapping[str, str]
+    outputs: frozenset[int]
     trains: bool = False
 
 
 def couple(
     net: nn.Module,
-    example: Tensor,
+    run: Callable[[nn.Module], Any],
     protected: Mapping[str, str],
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
+    outputs_stay: bool = True,
+    train_run: Callable[[nn.Module], Any] | None = None,
 ) -> Coupling:
-    """Trace a network in eval mode on one image, and what train mode adds; return its groups.
+    """Trace a network in eval mode on one example, and what train mode adds; return its groups.
 
     Args:
         net: left as it was.
-        example: one image [1, C, H, W].
+        run: runs it, on one image where costs are to be counted.
         protected: why a layer's outputs must stay, by its dotted name.
         ties: pairs of dimensions, as `tensor:dim`, that have to go together although the forward
             does not say so.
         whole_heads: an attention loses whole heads, not the same dims of every head.
+        outputs_stay: the channels of what it returns can't be removed.
+        train_run: runs it in train mode; None where that is not to be followed.
     """
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
-        out = net(example)
-    trains = trace_training(net, example, tracer)
+        out = run(net)
+    trains = train_run is not None and trace_training(net, train_run, tracer)
     labels = tracer.labels
-    for tensor in tensors_in((out,)):
-        labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
+    outputs = [tracer.label(tensor).reshape(-1) for tensor in tensors_in((out,))]
+    for atoms in outputs if outputs_stay else ():
+        labels.fix(atoms, "its channels are the model's outputs")
     book = _Book(net, labels)
     for name, reason in protected.items():
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return replace(book.close(), trains=trains)
+    return replace(book.close(outputs), trains=trains)
 
 
 class _Book:
@@ -163,7 +171,7 @@ class _Book:
         if a is not None and b is not None and a.shape == b.shape:
             self.atoms.join(a, b)
 
-    def close(self) -> Coupling:
+    def close(self, outputs: Sequence[Tensor]) -> Coupling:
         keys = list(self.axes)
         roots = {
             key: self.atoms.find(atoms.contiguous()).numpy() for key, atoms in self.axes.items()
@@ -193,7 +201,7 @@ class _Book:
         }
         products = tuple(self._times(n, found, unit_of) for n, found in self.labels.products)
         if self._fix_uneven((*itertools.chain(*uses.values()), *products), sizes, slots):
-            return self.close()
+            return self.close(outputs)
         return Coupling(
             groups=tuple(slots),
             sizes=tuple(sizes),
@@ -203,6 +211,7 @@ class _Book:
             uses=uses,
             products=products,
             fixed=self._fixed(roots),
+            outputs=frozenset(g for atoms in outputs for g in self._groups_of(atoms, unit_of)),
         )
 
     def _times(
@@ -317,6 +326,10 @@ class _Book:
             (g, torch.tensor([i for i, _ in pairs]), torch.tensor([u for _, u in pairs]))
             for g, pairs in by_group.items()
         )
+
+    def _groups_of(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> set[int]:
+        roots = set(self.atoms.find(atoms.contiguous()).tolist())
+        return {unit_of[root][0] for root in roots if root in unit_of}
 
     def _fixed(self, roots: Mapping[tuple[str, int], np.ndarray]) -> dict[str, str]:
         """Say why layers have outputs that stay."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
@@ -41,11 +41,6 @@ def train_mode(net: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def pair(image: Tensor) -> Tensor:
-    """Return two images: some functions take no batch of one in train mode."""
-    return image.expand(2, *image.shape[1:]).clone()
-
-
 class _Calls(TorchFunctionMode):
     """Records which module calls which function with which parameters."""
 
@@ -63,7 +58,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_training(net: nn.Module, example: Tensor, tracer: Tracer) -> bool:
+def trace_training(net: nn.Module, run: Callable[[nn.Module], Any], tracer: Tracer) -> bool:
     """Follow a pass in train mode as well, if it calls anything that the pass before did not.
 
     What it alone makes stays whole: nothing measured in eval mode says what such channels are
@@ -72,19 +67,18 @@ def trace_training(net: nn.Module, example: Tensor, tracer: Tracer) -> bool:
 
     Args:
         net: left as it was.
-        example: one image [1, C, H, W].
+        run: runs it, on two images: some functions take no batch of one in train mode.
         tracer: has followed a pass in eval mode.
 
     Returns:
         Whether there was more to follow. A network that does not run in train mode has no more.
     """
-    images = pair(example)
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     try:
         twin = copied(net, shared)
         calls = _Calls(twin)
         with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, calls), calls:
-            twin(images)
+            run(twin)
     except (ModelError, RuntimeError, ValueError, AssertionError, TypeError, IndexError):
         return False
     if calls.found <= tracer.calls:
@@ -94,7 +88,7 @@ def trace_training(net: nn.Module, example: Tensor, tracer: Tracer) -> bool:
     gates, scaled = list(labels.gates), list(labels.scaled)
     tracer.follow(twin)
     with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, tracer), tracer:
-        out = twin(images)
+        out = run(twin)
     for tensor in tensors_in((out,)):
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
     for key, dim in labels.out_dims.items():
