@@ -24,9 +24,10 @@ from benchmarks.criteria.networks import Network, narrow_resnet
 from benchmarks.finetuning.protocol import measured
 from robust_prune.adversaries import pgd_correct
 from robust_prune.data import DataSplits, open_data
-from robust_prune.finetune import Attack, BatchNormMode, EpochRecord, TrainingConfig, train_
+from robust_prune.finetune import Attack, EpochRecord, TrainingConfig, train_
 from robust_prune.models import library_versions
 from robust_prune.modules import ImageModel
+from robust_prune.options import BatchNormMode
 from robust_prune.pipeline import hardware
 from robust_prune.statistics import Proportion
 from robust_prune.types import ThreatModel

@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.data import open_data
-from robust_prune.finetune import BETA, METHODS, Attack, Folded, TrainingConfig, attacks_in_bfloat16
+from robust_prune.finetune import BETA, Attack, Folded, TrainingConfig, attacks_in_bfloat16
 from robust_prune.models import build_model, library_versions, load, resolve_spec
 from robust_prune.modules import ImageModel
 from robust_prune.pipeline import hardware
+from robust_prune.registry import METHODS
 from robust_prune.types import ThreatModel
 
 BATCH = 128
@@ -134,7 +135,7 @@ def ours(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss = METHODS[method](model, images, labels, attack)
+            loss = METHODS.find(method)(model, images, labels, attack)
         loss.backward()
         optimizer.step()
 

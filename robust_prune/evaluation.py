@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robust_prune.adversaries import autoattack, pgd_correct
+from robust_prune.adversaries import autoattack, pgd_verdicts
 from robust_prune.data import DataSplits, Split, as_split, open_for
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, UsageError
@@ -158,12 +158,16 @@ def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
         details["robust_after"] = {
             name: sum(p.details["robust_after"].get(name, 0) for p in parts) for name in names
         }
+    flags = list(dict.fromkeys(flag for p in parts for flag in p.flags))
+    if "without_gradient" in details:
+        details["without_gradient"] = sum(p.details["without_gradient"] for p in parts)
+        flags = _masked(details["without_gradient"], n)
     return replace(
         part,
         correct=tuple(correct),
         accuracy=Proportion(sum(correct), n),
         details={**details, "processes": processes.size},
-        flags=tuple(dict.fromkeys(flag for p in parts for flag in p.flags)),
+        flags=tuple(flags),
         seconds=max(p.seconds for p in parts),
     )
 
@@ -225,7 +229,7 @@ def _pgd(
     model: nn.Module, test: TestImages, threat: ThreatModel, seed: int, batch_size: int
 ) -> Measurement:
     start = time.perf_counter()
-    correct = pgd_correct(
+    correct, blind = pgd_verdicts(
         model,
         test.images,
         test.labels,
@@ -239,8 +243,19 @@ def _pgd(
         "step_size": threat.eps / 4,
         "restarts": 1,
         "counts": "any iterate",
+        "without_gradient": int(blind.sum()),
     }
-    return _measurement("pgd", correct, start, details)
+    return _measurement("pgd", correct, start, details, _masked(int(blind.sum()), len(blind)))
+
+
+def _masked(blind: int, n: int) -> list[str]:
+    """Return the flag of a measurement by gradients that some images did not have."""
+    if not blind:
+        return []
+    return [
+        f"masked gradients: {blind} of {n} images had none, so that PGD could not attack them and "
+        "its accuracy is only an upper bound; AutoAttack's Square needs no gradient"
+    ]
 
 
 def _autoattack(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.allocation import MAX_PRUNE_RATIO, group_weights
-from robust_prune.criteria import Estimator, Score, channel_scores, sensitivities, structural_curves
+from robust_prune.criteria import channel_scores, sensitivities, structural_curves
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
 from robust_prune.graph import MIN_WIDTH, ModelGraph
@@ -78,8 +78,8 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         *,
         threat: ThreatModel | None = None,
         rule: str = "curve",
-        score: Score = "l2",
-        method: Estimator = "first-order",
+        score: str = "l2",
+        method: str = "first-order",
         n: int = 512,
         steps: int = 10,
         seed: int = 0,

@@ -58,11 +58,12 @@ def run(folder: Path, resume: bool) -> None:
         n_eval=8,
         run_dir=folder,
         resume=resume,
-        steps=2,
+        prune_steps=2,
         calibration_images=8,
         batch_size=64,
         lr=0.05,
-        training_options={"validation_images": 32, "ema": 0.9},
+        validation_images=32,
+        ema=0.9,
     )
     assert state.complete
     end = {

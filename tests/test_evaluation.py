@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_prune import evaluate
 from robust_prune.adversaries import pgd_correct
 from robust_prune.data import DataSplits, as_split
-from robust_prune.errors import DataError, ModelError, UsageError
+from robust_prune.errors import AttackError, DataError, ModelError, UsageError
 from robust_prune.evaluation import draw
 from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.statistics import Proportion
@@ -183,3 +183,58 @@ def test_measurements_that_are_there_are_not_made_again() -> None:
     )
     assert found.get("pgd") is known
     assert made == ["clean"]
+
+
+class Rounding(nn.Module):
+    """A network behind a step function: its gradient is zero everywhere."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner((images * 16).round() / 16)
+
+
+class Saturated(Rounding):
+    """Logits so far apart that the softmax has no gradient."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images) * 1e6
+
+
+class Detached(Rounding):
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.inner(images)
+
+
+@pytest.mark.parametrize("kind", [Rounding, Saturated])
+def test_masked_gradients_are_flagged(kind: type[Rounding]) -> None:
+    torch.manual_seed(0)
+    model = kind(OwnNet()).eval()
+    images = torch.rand(20, 3, 16, 16)
+    data = (images, model(images).argmax(1))
+    measured = evaluate(model, data, attack="pgd", n=20).get("pgd")
+    assert measured is not None
+    assert measured.details["without_gradient"] == measured.accuracy.successes > 0
+    assert f"masked gradients: {measured.accuracy.successes} of 20 images" in measured.flags[0]
+    plain = evaluate(OwnNet().eval(), data, attack="pgd", n=20).get("pgd")
+    assert plain is not None
+    assert (plain.flags, plain.details["without_gradient"]) == ((), 0)
+
+
+def test_a_model_without_gradients_is_one_line() -> None:
+    model, images = Detached(OwnNet()).eval(), torch.rand(4, 3, 16, 16)
+    with pytest.raises(AttackError, match="no gradient reaches the images"):
+        evaluate(model, (images, model(images).argmax(1)), n=4)
+
+
+def test_autoattacks_warnings_are_listed_once() -> None:
+    torch.manual_seed(0)
+    model = Rounding(OwnNet()).eval()
+    images = torch.rand(8, 3, 8, 8)
+    found = evaluate(model, (images, model(images).argmax(1)), n=8)
+    flags = found.measurements[-1].flags
+    assert flags
+    assert len(flags) == len(set(flags))

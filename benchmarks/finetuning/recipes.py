@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.finetune import Attack, Schedule, TrainingConfig, rslad, soft_labels
+from robust_prune.finetune import Attack, TrainingConfig, rslad, soft_labels
 from robust_prune.modules import evaluating
+from robust_prune.options import Schedule
 from robust_prune.types import ThreatModel
 
 Method = str | Callable[..., Tensor]

@@ -7,11 +7,12 @@ from robust_prune.adversaries.adversarial_images import (
 )
 from robust_prune.adversaries.autoattack import autoattack
 from robust_prune.adversaries.losses import Loss, kl_from
-from robust_prune.adversaries.pgd import pgd, pgd_correct, survivors
+from robust_prune.adversaries.pgd import pgd, pgd_correct, pgd_verdicts, survivors
 from robust_prune.adversaries.projections import project, random_start, steepest
 
 __all__ = [
     "pgd_correct",
+    "pgd_verdicts",
     "AdversarialSet",
     "Loss",
     "adversarial_loss",

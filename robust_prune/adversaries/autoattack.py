@@ -144,8 +144,9 @@ class _Watcher:
     def _emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if record.levelno >= logging.WARNING:
-            if "target classes" not in message and message not in self.warnings:
-                self.warnings.append(message.replace(" See flags_doc.md for details.", ""))
+            flag = message.replace(" See flags_doc.md for details.", "")
+            if "target classes" not in flag and flag not in self.warnings:
+                self.warnings.append(flag)
             return
         if message.startswith("robust accuracy after "):
             name, share = message.removeprefix("robust accuracy after ").split(": ")

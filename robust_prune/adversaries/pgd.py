@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import Loss, cross_entropy
 from robust_prune.adversaries.projections import project, random_start, steepest
+from robust_prune.errors import AttackError
 from robust_prune.modules import device_of, evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
@@ -53,7 +54,7 @@ def pgd(
         delta.requires_grad_(True)
         with torch.enable_grad():
             total = loss(model(images + delta)).sum()
-        (gradient,) = torch.autograd.grad(total, delta)
+        gradient = gradient_of(total, delta)
         moved = delta.detach() + step_size * steepest(gradient, threat)
         delta = project(moved, images, threat)
     return (images + delta).clamp(0, 1).detach()
@@ -68,8 +69,9 @@ def survivors(
     steps: int,
     step_size: float,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Return [N] booleans: right on the clean image and on every iterate of PGD.
+) -> tuple[Tensor, Tensor]:
+    """Return [N] booleans: right on the clean image and on every iterate of PGD; and of these,
+    attacked without ever having a gradient.
 
     The worst case over iterates, as AutoAttack counts. Images drop out when they are fooled, which
     costs a third of attacking all of them to the end.
@@ -86,22 +88,38 @@ def survivors(
     right: Tensor = model(images).argmax(1) == labels
     start = project(random_start(images, threat, generator), images, threat)
     left = right.nonzero().squeeze(1)
-    delta = start[left]
+    delta, blind = start[left], right.clone()
     for _ in range(steps):
         if len(left) == 0:
-            return right
+            return right, blind
         delta.requires_grad_(True)
         with torch.enable_grad():
             logits = model(images[left] + delta)
             loss = cross_entropy(labels[left])(logits).sum()
-        (gradient,) = torch.autograd.grad(loss, delta)
+        gradient = gradient_of(loss, delta)
+        blind[left] &= ~(gradient.flatten(1).abs().amax(1) > 0)  # NaN is no gradient either
         moved = delta.detach() + step_size * steepest(gradient, threat)
         holds = logits.detach().argmax(1) == labels[left]
         right[left[~holds]] = False
         delta, left = project(moved, images[left], threat)[holds], left[holds]
     if len(left):
         right[left] = model(images[left] + delta).argmax(1) == labels[left]
-    return right
+    return right, blind & right
+
+
+def gradient_of(loss: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient of a loss by the images' disturbance.
+
+    Raises:
+        AttackError: the loss does not depend on it.
+    """
+    found = torch.autograd.grad(loss, delta, allow_unused=True) if loss.requires_grad else (None,)
+    if found[0] is None:
+        raise AttackError(
+            "no gradient reaches the images: is there a torch.no_grad, a detach or an argmax in "
+            "the model's forward? Attacks by gradients can't judge such a model"
+        )
+    return found[0]
 
 
 def pgd_correct(
@@ -119,22 +137,46 @@ def pgd_correct(
 
     `step_size` is eps / 4 if None.
     """
+    return pgd_verdicts(
+        model,
+        images,
+        labels,
+        threat=threat,
+        steps=steps,
+        seed=seed,
+        step_size=step_size,
+        batch_size=batch_size,
+    )[0]
+
+
+def pgd_verdicts(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    seed: int,
+    step_size: float | None = None,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Return [N] booleans twice: right to the end of PGD, and of these, without any gradient."""
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     with evaluating(model), requires_grad(model, False), torch.no_grad():
-        return torch.cat(
-            [
-                survivors(
-                    model,
-                    clean.to(device),
-                    target.to(device),
-                    threat=threat,
-                    steps=steps,
-                    step_size=step_size or threat.eps / 4,
-                    generator=generator,
-                ).cpu()
-                for clean, target in zip(
-                    torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-                )
-            ]
-        )
+        parts = [
+            survivors(
+                model,
+                clean.to(device),
+                target.to(device),
+                threat=threat,
+                steps=steps,
+                step_size=step_size or threat.eps / 4,
+                generator=generator,
+            )
+            for clean, target in zip(
+                torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+            )
+        ]
+    right, blind = (torch.cat(verdicts).cpu() for verdicts in zip(*parts, strict=True))
+    return right, blind

@@ -13,17 +13,20 @@ from typing import Any, NoReturn
 
 import typer
 
-from robust_prune.cli import compress, evaluate, export, info, options, sensitivity, train
+from robust_prune.cli import compress, evaluate, export, info, opening, sensitivity, train
+from robust_prune.cli.output import Output
 from robust_prune.errors import Interrupted, RobustPruneError
 from robust_prune.untrusted import readable
+
+PROGRAM_FLAGS = ("--json", "--quiet", "-q")
 
 app = typer.Typer(
     name="robust-prune",
     help="Make adversarially robust vision models small without losing the robustness.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 2 wrong argument, 3 model file, 4 data, 5 plan or budget, "
+    epilog="--json and --quiet may stand behind a command too. "
+    "Exit codes: 0 done, 2 wrong argument, 3 model file, 4 data, 5 plan or budget, "
     "6 training or attack, 130 stopped, 1 a fault of this program.",
 )
 app.command("compress")(compress.compress)
@@ -44,11 +47,17 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
+    as_json: bool = typer.Option(
+        False, "--json", help="One JSON document on stdout, all else on stderr."
+    ),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Only errors and the result."),
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     """Make adversarially robust vision models small without losing the robustness."""
+    ctx.obj = Output(as_json=as_json, quiet=quiet)
 
 
 def main() -> NoReturn:
@@ -68,7 +77,7 @@ def main() -> NoReturn:
 
 def _run() -> Any:
     try:
-        return app(prog_name="robust-prune", standalone_mode=False)
+        return app(_program_first(sys.argv[1:]), prog_name="robust-prune", standalone_mode=False)
     except RobustPruneError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -86,6 +95,12 @@ def _run() -> Any:
         )
 
 
+def _program_first(arguments: list[str]) -> list[str]:
+    """Put the program's own flags before the command: people type them anywhere."""
+    flags = [a for a in arguments if a in PROGRAM_FLAGS]
+    return [*flags, *(a for a in arguments if a not in PROGRAM_FLAGS)]
+
+
 def _usage_error(error: Any) -> NoReturn:
     message = error.format_message()
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -97,7 +112,7 @@ def _usage_error(error: Any) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     prefix = "" if code == Interrupted.exit_code else "error: "
-    if not options.writes():
+    if not opening.writes():
         prefix = f"process {os.environ['RANK']}: {prefix}"
     print(prefix + readable(_last_line(message)), file=sys.stderr)
     sys.exit(code)

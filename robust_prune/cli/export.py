@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from robust_prune.cli import options as o
+from robust_prune.cli.opening import ModelPath, open_model
 from robust_prune.cli.output import Output
+from robust_prune.cli.spreading import takes_options
 from robust_prune.errors import UsageError
+from robust_prune.options import ModelOptions
 
 
 class ExportFormat(str, enum.Enum):
@@ -20,31 +22,28 @@ class ExportFormat(str, enum.Enum):
     torch_export = "torch-export"
 
 
+Format = Annotated[
+    ExportFormat, typer.Option("--format", help="onnx needs the extra robust-prune[export].")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="File to write; default NAME.onnx or NAME.pt2 here.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file.")]
+
+
+@takes_options()
 def export(
-    model: o.ModelPath,
-    to: Annotated[
-        ExportFormat,
-        typer.Option("--format", help="onnx needs the extra robust-prune[export]."),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; default NAME.onnx or NAME.pt2 here.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a file.")] = False,
-    arch: o.Arch = None,
-    model_kwargs: o.ModelKwargs = None,
-    cifar_stem: o.CifarStem = False,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    input_size: o.InputSize = None,
-    trust_pickle: o.TrustPickle = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    model: ModelPath,
+    to: Format,
+    opening: ModelOptions,
+    output: Output,
+    out: Out = None,
+    force: Force = False,
 ) -> None:
     """Write a model for use without this package: images in [0, 1] in, logits out, any batch size.
 
     The file is checked against the module before it gets its name.
     """
-    output = Output(as_json=as_json, quiet=quiet)
     from robust_prune import exporting
     from robust_prune.models import image_size_of
     from robust_prune.types import to_plain
@@ -56,10 +55,8 @@ def export(
         raise UsageError(f"{path} exists; name another file with --out, or --force overwrites it")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: there is no folder {path.parent}")
-    module, _ = o.open_model(
-        model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, o.Device.cpu
-    )
-    size = image_size_of(module, o.image_size(input_size))
+    module, _ = open_model(model, opening)
+    size = image_size_of(module, opening.input_size)
     done = exporting.export(module, path, to=to.value, input_size=size)
     shape = "x".join(map(str, size))
     output.result(f"wrote {done.path}: images [N, {shape}] in [0, 1], float32, to logits")

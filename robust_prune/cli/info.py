@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from robust_prune.cli import options as o
+from robust_prune.cli.opening import ModelPath, open_model
 from robust_prune.cli.output import Output
+from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_groups, show_report
+from robust_prune.options import ModelOptions
 
 
-def info(
-    model: o.ModelPath,
-    arch: o.Arch = None,
-    model_kwargs: o.ModelKwargs = None,
-    cifar_stem: o.CifarStem = False,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    input_size: o.InputSize = None,
-    trust_pickle: o.TrustPickle = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
+@takes_options()
+def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
     """Say what a model file is: architecture, cost, prunable groups, plan and results."""
-    output = Output(as_json=as_json, quiet=quiet)
     from robust_prune.graph import ModelGraph
     from robust_prune.models import default_input_size
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
-    module, record = o.open_model(
-        model, arch, model_kwargs, cifar_stem, mean, std, input_size, trust_pickle, o.Device.cpu
-    )
-    size = o.image_size(input_size)
+    module, record = open_model(model, opening)
+    size = opening.input_size
     if isinstance(module, ImageModel):
         spec = module.spec
         size = spec.input_size or default_input_size(spec)

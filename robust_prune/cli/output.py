@@ -30,6 +30,10 @@ class Output:
         if not self.console.is_terminal:
             self.console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=120)
 
+    def only_on(self, first: bool) -> Output:
+        """Return this output, silent where the process is not the first."""
+        return self if first else Output(as_json=self.as_json, silent=True)
+
     def line(self, text: str) -> None:
         """Print a line of progress or context."""
         if not self.quiet:

@@ -6,15 +6,30 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robust_prune.cli import options as o
+from robust_prune.cli.opening import (
+    all_processes,
+    open_model,
+    open_splits,
+    pick_device,
+    threat_model,
+)
 from robust_prune.cli.output import Output
-from robust_prune.cli.resuming import arguments_again, arguments_of, arguments_typed
+from robust_prune.cli.resuming import Resuming
+from robust_prune.cli.spreading import takes_options
 from robust_prune.errors import Interrupted, UsageError
+from robust_prune.options import (
+    DataOptions,
+    ModelOptions,
+    NewOutputOptions,
+    NewTrainingOptions,
+    RunOptions,
+    ThreatOptions,
+    chosen,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,124 +38,62 @@ if TYPE_CHECKING:
     from robust_prune.pipeline import RunFolder
     from robust_prune.types import ModelSpec
 
+Start = Annotated[
+    str | None,
+    typer.Option("--from", help="Model file to go on from.", rich_help_panel=ModelOptions.panel),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights.")]
 
+
+@takes_options(resuming=Resuming(lambda folder: folder, method="method"))
 def train(
-    ctx: typer.Context,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="timm name, or torchvision/NAME.", rich_help_panel=o.MODEL),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", help="Model file to go on from.", rich_help_panel=o.MODEL),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; default NAME-trained.safetensors.")
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="pgd-at, trades, mart, n-fgsm, any of them with +awp, package.module:function; "
-            "rslad and ard with --teacher."
-        ),
-    ] = "pgd-at",
-    teacher: Annotated[
-        str | None, typer.Option(help="Model file that rslad and ard learn from.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    clean_epochs: Annotated[int, typer.Option(help="Epochs on clean images first.", min=0)] = 2,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
-    batch_size: Annotated[int, typer.Option(min=2)] = 128,
-    attack_steps: o.AttackSteps = 7,
-    optimizer: o.Optimizer = "sgd",
-    schedule: o.Schedule = "one-cycle",
-    ema: o.EMA = 0.0,
-    clip_grad: o.ClipGrad = None,
-    label_smoothing: o.LabelSmoothing = 0.0,
-    eps_warmup: o.EpsWarmup = 0,
-    attack_batchnorm: o.AttackBatchNorm = "eval",
-    cutout: o.Cutout = 0,
-    randaugment: o.RandAugment = False,
-    patience: o.Patience = None,
-    on_collapse: o.OnCollapse = "switch",
-    amp: o.AMP = None,
-    attack_amp: o.AttackAMP = None,
-    channels_last: o.ChannelsLast = False,
-    norm: o.NormOption = None,
-    eps: o.Eps = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from timm's weights.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
-    resume: o.Resume = None,
-    tensorboard: o.TensorBoard = False,
-    model_kwargs: o.ModelKwargs = None,
-    cifar_stem: o.CifarStem = False,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    input_size: o.InputSize = None,
-    trust_pickle: o.TrustPickle = False,
-    data: o.DataOption = None,
-    data_root: o.DataRoot = None,
-    download: o.Download = False,
-    workers: o.Workers = None,
-    seed: o.Seed = 0,
-    device: o.DeviceOption = o.Device.auto,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    training: NewTrainingOptions,
+    threat: ThreatOptions,
+    writing: NewOutputOptions,
+    opening: ModelOptions,
+    data: DataOptions,
+    running: RunOptions,
+    output: Output,
+    arguments: dict[str, Any],
+    start: Start = None,
+    pretrained: Pretrained = False,
 ) -> None:
     """Train a network adversarially; the last epoch is kept that is not less robust than others.
 
     The run's state is kept beside the file, in NAME.run/, until it is complete: --resume NAME.run
     goes on.
     """
-    arguments = arguments_of(ctx)
-    if resume is not None:
-        from robust_prune.pipeline import RunFolder
-
-        recorded = RunFolder(resume).config().get("arguments") or {}
-        arguments = arguments_again(ctx, recorded, "method", resume)
-    _train(SimpleNamespace(**arguments_typed(arguments)), arguments, resume)
-
-
-def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -> None:
-    """Do what the arguments say."""
-    if (a.arch is None) == (a.start is None):
+    if (opening.arch is None) == (start is None):
         raise UsageError("say what to train: --arch NAME for a new network, or --from FILE")
-    if a.data in (None, "none") and a.start is None:
+    if data.data in (None, "none") and start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
     from robust_prune.finetune import TrainingConfig, needs_teacher, resolve_method
-    from robust_prune.models import open_model, save
+    from robust_prune.models import save
     from robust_prune.modules import ImageModel
     from robust_prune.pipeline import Events, fingerprint, plain_history, train_model
     from robust_prune.types import to_plain
 
-    config = TrainingConfig(
-        method=a.method,
-        epochs=a.epochs,
-        threat=o.threat_model(a.norm, a.eps),
-        attack_steps=a.attack_steps,
-        batch_size=a.batch_size,
-        lr=a.lr,
-        clean_epochs=a.clean_epochs,
-        seed=a.seed,
-        **{name: getattr(a, name) for name in o.TRAINING_OPTIONS},
-    )
-    processes = o.all_processes(a.device)
-    output = Output(as_json=a.as_json, quiet=a.quiet, silent=not processes.first)
-    target = processes.on_first(lambda: _target(a, resume))
-    model, record, spec, splits = _model_and_data(a)
-    threat = o.threat_model(a.norm, a.eps, record)
-    config = replace(config, threat=threat)
+    wants_teacher = needs_teacher(resolve_method(training.method)[1])
+    if training.teacher is not None and not wants_teacher:
+        raise UsageError(
+            f"--teacher: {training.method} does not learn from a model; rslad and ard do"
+        )
+    threat_model(threat)  # what is typed is checked before anything is opened
+    processes = all_processes(running)
+    output = output.only_on(processes.first)
+    target = processes.on_first(lambda: _target(writing, opening.arch, start))
+    device = pick_device(running)
+    model, record, spec, splits = _model_and_data(start, opening, data, device, pretrained)
+    attacker = threat_model(threat, record)
+    config = TrainingConfig(**chosen(TrainingConfig, training, running), threat=attacker)
     teacher = None
-    if a.teacher is not None:
-        if not needs_teacher(resolve_method(a.method)[1]):
-            raise UsageError(f"--teacher: {a.method} does not learn from a model; rslad and ard do")
-        teacher, _ = open_model(a.teacher, device=o.pick_device(a.device))
+    if training.teacher is not None:
+        teacher, _ = open_model(training.teacher, ModelOptions(), device)
     output.line(
-        f"{spec.arch}: {a.method}, {a.epochs} epochs, {threat}, {len(splits.train)} training and "
-        f"{len(splits.validation or ())} validation images of {splits.name}, seed {a.seed}"
+        f"{spec.arch}: {config.method}, {config.epochs} epochs, {attacker}, {len(splits.train)} "
+        f"training and {len(splits.validation or ())} validation images of {splits.name}, seed "
+        f"{config.seed}"
     )
     asked = {
         "data": splits.described(),
@@ -149,17 +102,17 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
         "teacher": None if teacher is None else fingerprint(teacher),
     }
     run_config = {**asked, "arguments": arguments}
-    folder = _run_folder(target, run_config, resume) if processes.first else None
+    folder = _run_folder(target, run_config, writing.resume) if processes.first else None
     with (
         _forgetting(folder),
-        output.training(target.parent if a.tensorboard else None) as (on_progress, on_epoch),
+        output.training(target.parent if writing.tensorboard else None) as (on_progress, on_epoch),
     ):
         trained, history = train_model(
             spec,
             splits,
             config,
-            device=o.pick_device(a.device),
-            pretrained=a.pretrained,
+            device=device,
+            pretrained=pretrained,
             start=model,
             teacher=teacher,
             events=Events(training=on_progress, epoch=on_epoch),
@@ -172,7 +125,7 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
         output.note(line)
     record = {
         "data": dict(splits.source),
-        "threat": to_plain(threat),
+        "threat": to_plain(attacker),
         "training": plain_history(history),
         "status": "trained" if not history.interrupted else "training interrupted",
     }
@@ -186,7 +139,7 @@ def _train(a: SimpleNamespace, arguments: dict[str, Any], resume: Path | None) -
     best = history.epochs[history.best_epoch]
     output.result(
         f"wrote {target}: epoch {best.epoch}, clean {100 * best.clean:.1f} %, robust "
-        f"{100 * best.robust:.1f} % ({history.validation}, {threat})"
+        f"{100 * best.robust:.1f} % ({history.validation}, {attacker})"
     )
     output.document({"file": str(target), **record})
     if history.interrupted:
@@ -198,18 +151,20 @@ def run_path(target: Path) -> Path:
     return target.with_name(target.name + ".run")
 
 
-def _target(a: SimpleNamespace, resume: Path | None) -> Path:
+def _target(writing: NewOutputOptions, arch: str | None, start: str | None) -> Path:
     """Return the file to write, if it may be written."""
-    if resume is not None:
-        folder = resume.resolve()
+    if writing.resume is not None:
+        folder = writing.resume.resolve()
         if folder.suffix != ".run":
-            raise UsageError(f"--resume {resume}: the folder of a training run is named NAME.run")
+            raise UsageError(
+                f"--resume {writing.resume}: the folder of a training run is named NAME.run"
+            )
         return folder.with_suffix("")
-    stem = a.arch or Path(str(a.start)).stem
-    target: Path = a.out or Path(f"{stem.replace('/', '-')}-trained.safetensors")
+    stem = Path(str(start)).stem if arch is None else arch.replace("/", "-")
+    target = writing.out or Path(f"{stem}-trained.safetensors")
     if not target.parent.is_dir():
         raise UsageError(f"--out {target}: there is no folder {target.parent}")
-    if a.force:
+    if writing.force:
         return target
     if target.exists():
         raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")
@@ -245,7 +200,11 @@ def _forgetting(folder: RunFolder | None) -> Iterator[None]:
 
 
 def _model_and_data(
-    a: SimpleNamespace,
+    start: str | None,
+    opening: ModelOptions,
+    data: DataOptions,
+    device: str,
+    pretrained: bool,
 ) -> tuple[nn.Module | None, dict[str, Any], ModelSpec, DataSplits]:
     """Return the model to start from and its record, how to build it, and the data.
 
@@ -255,45 +214,35 @@ def _model_and_data(
     from robust_prune.models import resolve_spec
     from robust_prune.modules import ImageModel
 
-    if a.start is not None:
-        model, record = o.open_model(
-            a.start,
-            None,
-            a.model_kwargs,
-            a.cifar_stem,
-            a.mean,
-            a.std,
-            a.input_size,
-            a.trust_pickle,
-            a.device,
-        )
-        found = o.open_splits(model, record, a.data, a.data_root, a.download, a.workers)
+    if start is not None:
+        model, record = open_model(start, opening, device)
+        found = open_splits(model, record, data)
         if found is None:
-            raise UsageError(f"{a.start} records no data; name it with --data")
+            raise UsageError(f"{start} records no data; name it with --data")
         if not isinstance(model, ImageModel):
             raise UsageError(
-                f"{a.start} is of a class that only Python code can build; train it there"
+                f"{start} is of a class that only Python code can build; train it there"
             )
         return model, record, replace(model.spec, input_size=found.input_size), found
-    kwargs = o.builder_kwargs(a.model_kwargs) or {}
+    kwargs = dict(opening.model_kwargs or {})
     splits = open_data(
-        str(a.data),
-        input_size=o.image_size(a.input_size),
+        str(data.data),
+        input_size=opening.input_size,
         channels=kwargs.get("in_chans"),
-        data_root=a.data_root,
-        download=a.download,
-        workers=a.workers,
+        data_root=data.data_root,
+        download=data.download,
+        workers=data.workers,
     )
     channels = splits.input_size[0]
     kwargs = {"num_classes": splits.classes, **kwargs}
     if channels != 3:
         kwargs.setdefault("in_chans", channels)
-    statistics = (None, None) if a.pretrained else splits.statistics()
+    statistics = (None, None) if pretrained else splits.statistics()
     spec = resolve_spec(
-        str(a.arch),
+        str(opening.arch),
         kwargs,
-        cifar_stem=a.cifar_stem,
-        mean=o.numbers(a.mean, "--mean") or statistics[0],
-        std=o.numbers(a.std, "--std") or statistics[1],
+        cifar_stem=opening.cifar_stem,
+        mean=opening.mean or statistics[0],
+        std=opening.std or statistics[1],
     )
     return None, {}, replace(spec, input_size=splits.input_size), splits

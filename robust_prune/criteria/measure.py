@@ -2,68 +2,39 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from robust_prune.adversaries import AdversarialSet, adversarial_loss
-from robust_prune.criteria.curves import structural_curves
-from robust_prune.criteria.mrs import Estimator, sensitivities
-from robust_prune.criteria.scores import channel_scores
+from robust_prune.adversaries import AdversarialSet
 from robust_prune.data import DataSplits, synthetic_images
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import check_outputs, evaluating, predict
-from robust_prune.types import Curve, GroupSensitivity, Sensitivity
+from robust_prune.modules import check_outputs, predict
+from robust_prune.registry import ESTIMATORS
+from robust_prune.types import Sensitivity
 
 ENOUGH_HELD_OUT = 256
-
-
-def structural(
-    graph: ModelGraph,
-    curves: Mapping[str, Curve],
-    adversarial: AdversarialSet,
-    seconds: float = 0.0,
-) -> Sensitivity:
-    """Return structural MRS: the rise of the adversarial loss when half of a group goes.
-
-    It belongs to groups; `modules` stays empty.
-    """
-    with evaluating(graph.model):
-        loss = adversarial_loss(graph.model, adversarial)
-    return Sensitivity(
-        method="structural",
-        rho=0.5,
-        threat=adversarial.threat,
-        attack=adversarial.attack,
-        n=len(adversarial),
-        seed=adversarial.seed,
-        adversarial_loss=loss,
-        seconds=seconds,
-        modules=(),
-        groups=tuple(
-            GroupSensitivity(g.name, g.width, max(curves[g.name].at(0.5), 0.0), g.name)
-            for g in graph.groups
-        ),
-    )
 
 
 def measure_mrs(
     graph: ModelGraph,
     adversarial: AdversarialSet,
-    method: Estimator,
+    estimator: str,
     scores: Mapping[str, Tensor] | None = None,
     **more: Any,
 ) -> Sensitivity:
-    """Measure MRS by any of its estimators; `structural` takes l2 scores where none are given."""
-    model = graph.model
-    if method != "structural":
-        return sensitivities(model, adversarial, method=method, groups=graph.groups, **more)
-    start = time.perf_counter()
-    scores = scores or channel_scores(model, graph, score="l2")
-    curves = structural_curves(model, graph, scores, adversarial, shares=(0.5,))
-    return structural(graph, curves, adversarial, time.perf_counter() - start)
+    """Measure MRS by any of its estimators.
+
+    Args:
+        graph: of the model; left as it was.
+        adversarial: the fixed set.
+        estimator: `first-order`, `ascent`, `structural`, or `package.module:function`.
+        scores: of channels, by group [units], for estimators that mask some.
+        more: `rho`, `epochs` and `on_module` of `sensitivities`.
+    """
+    found: Sensitivity = ESTIMATORS.find(estimator)(graph, adversarial, scores=scores, **more)
+    return found
 
 
 def calibration_images(

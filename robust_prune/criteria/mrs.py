@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,6 @@ from robust_prune.types import (
     Sensitivity,
 )
 
-Estimator = Literal["first-order", "ascent", "structural"]
-ESTIMATORS: tuple[Estimator, ...] = ("first-order", "ascent", "structural")
 RHO = 0.1
 
 
@@ -41,7 +38,7 @@ def sensitivities(
     model: nn.Module,
     adversarial: AdversarialSet,
     *,
-    method: Estimator = "first-order",
+    method: str = "first-order",
     rho: float = RHO,
     epochs: int = 10,
     groups: tuple[ChannelGroup, ...] = (),
@@ -65,10 +62,11 @@ def sensitivities(
     Raises:
         ModelError: the adversarial loss or a gradient is not finite.
     """
-    if method not in ESTIMATORS:
-        raise UsageError(f"MRS method {method!r} is not known; use one of {', '.join(ESTIMATORS)}")
-    if method == "structural":
-        raise UsageError("structural MRS is measured on channel groups: use curves.structural")
+    if method not in ("first-order", "ascent"):
+        raise UsageError(
+            f"MRS of layers is estimated by first-order or ascent, not {method!r}; structural MRS "
+            "is of channel groups"
+        )
     if not 0 < rho < 10:
         raise UsageError(f"rho {rho:g} must lie between 0 and 10; 0.1 is RiFT's")
     start = time.perf_counter()

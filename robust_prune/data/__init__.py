@@ -2,11 +2,18 @@
 
 from robust_prune.data.augmentation import Augmentation, crop_and_flip, mixed
 from robust_prune.data.datasets import ImageTensors
-from robust_prune.data.opening import as_split, from_iterable, open_data, open_for
+from robust_prune.data.opening import (
+    as_split,
+    check_class_order,
+    from_iterable,
+    open_data,
+    open_for,
+)
 from robust_prune.data.splits import DataSplits, Split
 from robust_prune.data.synthetic import synthetic_images
 
 __all__ = [
+    "check_class_order",
     "Augmentation",
     "DataSplits",
     "ImageTensors",

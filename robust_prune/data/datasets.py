@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import (
     Dataset,
@@ -23,6 +26,19 @@ from robust_prune.errors import DataError
 Size = tuple[int, int, int]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 GREY_MODES = ("1", "L", "LA")
+MOST_PIXELS = 100_000_000  # 300 MB as bytes
+# what PIL's decoders raise on files that are cut, damaged or made to harm
+BROKEN = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Parts:
     classes: int
     flip: bool = True
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # of folders, in the order of labels
 
 
 class ImageTensors(Dataset[tuple[Tensor, int]]):
@@ -75,10 +92,34 @@ class _Files(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         try:
-            with Image.open(path) as image:
-                return _eight_bit(path, image), label
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{path}: can't be decoded: {error}") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    _check_pixels(path, image)
+                    upright = ImageOps.exif_transpose(image)
+                    return _eight_bit(path, _opaque(upright)), label
+        except BROKEN as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{path}: can't be decoded: {line}") from None
+
+
+def _check_pixels(path: Path, image: Image.Image) -> None:
+    """Raise before a picture is decoded that would take too much memory."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise DataError(
+            f"{path}: {width} x {height} pixels are more than {MOST_PIXELS:,}; make it smaller"
+        )
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return the image on white where it is transparent, as viewers show it."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _eight_bit(path: Path, image: Image.Image) -> Image.Image:
@@ -170,13 +211,31 @@ def read_image_folder(path: Path) -> Parts:
         _Files(train),
         _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
         classes=len(classes),
-        notes=notes,
+        notes=(*notes, *order_note(classes)),
+        class_names=tuple(classes),
     )
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = (d.name for d in folder.iterdir() if d.is_dir())
-    return sorted(name for name in names if not name.startswith("."))
+    """Return class folders in the order of their labels: by number where all are numbers."""
+    names = [d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")]
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def order_note(names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note where class names hold numbers that the order of labels does not follow."""
+    by_number = sorted(
+        names, key=lambda n: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", n)]
+    )
+    if by_number == list(names):
+        return ()
+    return (
+        "labels are in the alphabetical order of class folders, as torchvision has it "
+        f"({', '.join(names[:3])} ...), not in that of their numbers ({', '.join(by_number[:3])} "
+        "...), as timm has it",
+    )
 
 
 def _any_image(folder: Path, names: Sequence[str]) -> bool:
@@ -225,4 +284,10 @@ def read_tiny_imagenet(path: Path) -> Parts:
         raise DataError(f"{annotations}: no line names a class of wnids.txt")
     train = _list_files(path / "train", sorted(wnids))
     notes = ("test images are the annotated val/ images; the original test/ has no labels",)
-    return Parts(_Files(train), _Files(test), classes=len(wnids), notes=notes)
+    return Parts(
+        _Files(train),
+        _Files(test),
+        classes=len(wnids),
+        notes=notes,
+        class_names=tuple(sorted(wnids)),
+    )

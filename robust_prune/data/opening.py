@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -84,6 +86,8 @@ def open_data(
             read_tiny_imagenet(path) if (path / "wnids.txt").exists() else read_image_folder(path)
         )
         source = {"data": str(path.resolve())}
+    if parts.class_names:
+        source["class_names"] = list(parts.class_names)
     native = native_size(parts)
     size = input_size or (channels or native[0], *native[1:])
     few = len(parts.train) < FEWEST_TO_SHARE
@@ -156,9 +160,10 @@ def as_split(data: Any) -> Split:
         return Split(data.dataset, workers=data.num_workers, collate=data.collate_fn)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return Split(data)
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+    if isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = data
-        if images.ndim == 4 and labels.ndim == 1 and len(images) == len(labels):
+        arrays = isinstance(images, (Tensor, np.ndarray)) and hasattr(labels, "shape")
+        if arrays and images.ndim == 4 and len(images) == len(labels):
             return _tensor_split(images, labels)
     if not isinstance(data, Iterable):
         raise DataError(
@@ -233,6 +238,37 @@ def _subset(split: Split, indices: list[int]) -> Split:
         collate=split._collate,
         classes=split.classes,
     )
+
+
+def check_class_order(splits: DataSplits, recorded: Mapping[str, Any]) -> DataSplits:
+    """Compare the order of class folders with that of the data a model was trained on.
+
+    Args:
+        splits: of the data that is given.
+        recorded: what the model's file says of its data.
+
+    Returns:
+        The splits, with a note where the model does not say which class has which label.
+
+    Raises:
+        DataError: the same label would mean another class.
+    """
+    given, known = splits.source.get("class_names"), recorded.get("class_names")
+    if given is None or given == known:
+        return splits
+    if isinstance(known, list) and known:
+        pairs = list(itertools.zip_longest(given, known, fillvalue="none"))
+        wrong = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
+        mine, theirs = pairs[wrong]
+        raise DataError(
+            f"{splits.name}: label {wrong} is class {mine!r} here, but {theirs!r} in the data that "
+            "the model was trained on; name class folders alike"
+        )
+    note = (
+        "the model does not say which label is which class; taken as the order of class folders: "
+        f"{', '.join(f'{i} {name}' for i, name in enumerate(given[:3]))}, ..."
+    )
+    return replace(splits, notes=(*splits.notes, note))
 
 
 def _tensor_split(images: Tensor, labels: Tensor) -> Split:

@@ -186,6 +186,16 @@ class DataSplits:
         return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
+def _class_indices(labels: Tensor) -> Tensor:
+    """Return [N] of labels as people also have them: a column [N, 1], or one-hot rows [N, K]."""
+    if labels.ndim != 2:
+        return labels
+    if labels.shape[1] == 1:
+        return labels[:, 0]
+    one_hot = ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
+    return labels.argmax(1) if one_hot else labels
+
+
 def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """Return float32 images [N, C, H, W] in [0, 1] and int64 labels [N], or say what is wrong."""
     try:
@@ -210,7 +220,7 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
             f"images must lie in [0, 1], but a batch spans [{low:.3g}, {high:.3g}]; leave the "
             "normalisation to the model (mean and std), attacks need the true range"
         )
-    labels = torch.as_tensor(labels)
+    labels = _class_indices(torch.as_tensor(labels))
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
         raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
     return plain_layout(images.clamp(0, 1)), labels.long()

@@ -1,45 +1,51 @@
 """Adversarial training, one method a file."""
 
-from robust_prune.finetune.ard import ard
-from robust_prune.finetune.attack import Attack, BatchNormMode, Method
+from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.awp import awp
-from robust_prune.finetune.config import EpochRecord, History, Progress, Schedule, TrainingConfig
+from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
 from robust_prune.finetune.folding import Folded
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.loop import train_
-from robust_prune.finetune.mart import mart
-from robust_prune.finetune.n_fgsm import n_fgsm
-from robust_prune.finetune.pgd_at import pgd_at
-from robust_prune.finetune.preparing import attacks_in_bfloat16, batches_of, layout_of, optimizer_of
+from robust_prune.finetune.methods import (
+    BETA,
+    ard,
+    mart,
+    n_fgsm,
+    pgd_at,
+    rslad,
+    soft_labels,
+    trades,
+)
+from robust_prune.finetune.preparing import (
+    attacks_in_bfloat16,
+    batches_of,
+    check_optimizer,
+    layout_of,
+    optimizer_of,
+)
 from robust_prune.finetune.registry import (
-    METHODS,
     bind,
     is_single_step,
     needs_teacher,
     resolve_method,
-    training_method,
 )
-from robust_prune.finetune.rslad import rslad, soft_labels
-from robust_prune.finetune.trades import BETA, trades
 from robust_prune.finetune.validation import collapse, no_less_robust
 
 __all__ = [
     "Attack",
     "BETA",
-    "BatchNormMode",
     "EpochRecord",
     "Folded",
     "History",
-    "METHODS",
     "Method",
     "Progress",
-    "Schedule",
     "TrainingConfig",
     "ard",
     "attacks_in_bfloat16",
     "awp",
     "batches_of",
     "bind",
+    "check_optimizer",
     "collapse",
     "interruptions",
     "is_single_step",
@@ -55,5 +61,4 @@ __all__ = [
     "soft_labels",
     "trades",
     "train_",
-    "training_method",
 ]

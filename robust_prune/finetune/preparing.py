@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune.config import TrainingConfig
 from robust_prune.finetune.folding import Folded
 from robust_prune.modules import device_of
+
+
+def check_optimizer(name: str) -> None:
+    """Raise a UsageError where timm has no optimizer of this name."""
+    try:
+        get_optimizer_info(name.lower().removeprefix("lookahead_"))
+    except ValueError:
+        raise UsageError(f"optimizer {name!r} is not known; sgd and adamw are usual") from None
 
 
 def optimizer_of(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -14,32 +14,40 @@ from torch import nn
 
 from robust_prune import report
 from robust_prune.adversaries import adversarial_set
-from robust_prune.criteria import RHO, Estimator, Score, calibration_images, measure_mrs
+from robust_prune.criteria import calibration_images, measure_mrs
 from robust_prune.data import DataSplits, open_for
 from robust_prune.distributed import ALONE, Processes, processes
 from robust_prune.errors import DataError, Interrupted, RunError, UsageError
-from robust_prune.evaluation import Attack
 from robust_prune.files import write_text
-from robust_prune.finetune import EpochRecord, History, Method, TrainingConfig, train_
+from robust_prune.finetune import EpochRecord, History, TrainingConfig, train_
 from robust_prune.graph import ModelGraph
 from robust_prune.models import build_model, image_size_of, save
-from robust_prune.modules import check_float32, contiguous, seeded
+from robust_prune.modules import check_float32, contiguous, device_of, seeded
+from robust_prune.options import (
+    FINE_TUNING_EPOCHS,
+    BudgetOptions,
+    EvaluationOptions,
+    FineTuningOptions,
+    PlanningOptions,
+    RunOptions,
+    SensitivityOptions,
+    takes,
+)
 from robust_prune.pipeline.compression import Compression
 from robust_prune.pipeline.record import plain_settings
 from robust_prune.pipeline.run_folder import RunFolder, clear_drafts, fingerprint
 from robust_prune.pipeline.settings import (
-    CALIBRATION_IMAGES,
     LINF_8,
     CompressResult,
     Events,
     Settings,
+    eval_images,
 )
 from robust_prune.types import (
     Budget,
     ModelSpec,
     PruningPlan,
     Sensitivity,
-    Target,
     ThreatModel,
     to_plain,
 )
@@ -47,26 +55,25 @@ from robust_prune.types import (
 RUN = "run"  # where a result's folder keeps the state of the run
 
 
+@takes(
+    BudgetOptions,
+    PlanningOptions,
+    FineTuningOptions,
+    EvaluationOptions,
+    renamed={"method": "estimator", "steps": "prune_steps", "training_options": None},
+)
 def compress(
     model: nn.Module,
     data: Any,
     *,
-    prune_ratio: float = 0.5,
-    target: Target = "macs",
     threat: ThreatModel = LINF_8,
-    allocation: str = "curve",
-    score: Score = "l2",
-    finetune: str | Method | None = None,
-    epochs: int = 0,
-    protect: Sequence[str] = (),
-    seed: int = 0,
     test: Any = None,
-    evaluation: Attack = "none",
-    n_eval: int = 200,
     plan: PruningPlan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    **more: Any,
+    input_size: tuple[int, int, int] | None = None,
+    seed: int = RunOptions.seed,
+    **options: Any,
 ) -> CompressResult:
     """Prune a model to a budget with the least loss of robustness, and fine-tune it.
 
@@ -75,26 +82,17 @@ def compress(
             is copied, the caller's stays untouched.
         data: a data set name or folder, a DataLoader, or an iterable of (images, labels), of
             training images; None calibrates on synthetic images.
-        prune_ratio: share of `target` to remove, in (0, 1).
-        target: `macs`, `params` or `channels`.
         threat: norm and eps of the attacks.
-        allocation: `curve` (the measured loss of each group), `mrs` (the paper's rule), or the
-            controls `inverted` and `uniform`.
-        score: `l2`, or `taylor`, `fisher` or `reconstruction` on adversarial images.
-        finetune: `trades`, `pgd-at`, `n-fgsm`, `mart`, `rslad`, `ard`, one of them with `+awp`,
-            `package.module:function`, or a function (model, images, labels, attack) -> loss; None
-            for no fine-tuning.
-        epochs: of fine-tuning, in all.
-        protect: dotted layer names or patterns that stay whole.
-        seed: of everything random.
         test: images to measure on, where `data` has no test split of its own.
-        evaluation: `none`, `pgd` or `autoattack`.
-        n_eval: test images to measure on.
         plan: replay this plan instead of making one; its budget and rules then count.
         run_dir: folder to keep the run's state in; deleted first unless `resume`.
         resume: go on with the run in `run_dir`; on a CPU to what it would have been, bit for bit.
-        more: further fields of `Settings`: `steps` prunes in several, `training_options` are
-            fields of `TrainingConfig`.
+        input_size: (channels, height, width), where neither model nor data tell.
+        seed: of everything random.
+        options: those of the budget (`prune_ratio`, `target`), of planning (`allocation`, `score`,
+            `protect` and more), of fine-tuning (`finetune`, a method's name or a function (model,
+            images, labels, attack) -> loss, `epochs`, `lr` and more; no method means none) and of
+            the evaluation (`evaluation`, `n_eval`); `robust_prune.options` says all of them.
 
     Returns:
         `model` (of the caller's class, in eval mode), `plan`, and `report` as plain data.
@@ -104,22 +102,21 @@ def compress(
         DataError: the data can't be read or does not fit the model.
         ModelError: the model's weights are not float32.
         RunError: `resume`, and there is no run in `run_dir`, or one with other settings.
+        UsageError: an option is not known, or has a value that it can't have.
     """
     check_float32(model)
-    budget = plan.budget if plan is not None else Budget(target, prune_ratio)
+    budget = BudgetOptions(**{n: options.pop(n) for n in ("prune_ratio", "target") if n in options})
+    options["protect"] = tuple(options.get("protect", ()))
+    if options.get("finetune") is not None:
+        options.setdefault("epochs", FINE_TUNING_EPOCHS)
+    options["n_eval"] = eval_images(options.get("n_eval"), device_of(model))
     settings = Settings(
-        budget=budget,
+        budget=Budget(budget.target, budget.prune_ratio) if plan is None else plan.budget,
         threat=threat,
-        allocation=allocation,
-        score=score,
-        finetune=finetune,
-        epochs=epochs,
-        protect=tuple(protect),
-        seed=seed,
-        evaluation=evaluation,
-        n_eval=n_eval,
         plan=plan,
-        **more,
+        input_size=input_size,
+        seed=seed,
+        **options,
     )
     splits = open_for(model, data, test=test, input_size=settings.input_size)
     folder = None if run_dir is None else RunFolder(run_dir)
@@ -149,7 +146,7 @@ def run(
     """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
     with seeded(settings.seed), torch.enable_grad():
         job = Compression(model, splits, settings, events or Events(), folder, processes)
-        for step in range(1, settings.steps + 1):
+        for step in range(1, settings.prune_steps + 1):
             job.prune(step)
             if settings.finetune is not None:
                 job.fine_tune(step)
@@ -179,15 +176,16 @@ def _open_run(folder: RunFolder, config: dict[str, Any], resume: bool) -> None:
         folder.begin(config)
 
 
+@takes(renamed={"method": "estimator"})
 def sensitivity(
     model: nn.Module,
     source: Any,
     *,
     threat: ThreatModel = LINF_8,
-    method: Estimator = "first-order",
-    rho: float = RHO,
-    n: int = CALIBRATION_IMAGES,
-    seed: int = 0,
+    estimator: str = SensitivityOptions.estimator,
+    rho: float = SensitivityOptions.rho,
+    n: int = SensitivityOptions.images,
+    seed: int = RunOptions.seed,
     protect: Sequence[str] = (),
     input_size: tuple[int, int, int] | None = None,
     on_module: Callable[[str], None] | None = None,
@@ -199,8 +197,8 @@ def sensitivity(
         source: a data set name or folder, a loader, or an iterable of (images, labels); training
             images, never test images.
         threat: norm and eps of the PGD-10 that makes the adversarial set.
-        method: `first-order` (one pass for all layers), `ascent` (the reference), or `structural`
-            (what pruning does: the rise when half of a group is masked, by group alone).
+        estimator: `first-order` (one pass for all layers), `ascent` (the reference), or
+            `structural` (what pruning does: the rise when half of a group is masked).
         rho: radius of the disturbance relative to each layer's weight norm.
         n: images to measure on.
         seed: of the draw and the attack.
@@ -215,7 +213,7 @@ def sensitivity(
     graph = ModelGraph(model, size, protect=protect)
     images, labels = calibration_images(model, splits, size, n, seed)
     adversarial = adversarial_set(model, images, labels, threat=threat, seed=seed, batch_size=64)
-    return measure_mrs(graph, adversarial, method, rho=rho, on_module=on_module)
+    return measure_mrs(graph, adversarial, estimator, rho=rho, on_module=on_module)
 
 
 def train_model(

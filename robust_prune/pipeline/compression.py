@@ -118,7 +118,7 @@ class Compression:
             step: which of the pruning steps, from 1.
         """
         settings = self._step_settings(step)
-        last = step == self.settings.steps
+        last = step == self.settings.prune_steps
         if settings is None:
             self.journal.note(f"step {step} prunes nothing: the one before has gone that far")
         else:
@@ -129,8 +129,8 @@ class Compression:
             self._save("pruned")
 
     def _prune(self, settings: Settings, step: int) -> None:
-        tell = f" in step {step} of {settings.steps}" if settings.steps > 1 else ""
-        source = copy.deepcopy(self.model) if settings.steps > 1 else self.dense
+        tell = f" in step {step} of {settings.prune_steps}" if settings.prune_steps > 1 else ""
+        source = copy.deepcopy(self.model) if settings.prune_steps > 1 else self.dense
         self.journal.parts.clear()  # those of the step before
         planned = self.processes.on_first(lambda: self._prune_first(source, settings, step, tell))
         if not self.processes.first:
@@ -238,10 +238,10 @@ class Compression:
         assert self.splits is not None
         assert self.splits.validation is not None
         config = settings.training(step)
-        last = step == settings.steps
+        last = step == settings.prune_steps
         if last and settings.evaluation != "none":
             self.evaluations["before"] = self._evaluate(self.model, "pgd", "before")
-        where = "" if settings.steps == 1 else f" after step {step} of {settings.steps}"
+        where = "" if settings.prune_steps == 1 else f" after step {step} of {settings.prune_steps}"
         self.journal.stage(f"fine-tuning{where}: {config.method}, {config.epochs} epochs")
         with self.journal.timed("fine-tune"):
             history = train_(

@@ -106,8 +106,8 @@ class Planning:
                     curves = structural_curves(model, graph, values, adversarial, passes=passes)
                 self.journal.parts["curves"] = list(curves.values())
         with self.journal.timed("sensitivity"):
-            self.journal.stage(f"module robustness sensitivity: {settings.method}")
-            sensitivity = measure_mrs(graph, adversarial, settings.method, values)
+            self.journal.stage(f"module robustness sensitivity: {settings.estimator}")
+            sensitivity = measure_mrs(graph, adversarial, settings.estimator, values)
         self.reconstruction = self._reconstruction(adversarial)
         with self.journal.timed("plan"):
             plan = settings.plan or self._make_plan(sensitivity, values, curves)
@@ -283,13 +283,13 @@ def step_settings(settings: Settings, left: float, step: int) -> Settings | None
         left: share of the dense model's target that the step starts from.
         step: from 1.
     """
-    if settings.steps == 1:
+    if settings.prune_steps == 1:
         return settings
-    share = (1 - settings.budget.prune_ratio) ** (step / settings.steps)
+    share = (1 - settings.budget.prune_ratio) ** (step / settings.prune_steps)
     if share >= left:
         return None
     return replace(
         settings,
         budget=replace(settings.budget, prune_ratio=1 - share / left),
-        max_prune_ratio=1 - (1 - settings.max_prune_ratio) ** (1 / settings.steps),
+        max_prune_ratio=1 - (1 - settings.max_prune_ratio) ** (1 / settings.prune_steps),
     )

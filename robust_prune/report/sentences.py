@@ -6,7 +6,14 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from robust_prune.report.rows import COST_NAMES, accuracy_rows, percent, removed, share
+from robust_prune.report.rows import (
+    ATTACK_NAMES,
+    COST_NAMES,
+    accuracy_rows,
+    percent,
+    removed,
+    share,
+)
 from robust_prune.types import ThreatModel
 from robust_prune.untrusted import shortened
 
@@ -101,11 +108,12 @@ def threat_text(record: Mapping[str, Any]) -> str:
 
 
 def flags(record: Mapping[str, Any]) -> list[str]:
-    """Return AutoAttack's own warnings, with the model they are about."""
+    """Return what attacks said of themselves, with the model they are about."""
     lines = []
     for which in ("dense", "pruned"):
         for measured in ((record.get("evaluation") or {}).get(which) or {}).get("measurements", ()):
-            lines += [f"{which}: AutoAttack flag: {line}" for line in measured["flags"]]
+            attack = ATTACK_NAMES.get(measured["attack"], measured["attack"])
+            lines += [f"{which}, {attack}: {line}" for line in measured["flags"]]
     return lines
 
 

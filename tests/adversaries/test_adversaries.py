@@ -66,7 +66,7 @@ def test_survivors_are_right_on_every_iterate(norm: str) -> None:
     ]
     with torch.no_grad():
         right = torch.stack([model(x).argmax(1) == labels for x in iterates]).all(0)
-    found = survivors(
+    found, blind = survivors(
         model,
         images,
         labels,
@@ -76,6 +76,7 @@ def test_survivors_are_right_on_every_iterate(norm: str) -> None:
         generator=torch.Generator().manual_seed(0),
     )
     assert torch.equal(found, right)
+    assert not blind.any()
     assert 4 <= int(right.sum()) <= 28
     assert not found[::5].any()
 

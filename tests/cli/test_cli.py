@@ -297,7 +297,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         "7 outputs",
     ),
     "fine-tuning without data": ([*GOOD, "--finetune", "trades"], 2, "needs data"),
-    "unknown method": ([*GOOD, "--data", "digits", "--finetune", "free"], 2, "trades, pgd-at"),
+    "unknown method": (
+        [*GOOD, "--data", "digits", "--finetune", "free"],
+        2,
+        "pgd-at, rslad, trades",
+    ),
     "evaluation without data": ([*GOOD, "--eval", "pgd"], 2, "needs data"),
     "quick and fine-tuning": ([*GOOD, "--quick", "--finetune", "trades"], 2, "--quick"),
     "out is a file": ([*GOOD, "--out", "file"], 2, "is a file"),

@@ -15,7 +15,6 @@ from torch import nn
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune import (
-    METHODS,
     Attack,
     EpochRecord,
     History,
@@ -28,6 +27,7 @@ from robust_prune.finetune import (
 )
 from robust_prune.models import build_model, resolve_spec
 from robust_prune.modules import ImageModel
+from robust_prune.registry import METHODS
 from robust_prune.types import ThreatModel
 from tests.conftest import TINY, tiny_resnet
 
@@ -269,8 +269,8 @@ def test_a_collapse_is_treated_as_asked(
     told = iter([None, "catastrophic overfitting in epoch 2"])
     monkeypatch.setattr(loop, "collapse", lambda records, clean: next(told, None))
     seen = []
-    original = METHODS["pgd-at"]
-    monkeypatch.setitem(METHODS, "pgd-at", lambda *a: seen.append(1) or original(*a))
+    original = METHODS.find("pgd-at")
+    monkeypatch.setitem(METHODS._functions, "pgd-at", lambda *a: seen.append(1) or original(*a))
     config = TrainingConfig(
         "n-fgsm",
         epochs=3,
@@ -385,11 +385,11 @@ def test_schedules_and_eps() -> None:
         ({"on_collapse": "pray"}, "switch"),
         ({"attack_batchnorm": "both"}, "eval"),
         ({"ema": 1.0}, "0.999 is usual"),
-        ({"patience": 0}, "1 epoch or more"),
+        ({"patience": 0}, "1 or more"),
         ({"clip_grad": 0.0}, "positive"),
         ({"validation_images": 0}, "1 or more"),
         ({"label_smoothing": 1.0}, r"in \[0, 1\)"),
-        ({"batch_size": 1}, "at least 2"),
+        ({"batch_size": 1}, "2 or more"),
     ],
 )
 def test_settings_that_can_not_be(wrong: dict[str, object], message: str) -> None:

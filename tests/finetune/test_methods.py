@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
 from robust_prune.finetune import (
-    METHODS,
     Attack,
     ard,
     awp,
@@ -27,8 +26,9 @@ from robust_prune.finetune import (
     rslad,
     trades,
 )
-from robust_prune.finetune.mart import _boosted
+from robust_prune.finetune.methods.mart import _boosted
 from robust_prune.modules import float32_logits
+from robust_prune.registry import METHODS
 from robust_prune.types import ThreatModel
 from tests.conftest import randomize_, tiny_resnet
 
@@ -556,15 +556,15 @@ def test_awp_twice_is_a_method_too(norm_net: nn.Module, batch: Batch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_by_name(name: str) -> None:
-    assert resolve_method(name) == (name, METHODS[name])
+    assert resolve_method(name) == (name, METHODS.find(name))
     wrapped, function = resolve_method(f"{name}+awp")
     assert wrapped == f"{name}+awp"
-    assert function.__wrapped__ is METHODS[name]  # type: ignore[attr-defined]
+    assert function.__wrapped__ is METHODS.find(name)  # type: ignore[attr-defined]
     assert is_single_step(name) == is_single_step(f"{name}+awp") == (name == "n-fgsm")
 
 
 def test_methods_by_path_and_function() -> None:
-    path = "robust_prune.finetune.pgd_at:pgd_at"
+    path = "robust_prune.finetune.methods.pgd_at:pgd_at"
     assert resolve_method(path) == (path, pgd_at)
     assert resolve_method(f"{path}+awp")[1].__wrapped__ is pgd_at  # type: ignore[attr-defined]
     assert resolve_method(pgd_at) == ("pgd_at", pgd_at)
@@ -575,7 +575,7 @@ def test_methods_by_path_and_function() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("free-at", "'free-at' is not known; use one of trades, pgd-at, n-fgsm, mart, rslad, ard"),
+        ("free-at", "'free-at' is not known; use one of ard, mart, n-fgsm, pgd-at, rslad, trades"),
         ("free-at+awp", r"'free-at\+awp' is not known"),
         ("trades+awp+awp", "is not known"),
         ("+awp", "is not known"),
@@ -585,7 +585,7 @@ def test_methods_by_path_and_function() -> None:
         (".relative:function", "is not known"),
         ("no.such.module:f", "can't be imported: No module named 'no'"),
         ("robust_prune.finetune:nothing", "can't be imported: .*nothing"),
-        ("robust_prune.finetune.trades:BETA", "not a function but of type float"),
+        ("robust_prune.finetune.methods.trades:BETA", "not a function but of type float"),
     ],
 )
 def test_methods_that_are_not_there(wrong: str, said: str) -> None:

@@ -23,6 +23,7 @@ from robust_prune.errors import (
     PlanError,
     UsageError,
 )
+from robust_prune.finetune import TrainingConfig
 from robust_prune.graph import ModelGraph, count_cost
 from robust_prune.pipeline import Events, Settings, compress_file, planning
 from robust_prune.types import Budget, Sensitivity
@@ -195,7 +196,10 @@ def test_a_group_that_breaks_the_model_is_left_alone_and_named() -> None:
         ({"target": "flops"}, UsageError, "target 'flops'"),
         ({"allocation": "best"}, UsageError, "allocation 'best'"),
         ({"score": "l3"}, UsageError, "score 'l3'"),
-        ({"finetune": "trades"}, UsageError, "method and epochs"),
+        ({"epochs": 2}, UsageError, "method and epochs"),
+        ({"allocatoin": "mrs"}, UsageError, "'allocatoin' is not known; did you mean 'allocation'"),
+        ({"optimizer": "no such"}, UsageError, "optimizer 'no such' is not known"),
+        ({"seed": 2**70}, UsageError, "seed .* must be in"),
         ({"finetune": "free", "epochs": 1}, UsageError, "'free' is not known"),
         ({"finetune": "trades", "epochs": 1, "lr": -1.0}, UsageError, "learning rate"),
         ({"protect": ["nothing"]}, UsageError, "no layer is called 'nothing'"),
@@ -346,24 +350,27 @@ def test_the_report_holds_what_a_claim_needs(tmp_path: Path) -> None:
 
 
 def test_the_command_and_python_fine_tune_alike() -> None:
-    from robust_prune.cli import compress as command
-    from robust_prune.cli import options
+    from robust_prune.cli.compress import compress as command
 
-    defaults = {
+    typed = {
         name: parameter.default
-        for name, parameter in inspect.signature(command.compress).parameters.items()
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name in {f.name for f in dataclasses.fields(TrainingConfig)} and name != "epochs"
     }
-    told = {name: defaults[name] for name in options.TRAINING_OPTIONS}
+    assert {"lr", "schedule", "ema", "attack_steps", "batch_size"} <= set(typed)
     plain = Settings(finetune="pgd-at", epochs=1)
-    asked = Settings(
-        finetune="pgd-at",
-        epochs=1,
-        lr=defaults["lr"],
-        attack_steps=defaults["attack_steps"],
-        batch_size=defaults["batch_size"],
-        training_options=told,
-    )
-    assert asked.training() == plain.training()
+    assert Settings(finetune="pgd-at", epochs=1, **typed).training() == plain.training()
     assert (plain.training().schedule, plain.training().ema) == ("constant", 0.999)
-    other = Settings(finetune="pgd-at", epochs=1, training_options={"schedule": "cosine"})
+    other = Settings(finetune="pgd-at", epochs=1, schedule="cosine")
     assert (other.training().schedule, other.training().ema) == ("cosine", 0.999)
+
+
+def test_names_of_before_still_work_and_warn() -> None:
+    data = (torch.rand(24, 3, 32, 32), torch.arange(24) % 10)
+    with pytest.warns(DeprecationWarning, match="'steps' is now 'prune_steps'"):
+        result = compress(tiny_resnet(), data, prune_ratio=0.3, steps=1, allocation="uniform")
+    assert result.report["settings"]["prune_steps"] == 1
+    with pytest.warns(DeprecationWarning, match="'training_options' is now given by"):
+        compress(tiny_resnet(), data, allocation="uniform", training_options={"ema": 0.5})
+    with pytest.warns(DeprecationWarning, match="'method' is now 'estimator'"):
+        assert sensitivity(tiny_resnet(), data, method="structural", n=8).method == "structural"

@@ -133,7 +133,7 @@ def test_a_step_that_has_nothing_left_to_prune_is_passed_over() -> None:
         tiny_resnet(num_classes=5),
         own_data(),
         prune_ratio=0.1,
-        steps=12,
+        prune_steps=12,
         round_to=4,
         allocation="uniform",
     )
@@ -155,7 +155,7 @@ def test_a_last_step_that_prunes_nothing_leaves_the_report_of_the_one_before(
         own_data(),
         prune_ratio=0.124,
         target="channels",
-        steps=2,
+        prune_steps=2,
         finetune=finetune,
         epochs=0 if finetune is None else 2,
     )
@@ -187,7 +187,13 @@ def test_steps_on_groups_that_share_a_tensor_make_one_plan() -> None:
     net = Sharing().eval()
     options: dict[str, Any] = {"score": "l2", "reconstruct": False}
     result = compress(
-        net, None, prune_ratio=0.6, steps=3, allocation="uniform", input_size=(3, 16, 16), **options
+        net,
+        None,
+        prune_ratio=0.6,
+        prune_steps=3,
+        allocation="uniform",
+        input_size=(3, 16, 16),
+        **options,
     )
     assert [g.name for g in result.plan.groups] == ["both@0", "both@12"]
     plan = PruningPlan.from_json(result.plan.to_json())
@@ -291,7 +297,7 @@ def test_states_are_saved_as_seldom_as_they_are_slow(
 
 def test_several_steps_reach_the_budget_with_one_plan_that_can_be_replayed() -> None:
     model, data = tiny_resnet(num_classes=5), own_data()
-    result = compress(model, data, prune_ratio=0.6, steps=3, finetune="n-fgsm", epochs=4)
+    result = compress(model, data, prune_ratio=0.6, prune_steps=3, finetune="n-fgsm", epochs=4)
     assert result.plan.reached == pytest.approx(0.6, abs=0.02)
     assert [len(s["finetune"]["epochs"]) for s in result.report["steps"]] == [2, 2]
     assert len(result.report["finetune"]["epochs"]) == 3
@@ -307,9 +313,9 @@ def test_several_steps_reach_the_budget_with_one_plan_that_can_be_replayed() -> 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "1 or more"),
-        ({"steps": 3, "finetune": "trades", "epochs": 2}, "too few for 3 steps"),
-        ({"training_options": {"emma": 1}}, "'emma' is not known"),
+        ({"prune_steps": 0}, "1 or more"),
+        ({"prune_steps": 3, "finetune": "trades", "epochs": 2}, "too few for 3 steps"),
+        ({"emma": 1}, "'emma' is not known; did you mean 'ema'"),
     ],
 )
 def test_steps_and_options_that_can_not_be(wrong: dict[str, object], message: str) -> None:

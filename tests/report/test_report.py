@@ -183,7 +183,7 @@ def test_the_page_fetches_and_runs_nothing() -> None:
 def test_everything_of_the_record_is_on_the_page() -> None:
     words = Page(report.to_html(record())).words
     for part in (
-        "-50.0 %", "78.0 %", "[31.0, 49.0]", "0.267", "a note", "dense: AutoAttack flag: flag of",
+        "-50.0 %", "78.0 %", "[31.0, 49.0]", "0.267", "a note", "dense, AutoAttack: flag of",
         "stays whole: its channels", "2e-12", "0.500 -> 0.100", "rho 0.1, 512 images", "2 (taken)",
         "1 (kept)", "FGSM", "PGD-10 on 130 images", "4,000,000 (100.0 %)", "Time: 63 s", "torch",
         "abcdef123456", "--plan report.json", "own.layer1.conv", "evaluated",

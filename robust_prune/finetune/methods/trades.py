@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import kl_from
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.registry import training_method
+from robust_prune.registry import training_method
 
 BETA = 6.0
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.registry import training_method
-from robust_prune.finetune.rslad import soft_labels
+from robust_prune.finetune.methods.rslad import soft_labels
+from robust_prune.registry import training_method
 
 ALPHA = 1.0
 TEMPERATURE = 30.0

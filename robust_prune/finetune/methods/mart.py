@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.registry import training_method
+from robust_prune.registry import training_method
 
 WEIGHT = 5.0
 

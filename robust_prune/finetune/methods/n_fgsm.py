@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.registry import training_method
+from robust_prune.registry import training_method
 
 
 @training_method("n-fgsm", single_step=True)

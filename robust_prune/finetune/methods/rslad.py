@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import kl_from
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.registry import training_method
 from robust_prune.modules import evaluating
+from robust_prune.registry import training_method
 
 ADVERSARIAL_SHARE = 5 / 6
 

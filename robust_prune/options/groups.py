@@ -1,0 +1,322 @@
+"""Every option of a run, stated once: name, default, range and help.
+
+The command line, `compress` and `train`, the stored settings and the option reference of the docs
+read the fields of these groups. A new option is one field here, and is read where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
+from robust_prune.options.stating import Options, Range, option, other_default
+from robust_prune.registry import ESTIMATORS, METHODS, SCORES
+from robust_prune.types import Norm, Target
+
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
+
+Schedule = Literal["one-cycle", "cosine", "constant"]
+OnCollapse = Literal["switch", "stop", "continue"]
+BatchNormMode = Literal["eval", "train"]
+Judge = Literal["none", "pgd", "autoattack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """How a file or a name becomes a module on images in [0, 1]."""
+
+    panel = "Model"
+
+    arch: str | None = option(None, "timm name, or torchvision/NAME, for files that don't say it.")
+    model_kwargs: Mapping[str, Any] | None = option(
+        None,
+        """Builder arguments as JSON, e.g. '{"channels": [16, 32]}'.""",
+        parse=builder_kwargs,
+        metavar="JSON",
+    )
+    cifar_stem: bool = option(False, "Stride-1 stem without max-pool, for small images.")
+    mean: tuple[float, ...] | None = option(
+        None,
+        "Normalisation of images in [0, 1], one number per channel: 0.49,0.48,0.45.",
+        parse=numbers,
+        metavar="NUMBERS",
+    )
+    std: tuple[float, ...] | None = option(None, "See --mean.", parse=numbers, metavar="NUMBERS")
+    input_size: Size | None = option(
+        None,
+        "Image size as C,H,W; default: the model's or the data's own.",
+        parse=image_size,
+        metavar="C,H,W",
+    )
+    trust_pickle: bool = option(False, "Unpickle whole modules: runs code from the file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Which images a run learns from and is measured on."""
+
+    panel = "Data"
+
+    data: str | None = option(
+        None,
+        "Image folder (train/ and test/ or val/), tiny-imagenet folder, cifar10, cifar100, svhn, "
+        "digits, or none. Default: what the model file records.",
+    )
+    data_root: Path | None = option(None, "Where torchvision's data sets lie.")
+    download: bool = option(False, "Fetch a missing data set.")
+    workers: int | None = option(
+        None, "Processes that decode large data sets.", within=Range(low=0)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatOptions(Options):
+    """What the attacker may do."""
+
+    norm: Norm | None = option(None, "linf or l2; default: the model file's, else linf.")
+    eps: str | None = option(
+        None, "Size of the perturbation; default: the model file's, else 8/255, l2 0.5."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """What every computation has."""
+
+    seed: int = option(0, "Of everything random.", within=Range(0, LARGEST_SEED))
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to compute.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(Options):
+    """How much is removed."""
+
+    panel = "Pruning"
+
+    prune_ratio: float = option(
+        0.5,
+        "Share of the target to remove, in (0, 1).",
+        flag="--ratio",
+        within=Range(0, 1, "low high", "0.5 removes half: between 0 and 1, both excluded"),
+        required=True,
+    )
+    target: Target = option("macs", "macs, params or channels.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningOptions(Options):
+    """By which rules the plan is made, and what is done to the weights that are left."""
+
+    panel = "Pruning"
+
+    allocation: str = option(
+        "curve",
+        "curve (measured loss of each group, the default), mrs (the paper's rule), or the "
+        "controls uniform and inverted.",
+    )
+    score: str = option("l2", f"Channel score: {SCORES}, or package.module:function.")
+    estimator: str = option(
+        "first-order",
+        f"Estimator of MRS: {ESTIMATORS}, or package.module:function.",
+        words="MRS estimator",
+        flag="--mrs",
+    )
+    protect: tuple[str, ...] = option((), "Layer or pattern to leave whole; may be repeated.")
+    calibration_images: int | None = option(
+        None,
+        "Training images to measure MRS on; default 512, fewer for large networks on a CPU.",
+        within=Range(low=1),
+    )
+    round_to: int = option(
+        1, "Make widths multiples of this, as hardware likes them (8, 16).", within=Range(low=1)
+    )
+    min_width: int = option(2, "Least channels of a group.", within=Range(low=1), shown=False)
+    max_prune_ratio: float = option(
+        0.95,
+        "Largest share of a group's channels that may go.",
+        within=Range(0, 1, "low high"),
+        shown=False,
+    )
+    whole_heads: bool = option(
+        False, "Attentions lose whole heads, not the same dims of every head."
+    )
+    reconstruct: bool = option(
+        True,
+        "Fit the weights that are left to the dense activations; --no-reconstruct leaves them.",
+        flag="--no-reconstruct",
+    )
+    verify: bool = option(
+        True,
+        "Compare the pruned model with the masked dense one; --no-verify skips it.",
+        flag="--no-verify",
+    )
+    prune_steps: int = option(
+        1,
+        "Prune and fine-tune so often, with sensitivity measured anew each time.",
+        flag="--steps",
+        within=Range(low=1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    """How adversarial training goes; the defaults are those of training from random weights."""
+
+    panel = "Fine-tuning and evaluation"
+
+    lr: float = option(
+        0.05, "Peak learning rate.", words="learning rate", within=Range(0, math.inf, "low high")
+    )
+    batch_size: int = option(128, "Images at a time.", within=Range(low=2))
+    attack_steps: int = option(7, "PGD steps of the training attack.", within=Range(low=1))
+    optimizer: str = option("sgd", "sgd, adamw, or another of timm's.")
+    schedule: Schedule = option("one-cycle", "one-cycle, cosine or constant.")
+    ema: float = option(
+        0.0,
+        "Decay of the weights' running average, which is then kept; 0 for none.",
+        within=Range(0, 1, "high", "0.999 is usual, 0 for none"),
+    )
+    clip_grad: float | None = option(
+        None, "Largest norm of the gradient.", within=Range(0, math.inf, "low high")
+    )
+    label_smoothing: float = option(
+        0.0, "Of cross-entropies, in [0, 1).", within=Range(0, 1, "high")
+    )
+    eps_warmup: int = option(0, "Epochs over which eps rises to the full.", within=Range(low=0))
+    attack_batchnorm: BatchNormMode = option(
+        "eval", "Statistics in training attacks: eval (running) or train (of the batch)."
+    )
+    cutout: int = option(0, "Side in pixels of a square set to zero.", within=Range(low=0))
+    randaugment: bool = option(False, "RandAugment.")
+    patience: int | None = option(
+        None, "Stop after so many epochs without a better one.", within=Range(low=1)
+    )
+    on_collapse: OnCollapse = option(
+        "switch",
+        "On catastrophic overfitting of single steps: switch (to pgd-at), stop or continue.",
+    )
+    amp: bool | None = option(None, "Forward passes in bfloat16; default: on GPUs that have it.")
+    attack_amp: bool | None = option(
+        None, "Training attacks in bfloat16; default: where the device computes in it natively."
+    )
+    channels_last: bool = option(False, "The layout GPUs like; not on a CPU.")
+    clean_epochs: int = option(0, "Epochs on clean images first.", within=Range(low=0), shown=False)
+    momentum: float = option(
+        0.9, "Of SGD, with Nesterov's correction.", within=Range(0, 1, "high"), shown=False
+    )
+    weight_decay: float = option(
+        5e-4, "Of weights with two dimensions or more.", within=Range(low=0), shown=False
+    )
+    warmup: float = option(
+        0.1,
+        "Share of all steps that the linear rise of the rate takes, in [0, 1).",
+        within=Range(0, 1, "high"),
+        shown=False,
+    )
+    validation_images: int = option(
+        512, "Images to select the kept epoch by.", within=Range(low=1), shown=False
+    )
+    augment: bool = option(True, "Random crops and flips.", shown=False)
+    fold_batchnorm: bool = option(
+        True, "Attacks go through a copy with batch norms folded into convolutions.", shown=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningOptions(TrainingOptions):
+    """How what is left is trained.
+
+    Fine-tuning goes at a high, constant rate and keeps the running average of the weights. Pruned
+    models need high rates to learn what they lost (Le and Hua, "Network pruning that matters", ICLR
+    2021, arXiv 2105.03193); robust overfitting sets in where rates fall (Rice et al., "Overfitting
+    in adversarially robust deep learning", ICML 2020, arXiv 2002.11569); the average does what a
+    falling rate is for (averages in adversarial training: Gowal et al., arXiv 2010.03593). That
+    they belong together after pruning is ours (`python -m benchmarks.finetuning`).
+    """
+
+    finetune: Any = option(
+        None,
+        f"{METHODS}, any of them with +awp, package.module:function, or none. "
+        f"Default: {FINE_TUNING_METHOD} where data is known.",
+        metavar="METHOD",
+    )
+    epochs: int | None = option(
+        None, f"Of fine-tuning; default {FINE_TUNING_EPOCHS}.", within=Range(low=0)
+    )
+    lr: float = other_default(TrainingOptions, "lr", 0.1)
+    schedule: Schedule = other_default(TrainingOptions, "schedule", "constant")
+    ema: float = other_default(TrainingOptions, "ema", 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTrainingOptions(TrainingOptions):
+    """How a network is trained from random weights, or on from a file."""
+
+    method: str = option(
+        "pgd-at",
+        f"{METHODS}, any of them with +awp, or package.module:function; rslad and ard with "
+        "--teacher.",
+    )
+    teacher: str | None = option(None, "Model file that rslad and ard learn from.")
+    epochs: int = option(30, "Passes over the training images.", within=Range(low=1))
+    clean_epochs: int = option(2, "Epochs on clean images first.", within=Range(low=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Options):
+    """How the dense and the pruned model are judged."""
+
+    panel = "Fine-tuning and evaluation"
+
+    evaluation: Judge | None = option(
+        None, "Default: autoattack where data is known.", flag="--eval"
+    )
+    n_eval: int | None = option(
+        None, "Test images; default 200, on a GPU 1,000.", within=Range(low=1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingOptions(EvaluationOptions):
+    """How one model is judged by itself."""
+
+    evaluation: Judge = option("autoattack", "none is clean accuracy alone.", flag="--eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(Options):
+    """How MRS is measured by itself."""
+
+    estimator: str = other_default(PlanningOptions, "estimator", PlanningOptions.estimator)
+    rho: float = option(
+        0.1, "Radius relative to the weights' norm.", within=Range(0, math.inf, "low high")
+    )
+    images: int = option(512, "Training images to measure on.", within=Range(low=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """Where results go."""
+
+    panel = "Output"
+
+    out: Path | None = option(None, "Folder to write; default NAME-pruned/ here.")
+    force: bool = option(False, "Overwrite what is there.")
+    resume: Path | None = option(
+        None, "Go on with the run in this folder, with the settings it was started with."
+    )
+    tensorboard: bool = option(
+        False, "Write TensorBoard files beside the result; needs robust-prune[tensorboard]."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewOutputOptions(OutputOptions):
+    """Where a trained network goes."""
+
+    out: Path | None = option(None, "File to write; default NAME-trained.safetensors.")

@@ -1,0 +1,39 @@
+"""From the command line's text to values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from robust_prune.errors import UsageError
+
+Size = tuple[int, int, int]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read `0.49,0.48,0.45`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{text!r}: give numbers separated by commas, as 0.49,0.48,0.45") from None
+
+
+def image_size(text: str) -> Size:
+    """Read `3,32,32`."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or any(not p.strip().isdigit() or int(p) < 1 for p in parts):
+        raise UsageError(f"input size {text!r}: give channels,height,width, as 3,32,32")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def builder_kwargs(text: str) -> dict[str, Any]:
+    """Read the arguments of a builder, a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--model-kwargs is not JSON ({error}); quote it as '{{\"channels\": [16, 32]}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--model-kwargs must be a JSON object, not {type(value).__name__}")
+    return value
