@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test bench bench-zoo check clean
+.PHONY: demo test bench bench-zoo check docs dist clean
 
 demo: $(VENV)/installed
 	rm -rf demo && mkdir demo
@@ -28,11 +28,20 @@ bench: $(VENV)/installed
 bench-zoo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.zoo
 
-check: $(VENV)/installed
+# what continuous integration runs; the tests run the pages' code blocks and the examples too
+check: $(VENV)/installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the pages are site/index.html"
+
+# wheel and source archive
+dist: $(VENV)/installed
+	$(BIN)/python -m hatchling build --clean
 
 # constraints.txt holds the versions that were tried together
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -41,4 +50,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

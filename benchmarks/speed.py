@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from robust_prune.adversaries import AdversarialSet
-from robust_prune.allocation import allocate, group_weights, make_plan
+from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.criteria import ascent, channel_scores, first_order
 from robust_prune.graph import ModelGraph
 from robust_prune.models import library_versions
@@ -69,20 +69,13 @@ def graph_plan_prune(arch: str, size: int, **kwargs: Any) -> dict[str, float]:
     start = time.perf_counter()
     graph = ModelGraph(model, (3, size, size))
     built = time.perf_counter()
-    budget = Budget("macs", 0.5)
-    widths = allocate(
-        graph.groups,
-        graph.cost,
-        budget,
-        group_weights("uniform", {g.name: 1.0 for g in graph.groups}),
-    )
+    problem = Problem(graph.groups, graph.cost, Budget("macs", 0.5))
+    widths = allocate_evenly(problem)
     scores = channel_scores(model, graph, score="l2")
     plan = make_plan(
-        graph.groups,
+        problem,
         widths,
         {n: s.tolist() for n, s in scores.items()},
-        graph.cost,
-        budget,
         allocation="uniform",
         score="l2",
         seed=0,

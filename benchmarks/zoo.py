@@ -70,7 +70,7 @@ def ours(arch: str) -> dict[str, Any]:
     import torch
 
     import robust_prune as rp
-    from robust_prune.allocation import allocate, group_weights, make_plan
+    from robust_prune.allocation import Problem, allocate_evenly, make_plan
     from robust_prune.criteria import channel_scores
     from robust_prune.graph import ModelGraph, masking_error
     from robust_prune.models import build_model, default_input_size, resolve_spec
@@ -89,16 +89,13 @@ def ours(arch: str) -> dict[str, Any]:
     start = time.perf_counter()
     graph = ModelGraph(model, size)
     row["graph_s"] = time.perf_counter() - start
-    budget = Budget("macs", RATIO)
-    uniform = group_weights("uniform", {g.name: 1.0 for g in graph.groups})
-    widths = allocate(graph.groups, graph.cost, budget, uniform)
+    problem = Problem(graph.groups, graph.cost, Budget("macs", RATIO))
+    widths = allocate_evenly(problem)
     scores = channel_scores(model, graph, score="l2")
     plan = make_plan(
-        graph.groups,
+        problem,
         widths,
         {name: values.tolist() for name, values in scores.items()},
-        graph.cost,
-        budget,
         allocation="uniform",
         score="l2",
         seed=0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import logging
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import ModelError, UsageError
-from robust_prune.modules import difference
+from robust_prune.modules import copied, difference
 
 Format = Literal["onnx", "torch-export"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -62,7 +61,7 @@ def export(
     if to not in SUFFIXES:
         raise UsageError(f"format {to!r} is not known; use one of {', '.join(SUFFIXES)}")
     path = Path(path)
-    exact = copy.deepcopy(model).cpu().float().eval()
+    exact = copied(model).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(n, *input_size, generator=generator) for n in BATCHES]
     try:

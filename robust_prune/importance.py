@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,46 +13,23 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
-from robust_prune.allocation import MAX_PRUNE_RATIO, group_weights
-from robust_prune.criteria import channel_scores, sensitivities, structural_curves
+from robust_prune.allocation import MAX_PRUNE_RATIO, TOLERANCE, group_weights, ratio_for
+from robust_prune.criteria import (
+    STAYS,
+    LimitedScores,
+    channel_scores,
+    removal_prices,
+    sensitivities,
+    structural_curves,
+)
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, ModelGraph
+from robust_prune.graph import MIN_WIDTH, ModelGraph, count_cost
 from robust_prune.modules import check_float32, network_of
-from robust_prune.types import Curve, Sensitivity, ThreatModel
+from robust_prune.types import Budget, ChannelGroup, Curve, Sensitivity, Target, ThreatModel
 
-ALWAYS_KEPT = 1e3
 MOST_BY_CURVE = 0.8  # single curves do not add up: none is trusted to the end
-
-
-def _prices(
-    graph: ModelGraph, curves: Mapping[str, Curve]
-) -> Mapping[str, Callable[[int, Tensor], Tensor]]:
-    """Return by group: (units now, their shares) to loss rise per multiply-add saved.
-
-    Prices are divided by the largest, and rise with the share where the curve is straight.
-    """
-    dense = graph.cost().macs
-    slopes: dict[str, tuple[Tensor, Tensor, int]] = {}
-    for group in graph.groups:
-        hull = curves[group.name].hull()
-        saved = dense - graph.cost({group.name: group.width - group.blocks}).macs
-        edges = torch.tensor([0.0, *hull.shares]).double()
-        rises = torch.tensor([0.0, *hull.rises]).double()
-        per_unit = rises.diff() / edges.diff() / group.units
-        slopes[group.name] = per_unit / max(saved, 1), edges[1:-1], group.units
-    top = max((float(s.max()) for s, _, _ in slopes.values()), default=0.0) or 1.0
-
-    def price(name: str) -> Callable[[int, Tensor], Tensor]:
-        slope, inner, units = slopes[name]
-
-        def at(now: int, shares: Tensor) -> Tensor:
-            gone = 1 - now * (1 - shares) / units  # of the units that there were
-            return slope[torch.bucketize(gone, inner)] / top + 1e-4 * gone
-
-        return at
-
-    return {group.name: price(group.name) for group in graph.groups}
+OUTPUTS = "its channels are the model's outputs"
 
 
 class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -62,9 +41,12 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
     per multiply-add saved, so that one threshold is one exchange rate of loss against cost, and no
     group loses more than 80 %. By `mrs` it is (rank inside the group / group size) / willingness,
     so that every group loses the share t * willingness, the ratios of `compress(allocation="mrs")`;
-    `inverted` and `uniform` are its controls. Without global pruning only ranks inside a group
-    count. What `compress` does beyond this, trying candidates and reconstructing layers, needs
-    `compress`.
+    `inverted` and `uniform` are its controls; there 95 % may go. Without global pruning only ranks
+    inside a group count. What `compress` does beyond this, trying candidates and reconstructing
+    layers, needs `compress`.
+
+    What a group keeps is a share of its dense width, in any mode and after any number of steps. A
+    pruner that asks for more than can go takes all that can, and a warning says so.
 
         importance = MRSImportance(model, (images, labels), threat=ThreatModel.linf("8/255"))
         tp.pruner.BasePruner(model, images[:1], importance=importance, global_pruning=True,
@@ -84,6 +66,8 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         steps: int = 10,
         seed: int = 0,
         batch_size: int = 64,
+        max_prune_ratio: float | None = None,
+        round_to: int = 1,
     ) -> None:
         """Measure MRS, and curves where the rule asks for them, once, on the model as it is.
 
@@ -99,12 +83,23 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             steps: PGD steps for the adversarial set.
             seed: for drawing images and starting PGD.
             batch_size: images at a time.
+            max_prune_ratio: share of a group's dense width that may go at most, in (0, 1); default
+                0.8 by `curve`, else 0.95. A pruner's own `max_pruning_ratio` is no limit: it looks
+                at widths before a step alone.
+            round_to: what the pruner is given, so that the least that stays is a multiple, too.
         """
         if method == "structural":
             raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
+        if max_prune_ratio is not None and not 0 < max_prune_ratio < 1:
+            raise UsageError(f"max_prune_ratio {max_prune_ratio:g} must lie between 0 and 1")
+        if round_to < 1:
+            raise UsageError(f"round_to must be at least 1, not {round_to}")
         check_float32(model)
         images, labels = as_split(data_).take(n, seed)
-        self.rule, self.score = rule, score
+        self.rule, self.score, self.round_to = rule, score, round_to
+        self.max_prune_ratio = max_prune_ratio or (
+            MOST_BY_CURVE if rule == "curve" else MAX_PRUNE_RATIO
+        )
         self._model = model
         self._adversarial: AdversarialSet = adversarial_set(
             model,
@@ -127,10 +122,13 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         if rule == "curve":
             scores = channel_scores(model, graph, score=score, adversarial=self._adversarial)
             self.curves = structural_curves(model, graph, scores, self._adversarial)
-            self._prices = _prices(graph, self.curves)
+            self._prices = removal_prices(graph, self.curves)
         else:
             self.willingness = group_weights(rule, self.sensitivity.of_groups())
         self._order = {group.name: i for i, group in enumerate(graph.groups)}
+        self._dense: Mapping[str, ChannelGroup] = {group.name: group for group in graph.groups}
+        self._ties = graph.ties
+        self._outputs = {item.name for item in graph.unprunable if item.reason == OUTPUTS}
 
     def __repr__(self) -> str:
         s = self.sensitivity
@@ -153,50 +151,145 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         graph, scores = self._scores_now()
         made = [
             (name, slot)
-            for name in self._order
-            if name in scores
-            for slot in graph.slots(name)
+            for name, now in self._names_now(graph.groups).items()
+            for slot in graph.slots(now)
             if slot.role == "out" and slot.layer == names.get(root)
         ]
-        if not made:
+        layer = names.get(root)
+        if layer is None or (not made and layer in self._outputs):
             raise UsageError(
-                f"MRSImportance has not measured the group of {names.get(root, root)}; give the "
+                f"MRSImportance has not measured the group of {layer or root}; give the "
                 "pruner the same model, and the classifier in ignored_layers"
             )
-        # channels that can't be removed are kept by every threshold
-        values = torch.full((root.weight.shape[made[0][1].dim],), 2 * ALWAYS_KEPT).double()
+        size = root.weight.shape[made[0][1].dim] if made else 1 + max(group[0].idxs)
+        values = 2 * STAYS + torch.arange(size).double() / size  # those that can't be removed
         for name, slot in made:
             values[slot.indices] = self._values(name, scores[name])[slot.units]
         device = next(self._model.parameters()).device
-        return values[list(group[0].idxs)].to(device, torch.float32)
+        values = values[list(group[0].idxs)].to(device, torch.float32)
+        return LimitedScores.of(values, layer)
 
     def _values(self, name: str, units: Tensor) -> Tensor:
-        """Return comparable scores [units] of a group: ranks, weighted by its willingness."""
-        n = len(units)
+        """Return comparable scores [units] of a group: ranks, weighted by its willingness.
+
+        From `STAYS` on they are those of units that stay.
+        """
+        n, dense = len(units), self._dense[name]
         ranks = torch.empty(n, dtype=torch.float64)
         ranks[units.argsort(stable=True)] = torch.arange(n, dtype=torch.float64)
         # half a rank off, and a hair per group: torch-pruning removes ties, all of them
         offset = 0.5 + 1e-3 * self._order[name] / (1 + len(self._order))
-        if self.rule == "curve":
-            values, most = self._prices[name](n, (ranks + offset) / n), MOST_BY_CURVE
-        else:
-            values = (ranks + offset) / n / self.willingness[name]
-            most = MAX_PRUNE_RATIO
-        # a group that lies wholly under the threshold would be skipped, so its best stay above
-        least = min(n, max(MIN_WIDTH, math.ceil((1 - most) * n)))
-        values[ranks >= n - least] += ALWAYS_KEPT
+        gone = 1 - (n - ranks - offset) / dense.units  # of the dense units, once this one is
+        curve = self.rule == "curve"
+        values = self._prices[name](gone) if curve else gone / self.willingness[name]
+        values[ranks >= n - self._least(dense)] += STAYS
         return values
+
+    def _least(self, dense: ChannelGroup) -> int:
+        """Return how many units of a group stay, in steps that `round_to` allows."""
+        most = math.floor(self.max_prune_ratio * dense.units + 1e-9)  # 0.95 * 20 is below 19
+        step = math.lcm(dense.blocks, self.round_to) // dense.blocks
+        return math.ceil(max(MIN_WIDTH, dense.units - most) / step) * step
+
+    def _names_now(self, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+        """Return by the dense model's name of each group the one it has now.
+
+        Groups that share a tensor are named after their first channel in it, which moves; their
+        order stays.
+        """
+        found: dict[str, str] = {}
+        here, there = _by_title(self._dense), _by_title(group.name for group in groups)
+        for title, names in here.items():
+            if len(names) == len(there.get(title, ())):
+                found.update(zip(names, there[title], strict=True))
+        return found
+
+    def for_budget(
+        self,
+        prune_ratio: float,
+        example_inputs: Any,
+        *,
+        target: Target = "macs",
+        pruner: Callable[..., Any] = tp.pruner.BasePruner,
+        **options: Any,
+    ) -> Any:
+        """Return a pruner of this model whose steps together remove a share of its cost.
+
+        Its `pruning_ratio`, a share of channels, is bisected on copies of the model, on which the
+        pruner runs all its steps with the weights as they are; the cost is counted on what is left.
+        Some ten trials, each about as long as a step. `max_pruning_ratio` and `round_to` hold as
+        limits of what every group keeps.
+
+            importance.for_budget(0.5, images[:1], ignored_layers=[model.fc]).step()
+
+        Args:
+            prune_ratio: share of `target` to remove, in (0, 1).
+            example_inputs: as pruners take them.
+            target: `macs` or `params`.
+            pruner: torch-pruning's class, or anything with its signature.
+            options: for the pruner; ranking is global unless they say otherwise.
+
+        Raises:
+            BudgetError: the budget is out of reach; the message says what is possible.
+        """
+        if target == "channels":
+            raise UsageError("a share of channels is what pruning_ratio is: give it to the pruner")
+        budget = Budget(target, prune_ratio)
+        importance = self._limited(options)
+        # torch-pruning's defaults for these are shared by all pruners, and written to
+        fresh: dict[str, Any] = {n: {} for n in ("in_channel_groups", "out_channel_groups")}
+        options = {"global_pruning": True, "num_heads": {}, **fresh, **options}
+        dense = count_cost(self._model, self._input_size).of(target)
+
+        def reached(ratio: float) -> float:
+            ours = (self._adversarial, self._cache)  # the same for a copy
+            memo = {id(shared): shared for shared in ours}
+            tried, inputs, more = copy.deepcopy((importance, example_inputs, options), memo)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trial = pruner(tried._model, inputs, importance=tried, pruning_ratio=ratio, **more)
+                for _ in range(more.get("iterative_steps", 1)):
+                    trial.step()
+            return 1 - count_cost(tried._model, self._input_size).of(target) / dense
+
+        ratio, share = ratio_for(budget, reached)
+        if abs(share - prune_ratio) > TOLERANCE:
+            warnings.warn(
+                f"asked to remove {100 * prune_ratio:.1f} % of the {target}, {100 * share:.1f} % "
+                "will go: the groups are too narrow for a closer fit",
+                stacklevel=2,
+            )
+        return pruner(
+            self._model, example_inputs, importance=importance, pruning_ratio=ratio, **options
+        )
+
+    def _limited(self, options: Mapping[str, Any]) -> MRSImportance:
+        """Return this importance with a pruner's limits as its own."""
+        limited = copy.copy(self)
+        most, step = options.get("max_pruning_ratio", 1.0), options.get("round_to") or 1
+        limited.max_prune_ratio = min(self.max_prune_ratio, most)
+        limited.round_to = math.lcm(self.round_to, step)
+        return limited
 
     def _scores_now(self) -> tuple[ModelGraph, Mapping[str, Tensor]]:
         """Score all groups at once, anew whenever the model has other parameters than before."""
         key = tuple((id(p), p._version) for p in self._model.parameters())
         if self._cache is None or self._cache[0] != key:
-            graph = ModelGraph(self._model, self._input_size, probe=False)
-            scores = channel_scores(
+            graph = ModelGraph(self._model, self._input_size, probe=False, ties=self._ties)
+            found = channel_scores(
                 self._model,
                 graph,
                 score=self.score,
                 adversarial=self._adversarial,
             )
+            scores = {name: found[now] for name, now in self._names_now(graph.groups).items()}
             self._cache = key, graph, scores
         return self._cache[1], self._cache[2]
+
+
+def _by_title(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of groups by the tensor that stands for them, in their order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.rpartition("@")[0] or name, []).append(name)
+    return found

@@ -136,6 +136,10 @@ SCORES: Registry[Callable[..., Any]] = Registry(
 ESTIMATORS: Registry[Callable[..., Any]] = Registry(
     "MRS estimator", "criteria/estimators", "graph, adversarial"
 )
+ALLOCATIONS: Registry[Callable[..., Any]] = Registry(
+    "allocation", "allocation/rules", "problem, evidence"
+)
 training_method = METHODS.register
 channel_score = SCORES.register
 mrs_estimator = ESTIMATORS.register
+allocation_rule = ALLOCATIONS.register

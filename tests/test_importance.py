@@ -12,7 +12,7 @@ import torch_pruning as tp
 import robust_prune.importance
 from robust_prune import MRSImportance, ThreatModel
 from robust_prune.errors import UsageError
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import ModelGraph, count_cost
 from robust_prune.types import Curve
 from tests.conftest import TINY, tiny_resnet
 
@@ -148,6 +148,16 @@ def test_the_example_of_the_readme_runs_as_it_stands() -> None:
     exec(code, {"model": model, "images": images, "labels": labels})
     assert sum(p.numel() for p in model.parameters()) < 0.7 * before
     assert model(images).shape == (16, 10)
+
+
+def test_the_readmes_budget_is_met_as_it_stands() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## Inside plain torch-pruning code")[1]
+    code = section.split("```python")[2].split("```")[0]
+    model, images, importance = prepared()
+    dense = count_cost(model, (3, 32, 32)).macs
+    exec(code, {"model": model, "images": images, "importance": importance})
+    assert count_cost(model, (3, 32, 32)).macs / dense == pytest.approx(0.5, abs=0.01)
 
 
 def test_grouped_convolutions_lose_whole_units() -> None:

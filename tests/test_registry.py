@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from robust_prune import compress
 from robust_prune.errors import UsageError
 from robust_prune.registry import (
+    ALLOCATIONS,
     ESTIMATORS,
     METHODS,
     SCORES,
@@ -26,13 +28,17 @@ DATA = (torch.rand(24, 3, 32, 32), torch.arange(24) % 10)
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    kept = [(r, dict(r._functions), dict(r._facts)) for r in (METHODS, SCORES, ESTIMATORS)]
+    registries = (METHODS, SCORES, ESTIMATORS, ALLOCATIONS)
+    for registry in registries:
+        for name in registry:
+            registry.find(name)  # what is read later would be forgotten too
+    kept = [(r, dict(r._functions), dict(r._facts)) for r in registries]
     yield
     for registry, functions, facts in kept:
         registry._functions, registry._facts = functions, facts
 
 
-@pytest.mark.parametrize("registry", [METHODS, SCORES, ESTIMATORS])
+@pytest.mark.parametrize("registry", [METHODS, SCORES, ESTIMATORS, ALLOCATIONS])
 def test_names_are_those_of_the_folder_and_each_file_registers_its_own(registry: Registry) -> None:
     assert len(list(registry)) >= 3
     for name in registry:
@@ -93,3 +99,30 @@ def test_help_is_made_from_the_registry(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(METHODS) in stated(FineTuningOptions)["finetune"].help
     assert str(SCORES) in stated(PlanningOptions)["score"].help
     assert str(ESTIMATORS) in stated(PlanningOptions)["estimator"].help
+    assert str(ALLOCATIONS) in stated(PlanningOptions)["allocation"].help
+
+
+def first_half(problem: Any, evidence: Any) -> dict[str, int]:
+    """Take all from the first group that the budget needs, and nothing from the others."""
+    assert set(evidence.mrs) == {group.name for group in problem.groups}
+    widths = {group.name: group.width for group in problem.groups}
+    for group in problem.groups:
+        while problem.cost_at(widths) > problem.goal and widths[group.name] > group.min_width:
+            widths[group.name] -= group.blocks
+    return widths
+
+
+def nothing(problem: Any, evidence: Any) -> dict[str, int]:
+    return {}
+
+
+def test_an_allocation_of_the_users_own_shares_the_budget_out() -> None:
+    result = compress(
+        tiny_resnet(), DATA, prune_ratio=0.1, allocation="tests.test_registry:first_half"
+    )
+    kept = [group.keep_width == group.width for group in result.plan.groups]
+    assert kept == sorted(kept), "groups in front give all, those behind nothing"
+    assert result.plan.allocation == "tests.test_registry:first_half"
+    assert result.plan.reached >= 0.1
+    with pytest.raises(UsageError, match="the width None; it must be"):
+        compress(tiny_resnet(), DATA, allocation="tests.test_registry:nothing")

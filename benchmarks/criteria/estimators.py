@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.criteria.protocol import Bench
 from robust_prune import pipeline
 from robust_prune.adversaries import adversarial_set
-from robust_prune.allocation import best_composed, make_plan
+from robust_prune.allocation import Problem, best_composed, make_plan
 from robust_prune.criteria import Estimator, channel_scores, sensitivities, structural_curves
 from robust_prune.finetune import Attack, pgd_at
 from robust_prune.graph import ModelGraph
@@ -56,16 +56,15 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
     seconds["structural"] = time.perf_counter() - start
     found["structural"] = {name: curve.at(0.5) for name, curve in curves.items()}
 
+    problem = Problem(graph.groups, graph.cost, Budget("channels", 0.5))
     plans = [
         make_plan(
-            graph.groups,
+            problem,
             {
                 g.name: g.width // 2 // g.blocks * g.blocks if g is half else g.width
                 for g in graph.groups
             },
             {name: s.tolist() for name, s in scores.items()},
-            graph.cost,
-            Budget("channels", 0.5),
             allocation="half of one group",
             score="l2",
             seed=0,

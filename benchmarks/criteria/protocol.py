@@ -147,8 +147,8 @@ class Bench:
 
     def _peer_batches(self, seed: int) -> tuple[AdversarialSet, Tensor]:
         if seed not in self._peer_images:
-            size, n = self.splits.input_size, self.calibration_images
-            images, labels = calibration_images(self.model, self.splits, size, n, seed)
+            n = self.calibration_images
+            images, labels = calibration_images(self.model, self.splits, n, seed)
             self._peer_images[seed] = (
                 adversarial_set(self.model, images, labels, threat=self.threat, seed=seed),
                 images,

@@ -1,32 +1,40 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
+from robust_prune.allocation.bisection import ratio_for
+from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
-from robust_prune.allocation.search import PASSES, STEPS, best_composed, candidate_widths
+from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
+from robust_prune.allocation.search import CAPS, PASSES, STEPS, best_composed, candidate_widths
 from robust_prune.allocation.widths import (
-    ALLOCATIONS,
     EVEN,
-    MAX_PRUNE_RATIO,
     RULES,
     SPREAD,
-    CostOf,
+    TOLERANCE,
     allocate,
     allocate_by_curves,
+    allocate_evenly,
     group_weights,
 )
 
 __all__ = [
-    "ALLOCATIONS",
+    "CAPS",
+    "Evidence",
+    "allocations",
     "CostOf",
     "EVEN",
     "MAX_PRUNE_RATIO",
     "PASSES",
+    "Problem",
     "RULES",
     "SPREAD",
     "STEPS",
+    "TOLERANCE",
     "allocate",
     "allocate_by_curves",
+    "allocate_evenly",
     "best_composed",
     "candidate_widths",
     "make_plan",
     "group_weights",
+    "ratio_for",
 ]

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from robust_prune.allocation.widths import MAX_PRUNE_RATIO, TOLERANCE, CostOf, _width
-from robust_prune.types import (
-    Budget,
-    ChannelGroup,
-    GroupPlan,
-    PruningPlan,
-    Unprunable,
-)
+from robust_prune.allocation.problem import Problem, width_after
+from robust_prune.allocation.widths import TOLERANCE
+from robust_prune.types import ChannelGroup, GroupPlan, PruningPlan, Unprunable
 
 
 def make_plan(
-    groups: Sequence[ChannelGroup],
+    problem: Problem,
     widths: Mapping[str, int],
     scores: Mapping[str, Sequence[float]],
-    cost_of: CostOf,
-    budget: Budget,
     *,
     allocation: str,
     score: str,
     seed: int,
     input_size: tuple[int, int, int],
     mrs: Mapping[str, float] | None = None,
-    max_prune_ratio: float = MAX_PRUNE_RATIO,
     unprunable: Sequence[Unprunable] = (),
     notes: Sequence[str] = (),
     ties: Sequence[tuple[str, str]] = (),
@@ -36,24 +28,39 @@ def make_plan(
     """Return the plan that keeps the best-scored units of every group.
 
     Equal scores keep the earlier channel. A budget missed by more than a point is noted.
+
+    Args:
+        problem: groups, cost, budget and limits.
+        widths: to keep, by group.
+        scores: by group, of every unit; the lowest go first.
+        allocation: the rule that gave the widths, for the record.
+        score: the one that gave the scores, for the record.
+        seed: of the run, for the record.
+        input_size: (channels, height, width) that the costs are counted at.
+        mrs: by group, for the record.
+        unprunable: what stays as it is, and why.
+        notes: what the user should not miss.
+        ties: `tensor:dim` pairs that the code couples silently.
+        whole_heads: heads of attentions go as a whole.
     """
+    budget = problem.budget
     plan = PruningPlan(
         budget=budget,
         allocation=allocation,
         score=score,
         seed=seed,
         input_size=input_size,
-        dense=cost_of({}),
-        pruned=cost_of(widths),
+        dense=problem.cost({}),
+        pruned=problem.cost(widths),
         groups=tuple(
             GroupPlan(
                 name=group.name,
                 width=group.width,
                 keep=_keep(group, widths[group.name] // group.blocks, scores[group.name]),
                 mrs=(mrs or {}).get(group.name),
-                note=_note(group, widths[group.name], max_prune_ratio),
+                note=_note(group, widths[group.name], problem.max_prune_ratio),
             )
-            for group in groups
+            for group in problem.groups
         ),
         unprunable=tuple(unprunable),
         notes=tuple(notes),
@@ -79,6 +86,6 @@ def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int
 def _note(group: ChannelGroup, width: int, max_prune_ratio: float) -> str:
     if group.width > width == group.min_units * group.blocks:
         return "at its minimum width"
-    if group.width > width == _width(group, max_prune_ratio):
+    if group.width > width == width_after(group, max_prune_ratio):
         return f"at the most that may go, {100 * max_prune_ratio:g} %"
     return ""

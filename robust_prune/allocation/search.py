@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from robust_prune.adversaries import adversarial_loss, adversarial_set
-from robust_prune.allocation.widths import MAX_PRUNE_RATIO, Widths, allocate, allocate_by_curves
+from robust_prune.allocation.problem import Problem, Widths
+from robust_prune.allocation.widths import allocate_by_curves, allocate_evenly
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import evaluating
-from robust_prune.types import Budget, Curve, PruningPlan, ThreatModel
+from robust_prune.types import Curve, PruningPlan, ThreatModel
 
 CAPS = (0.0, 1 / 3, 2 / 3, 1.0)
 STEPS = 5
@@ -20,12 +22,7 @@ PASSES = 3 * STEPS + 1  # forward passes for an image, a backward one counted as
 
 
 def candidate_widths(
-    graph: ModelGraph,
-    budget: Budget,
-    curves: Mapping[str, Curve],
-    *,
-    max_prune_ratio: float = MAX_PRUNE_RATIO,
-    round_to: int = 1,
+    problem: Problem, curves: Mapping[str, Curve], caps: Sequence[float] = CAPS
 ) -> list[Widths]:
     """Return widths at the same cost, from equal shares for all groups to what curves ask for.
 
@@ -33,30 +30,25 @@ def candidate_widths(
     few channels has nothing left to fine-tune. So the curves' freedom is limited by the share that
     a group may lose: from the share of the uniform allocation on, in steps, to `max_prune_ratio`.
 
+    Args:
+        graph: of the dense model.
+        budget: that all of them reach.
+        curves: by group.
+        max_prune_ratio: the most that a group may lose.
+        round_to: widths are multiples of it.
+        caps: how far the share that a group may lose goes, from 0 (as in equal shares) to 1
+            (`max_prune_ratio`); the first is that of equal shares.
+
     Raises:
         BudgetError: the budget is out of reach.
     """
-    equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
-    uniform = allocate(
-        graph.groups,
-        graph.cost,
-        budget,
-        equal,
-        max_prune_ratio=max_prune_ratio,
-        round_to=round_to,
-    )
-    least = max(_most(graph, uniform), 0.0)
+    most, uniform = problem.max_prune_ratio, allocate_evenly(problem)
+    least = max((1 - uniform[g.name] / g.width for g in problem.groups), default=0.0)
     found = [uniform]
-    for cap in CAPS[1:]:
+    for cap in caps[1:]:
         with contextlib.suppress(BudgetError):  # rounding may leave the uniform one just above it
-            widths = allocate_by_curves(
-                graph.groups,
-                graph.cost,
-                budget,
-                curves,
-                max_prune_ratio=min(least + cap * (max_prune_ratio - least), max_prune_ratio),
-                round_to=round_to,
-            )
+            limited = replace(problem, max_prune_ratio=min(least + cap * (most - least), most))
+            widths = allocate_by_curves(limited, curves)
             if widths not in found:
                 found.append(widths)
     return found
@@ -107,7 +99,3 @@ def best_composed(
         with evaluating(pruned):
             losses.append(adversarial_loss(pruned, attacked))
     return min(range(len(plans)), key=lambda i: losses[i]), losses
-
-
-def _most(graph: ModelGraph, widths: Mapping[str, int]) -> float:
-    return max((1 - widths[g.name] / g.width for g in graph.groups), default=0.0)

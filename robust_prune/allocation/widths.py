@@ -1,32 +1,22 @@
-"""From sensitivities, costs and a budget to a plan: how many units each group keeps, and which."""
+"""From sensitivities or curves to widths: how many channels each group keeps."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
 
+from robust_prune.allocation.problem import Problem, Widths
 from robust_prune.errors import BudgetError, UsageError
-from robust_prune.types import (
-    Budget,
-    ChannelGroup,
-    Cost,
-    Curve,
-    Target,
-)
+from robust_prune.types import ChannelGroup, Curve
 
-Allocation = Literal["curve", "mrs", "inverted", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = ("curve", "mrs", "inverted", "uniform")
-RULES = ALLOCATIONS[1:]  # from one number for each group
-MAX_PRUNE_RATIO = 0.95
+RULES = ("mrs", "inverted", "uniform")  # from one number for each group
 SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01
 CLOSE = 0.002
+STRIDES = 24  # of a wide group, from whole to nothing
 EVEN = 1e-4  # nats: shares what costs nothing evenly among equals
-Widths = dict[str, int]
-CostOf = Callable[[Mapping[str, int]], Cost]
 
 
 def group_weights(rule: str, mrs: Mapping[str, float]) -> dict[str, float]:
@@ -52,15 +42,7 @@ def group_weights(rule: str, mrs: Mapping[str, float]) -> dict[str, float]:
     return {name: 1 - SPREAD * value for name, value in scaled.items()}
 
 
-def allocate(
-    groups: Sequence[ChannelGroup],
-    cost_of: CostOf,
-    budget: Budget,
-    willingness: Mapping[str, float],
-    *,
-    max_prune_ratio: float = MAX_PRUNE_RATIO,
-    round_to: int = 1,
-) -> Widths:
+def allocate(problem: Problem, willingness: Mapping[str, float]) -> Widths:
     """Return the width of each group that meets the budget.
 
     The share r_g = min(lambda * willingness_g, max_prune_ratio) goes from every group, rounded to
@@ -68,50 +50,42 @@ def allocate(
     groups that still differ change one by one, so that ties don't cost accuracy of the budget.
 
     Args:
-        groups: the prunable groups.
-        cost_of: exact cost of the model at given widths.
-        budget: what to remove.
-        willingness: `weights`, by group.
-        max_prune_ratio: share of a group that may go at most.
-        round_to: widths become multiples of this, where a group is wide enough for one.
+        problem: groups, cost, budget and limits.
+        willingness: `group_weights`, by group.
 
     Raises:
         BudgetError: the budget is out of reach; the message says what is possible.
     """
-    if not groups:
+    if not problem.groups:
         raise BudgetError("the model has no prunable group; see the reasons in its report")
-    target = budget.target
-    dense = cost_of({}).of(target)
-    goal = dense * (1 - budget.prune_ratio)
+    most = problem.max_prune_ratio
 
     def widths_at(scale: float) -> Widths:
         return {
-            g.name: _width(g, min(scale * willingness[g.name], max_prune_ratio), round_to)
-            for g in groups
+            g.name: problem.width(g, min(scale * willingness[g.name], most)) for g in problem.groups
         }
 
-    low, high = 0.0, max_prune_ratio / min(willingness[g.name] for g in groups)
-    _check_reach(cost_of, budget, widths_at(high))
+    low, high = 0.0, most / min(willingness[g.name] for g in problem.groups)
+    problem.check_reach(widths_at(high))
     for _ in range(60):
         middle = (low + high) / 2
-        if cost_of(widths_at(middle)).of(target) > goal:
+        if problem.cost_at(widths_at(middle)) > problem.goal:
             low = middle
         else:
             high = middle
-    found = _closest_between(groups, cost_of, target, goal, widths_at(low), widths_at(high))
-    floor = widths_at(math.inf)
-    return _fit(groups, cost_of, target, goal, found, floor, round_to, TOLERANCE)
+    return _fit(problem, _closest_between(problem, widths_at(low), widths_at(high)), TOLERANCE)
 
 
-def allocate_by_curves(
-    groups: Sequence[ChannelGroup],
-    cost_of: CostOf,
-    budget: Budget,
-    curves: Mapping[str, Curve],
-    *,
-    max_prune_ratio: float = MAX_PRUNE_RATIO,
-    round_to: int = 1,
-) -> Widths:
+def allocate_evenly(problem: Problem) -> Widths:
+    """Return the widths that meet the budget with the same share from every group.
+
+    Raises:
+        BudgetError: the budget is out of reach.
+    """
+    return allocate(problem, dict.fromkeys((g.name for g in problem.groups), 1.0))
+
+
+def allocate_by_curves(problem: Problem, curves: Mapping[str, Curve]) -> Widths:
     """Return the widths that meet the budget for the least sum of predicted loss rises.
 
     From the dense model on, the group whose next step costs the least rise per unit of cost
@@ -123,35 +97,26 @@ def allocate_by_curves(
     Raises:
         BudgetError: the budget is out of reach.
     """
-    target = budget.target
-    goal = cost_of({}).of(target) * (1 - budget.prune_ratio)
-    floor = {g.name: _width(g, max_prune_ratio, round_to) for g in groups}
-    _check_reach(cost_of, budget, floor)
+    groups = problem.groups
+    problem.check_reach(problem.narrowest)
     hulls = {name: curve.hull() for name, curve in curves.items()}
     widths = {g.name: g.width for g in groups}
-    steps = {g.name: _step(g, round_to) for g in groups}
-    strides = {g.name: steps[g.name] * max(1, g.units // steps[g.name] // 24) for g in groups}
-
-    def next_width(g: ChannelGroup) -> int:
-        units = widths[g.name] // g.blocks - strides[g.name]
-        units -= units % steps[g.name]  # dense widths need be no multiples
-        return max(units * g.blocks, floor[g.name])
 
     def price(g: ChannelGroup) -> float:
         """Loss rise per cost saved of the group's next step."""
-        after = next_width(g)
+        after = _next_width(problem, g, widths[g.name])
         if after >= widths[g.name]:
             return math.inf
-        saved = now - cost_of({**widths, g.name: after}).of(target)
+        saved = now - problem.cost_at({**widths, g.name: after})
         share, before = 1 - after / g.width, 1 - widths[g.name] / g.width
         rise = hulls[g.name].at(share) - hulls[g.name].at(before)
         rise += EVEN * (share**2 - before**2)
         return rise / saved if saved > 0 else math.inf
 
-    now = cost_of(widths).of(target)
+    now = problem.cost_at(widths)
     queue = [(price(g), i) for i, g in enumerate(groups)]
     heapq.heapify(queue)
-    while now > goal and queue:
+    while now > problem.goal and queue:
         _, i = heapq.heappop(queue)
         g = groups[i]
         fresh = price(g), i
@@ -160,83 +125,42 @@ def allocate_by_curves(
         if queue and fresh > queue[0]:
             heapq.heappush(queue, fresh)
             continue
-        widths[g.name] = next_width(g)
-        now = cost_of(widths).of(target)
+        widths[g.name] = _next_width(problem, g, widths[g.name])
+        now = problem.cost_at(widths)
         heapq.heappush(queue, (price(g), i))
-    return _fit(groups, cost_of, target, goal, widths, floor, round_to, CLOSE)
+    return _fit(problem, widths, CLOSE)
 
 
-def _check_reach(cost_of: CostOf, budget: Budget, narrowest: Widths) -> None:
-    """Raise BudgetError if even these widths cost more than the budget leaves."""
-    most = 1 - cost_of(narrowest).of(budget.target) / cost_of({}).of(budget.target)
-    if most < budget.prune_ratio:
-        raise BudgetError(
-            f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is out of reach: at "
-            f"most {100 * most:.1f} % can go while every group keeps its minimum and protected "
-            f"layers stay; use --ratio {math.floor(1000 * most) / 1000:g} or less, or protect "
-            "fewer layers"
-        )
+def _next_width(problem: Problem, g: ChannelGroup, width: int) -> int:
+    """Return what a group is cut to next."""
+    step = problem.step(g)
+    units = width // g.blocks - step * max(1, g.units // step // STRIDES)
+    units -= units % step  # dense widths need be no multiples
+    return max(units * g.blocks, problem.narrowest[g.name])
 
 
-def _fit(
-    groups: Sequence[ChannelGroup],
-    cost_of: CostOf,
-    target: Target,
-    goal: float,
-    widths: Widths,
-    floor: Widths,
-    round_to: int,
-    close: float,
-) -> Widths:
+def _fit(problem: Problem, widths: Widths, close: float) -> Widths:
     """Move single units, of any group, until the cost is close to the goal or comes no closer."""
-
-    def miss(tried: Widths) -> float:
-        return abs(cost_of(tried).of(target) - goal)
-
-    best, enough = miss(widths), close * cost_of({}).of(target)
-    steps = {g.name: _step(g, round_to) * g.blocks for g in groups}
+    best, enough = problem.miss(widths), close * problem.dense
+    steps = {g.name: problem.step(g) * g.blocks for g in problem.groups}
     while best > enough:
         tried = [
             {**widths, g.name: width}
-            for g in groups
+            for g in problem.groups
             for width in (widths[g.name] - steps[g.name], widths[g.name] + steps[g.name])
-            if floor[g.name] <= width <= g.width and width % steps[g.name] == 0
+            if problem.narrowest[g.name] <= width <= g.width and width % steps[g.name] == 0
         ]
-        closest = min(tried, key=miss, default=widths)
-        if miss(closest) >= best:
+        closest = min(tried, key=problem.miss, default=widths)
+        if problem.miss(closest) >= best:
             break
-        widths, best = closest, miss(closest)
+        widths, best = closest, problem.miss(closest)
     return widths
 
 
-def _closest_between(
-    groups: Sequence[ChannelGroup],
-    cost_of: CostOf,
-    target: str,
-    goal: float,
-    above: Widths,
-    below: Widths,
-) -> Widths:
+def _closest_between(problem: Problem, above: Widths, below: Widths) -> Widths:
     """Walk from just above the goal to just below it, group by group, and keep the closest."""
-    current, best = dict(above), dict(above)
-    best_miss = math.inf
-    steps = [None, *(g.name for g in groups if above[g.name] != below[g.name])]
-    for name in steps:
-        if name is not None:
-            current[name] = below[name]
-        miss = abs(int(getattr(cost_of(current), target)) - goal)
-        if miss < best_miss:
-            best, best_miss = dict(current), miss
-    return best
-
-
-def _width(group: ChannelGroup, prune_ratio: float, round_to: int = 1) -> int:
-    step = _step(group, round_to)
-    least = math.ceil(group.min_units / step) * step
-    units = max(least, step * round(group.units * (1 - prune_ratio) / step))
-    return min(units, group.units) * group.blocks
-
-
-def _step(group: ChannelGroup, round_to: int) -> int:
-    """How many units go at a time, so that widths stay multiples of `round_to`."""
-    return math.lcm(group.blocks, round_to) // group.blocks
+    walk = [dict(above)]
+    for g in problem.groups:
+        if above[g.name] != below[g.name]:
+            walk.append({**walk[-1], g.name: below[g.name]})
+    return min(walk, key=problem.miss)

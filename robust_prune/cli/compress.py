@@ -101,6 +101,7 @@ def compress(
     _check_budget(arguments["prune_ratio"], replayed)
     processes = _first_may_write(folder / f"{name}.safetensors", writing, running)
 
+    from robust_prune.cli.progress import training_shown
     from robust_prune.pipeline import compress_file
 
     output, device = output.only_on(processes.first), pick_device(running)
@@ -118,7 +119,7 @@ def compress(
         seed=running.seed,
     )
     _announce(output, module, splits, settings)
-    with output.training(folder if writing.tensorboard else None) as listeners:
+    with training_shown(output, folder if writing.tensorboard else None) as listeners:
         result, paths = compress_file(
             module,
             splits,
@@ -212,8 +213,9 @@ def _announce(
     if splits is None:
         return
     output.line(
-        f"data {splits.name}: {len(splits.train)} training, {len(splits.validation or ())} "
-        f"validation, {len(splits.test or ())} test images, {splits.classes} classes"
+        f"{'data' if splits.labelled else splits.origin} {splits.name}: {len(splits.train)} "
+        f"training, {len(splits.validation or ())} validation, {len(splits.test or ())} test "
+        f"images, {splits.classes or 'unknown'} classes"
     )
     if settings.evaluation == "autoattack" and splits.test is not None:
         n = min(settings.n_eval, len(splits.test))
@@ -241,12 +243,16 @@ def _finetuning(
             raise UsageError("--epochs 0 with --finetune; use --finetune none")
         if splits is None:
             raise UsageError("--finetune needs data; name it with --data")
-    if method == "none" or quick or (method is None and (splits is None or epochs == 0)):
+    if method == "none" or quick or (method is None and (not _labelled(splits) or epochs == 0)):
         if epochs:
             raise UsageError(f"--epochs {epochs} without fine-tuning; leave one of them out")
         return replace(asked, finetune=None, epochs=0)
     epochs = FINE_TUNING_EPOCHS if epochs is None else epochs
     return replace(asked, finetune=method or FINE_TUNING_METHOD, epochs=epochs)
+
+
+def _labelled(splits: DataSplits | None) -> bool:
+    return splits is not None and splits.labelled
 
 
 def _evaluation(
@@ -256,12 +262,13 @@ def _evaluation(
     from robust_prune.pipeline import eval_images
 
     n = eval_images(asked.n_eval, device)
-    if splits is not None:
+    if splits is not None and splits.test is not None:
         return replace(
             asked, evaluation=asked.evaluation or ("pgd" if quick else "autoattack"), n_eval=n
         )
     if asked.evaluation not in (None, "none"):
-        raise UsageError(f"--eval {asked.evaluation} needs data; name it with --data")
+        missing = "data" if splits is None else "labelled test images"
+        raise UsageError(f"--eval {asked.evaluation} needs {missing}; name it with --data")
     return replace(asked, evaluation="none", n_eval=n)
 
 

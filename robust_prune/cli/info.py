@@ -32,6 +32,8 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
     output.result(f"{cost.macs:,} multiply-adds, {cost.params:,} parameters")
     show_groups(output, found.groups, cost)
     output.line(f"{100 * found.reachable:.0f} % of the parameters lie along these channels")
+    for line in found.uncounted:
+        output.line(line)
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
     if "plan" in record and "cost" in record:
@@ -44,6 +46,7 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
             "model": to_plain(module.spec) if isinstance(module, ImageModel) else None,
             "input_size": size,
             "cost": to_plain(cost),
+            "uncounted": found.uncounted,
             "groups": to_plain(found.groups),
             "unprunable": to_plain(found.unprunable),
             "reachable": found.reachable,

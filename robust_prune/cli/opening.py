@@ -76,14 +76,20 @@ def open_splits(
     options: DataOptions,
     input_size: tuple[int, int, int] | None = None,
 ) -> DataSplits | None:
-    """Open --data, else what the model's record names; None where neither is there.
+    """Open --calibration or --data, else what the model's record names; None where none is there.
 
     Images have the size that the model is known to take, else --input-size, else their own.
     """
-    from robust_prune.data import check_class_order, open_data
+    from robust_prune.data import check_class_order, open_data, open_pictures
     from robust_prune.errors import DataError
     from robust_prune.modules import ImageModel, image_channels
 
+    if options.calibration is not None:
+        if options.data is not None:
+            raise UsageError("--calibration is for want of --data; leave one of them out")
+        return open_pictures(
+            options.calibration, model, input_size=input_size, workers=options.workers
+        )
     recorded = record.get("data") or {}
     spec, root = options.data, options.data_root
     if spec == "none" or (spec is None and not recorded):

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from robust_prune.errors import UsageError
 from robust_prune.untrusted import readable
 
 if TYPE_CHECKING:
-    from robust_prune.finetune import EpochRecord, Progress
-
-FIRST_LINE_SECONDS = 10.0
+    pass
 
 
 class Output:
@@ -69,92 +64,6 @@ class Output:
         """Print the one JSON document, where JSON was asked for."""
         if self.as_json and not self.silent:
             print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
-
-    @contextmanager
-    def training(
-        self, tensorboard: Path | None = None
-    ) -> Iterator[tuple[Callable[[Progress], None], Callable[[EpochRecord], None]]]:
-        """Give listeners that show a bar with rate and time left, and a line per epoch.
-
-        `tensorboard` is the folder to write TensorBoard's files under.
-        """
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            transient=True,
-            disable=self.quiet or not self.console.is_terminal,
-        )
-        task = bar.add_task("training", total=None, status="")
-        board = None if self.silent else _board(tensorboard)
-        runs = 0
-
-        def on_progress(p: Progress) -> None:
-            text = (
-                f"loss {p.loss:.3f}, clean {100 * p.clean:.1f} %, robust {100 * p.robust:.1f} %, "
-                f"{p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left"
-            )
-            bar.update(
-                task,
-                total=p.total,
-                completed=p.images,
-                description=f"epoch {p.epoch}/{p.epochs}",
-                status=text,
-            )
-            if not self.console.is_terminal and p.images < p.total and self._due(p):
-                self.line(f"  {p.images_per_second:.0f} images/s, {duration(p.seconds_left)} left")
-
-        def on_epoch(e: EpochRecord) -> None:
-            nonlocal runs
-            runs += e.epoch == 0
-            what = "before" if e.epoch == 0 else f"epoch {e.epoch}: loss {e.loss:.4f},"
-            rate = f", {e.images_per_second:.0f} images/s" if e.epoch else ""
-            self.line(
-                f"  {what} clean {100 * e.clean:.1f} %, robust {100 * e.robust:.1f} % on "
-                f"validation ({e.seconds:.0f} s{rate})"
-            )
-            if board is not None:
-                for name in ("loss", "clean", "robust", "single_step", "lr", "images_per_second"):
-                    value = getattr(e, name)
-                    tag = name if runs < 2 else f"{name}/step {runs}"
-                    if value == value:  # not NaN
-                        board.add_scalar(tag, value, e.epoch)
-                board.flush()
-
-        self._next_line = FIRST_LINE_SECONDS
-        try:
-            with bar:
-                yield on_progress, on_epoch
-        finally:
-            if board is not None:
-                board.close()
-
-    def _due(self, p: Progress) -> bool:
-        """Whether a log without a bar gets a line now: soon once, then ever more seldom."""
-        elapsed = ((p.epoch - 1) * p.total + p.images) / max(p.images_per_second, 1e-9)
-        if elapsed < self._next_line:
-            return False
-        self._next_line = 4 * elapsed
-        return True
-
-    _next_line = 0.0
-
-
-def _board(folder: Path | None) -> Any:
-    """Return a writer of TensorBoard's files, None where none is asked for."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "--tensorboard needs tensorboard; pip install 'robust-prune[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def duration(seconds: float) -> str:

@@ -49,7 +49,9 @@ def sensitivity(
     module, record = open_model(model, opening, pick_device(running))
     splits = open_splits(module, record, data, opening.input_size)
     if splits is None:
-        output.note("no data is known: measured on synthetic images labelled by the model itself")
+        output.note(
+            "no data is known: measured on stand-in photographs with the model's own labels"
+        )
     result = sensitivity(
         module,
         splits,

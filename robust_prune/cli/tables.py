@@ -23,6 +23,8 @@ def show_report(output: Output, record: Mapping[str, Any]) -> None:
         report.cost_rows(record),
     )
     output.line(report.check_line(record))
+    if grade := report.grade_line(record):
+        output.line(grade)
     rows = report.accuracy_rows(record)
     if rows:
         has_middle = any(row["pruned_before_finetuning"] for row in rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,12 +28,13 @@ from robust_prune.options import (
     ThreatOptions,
     chosen,
 )
+from robust_prune.types import ThreatModel
 
 if TYPE_CHECKING:
     from torch import nn
 
     from robust_prune.data import DataSplits
-    from robust_prune.pipeline import RunFolder
+    from robust_prune.pipeline import TrainResult
     from robust_prune.types import ModelSpec
 
 Start = Annotated[
@@ -68,17 +67,11 @@ def train(
     if data.data in (None, "none") and start is None:
         raise UsageError("training needs data: --data cifar10, digits, or an image folder")
 
-    from robust_prune.finetune import TrainingConfig, needs_teacher, resolve_method
-    from robust_prune.models import save
-    from robust_prune.modules import ImageModel
-    from robust_prune.pipeline import Events, fingerprint, plain_history, train_model
-    from robust_prune.types import to_plain
+    from robust_prune.cli.progress import training_shown
+    from robust_prune.finetune import TrainingConfig
+    from robust_prune.pipeline import Events, train_file
 
-    wants_teacher = needs_teacher(resolve_method(training.method)[1])
-    if training.teacher is not None and not wants_teacher:
-        raise UsageError(
-            f"--teacher: {training.method} does not learn from a model; rslad and ard do"
-        )
+    _check_teacher(training)
     threat_model(threat)  # what is typed is checked before anything is opened
     processes = all_processes(running)
     output = output.only_on(processes.first)
@@ -95,60 +88,50 @@ def train(
         f"training and {len(splits.validation or ())} validation images of {splits.name}, seed "
         f"{config.seed}"
     )
-    asked = {
-        "data": splits.described(),
-        "processes": processes.size,
-        "start": None if model is None else fingerprint(model),
-        "teacher": None if teacher is None else fingerprint(teacher),
-    }
-    run_config = {**asked, "arguments": arguments}
-    folder = _run_folder(target, run_config, writing.resume) if processes.first else None
-    with (
-        _forgetting(folder),
-        output.training(target.parent if writing.tensorboard else None) as (on_progress, on_epoch),
-    ):
-        trained, history = train_model(
+    with training_shown(output, target.parent if writing.tensorboard else None) as listeners:
+        result = train_file(
             spec,
             splits,
             config,
+            target,
+            Events(note=output.note, training=listeners[0], epoch=listeners[1]),
+            arguments=arguments,
+            resume=writing.resume is not None,
             device=device,
             pretrained=pretrained,
             start=model,
             teacher=teacher,
-            events=Events(training=on_progress, epoch=on_epoch),
-            folder=folder,
             processes=processes,
         )
-    if isinstance(trained, ImageModel):
-        trained.spec = spec
-    for line in history.notes:
-        output.note(line)
-    record = {
-        "data": dict(splits.source),
-        "threat": to_plain(attacker),
-        "training": plain_history(history),
-        "status": "trained" if not history.interrupted else "training interrupted",
-    }
-    go_on = f"robust-prune train --resume {run_path(target)} goes on"
-    if history.interrupted and len(history.epochs) < 2:
-        raise Interrupted(f"stopped before the first epoch ended; {go_on}")
-    if folder is not None:
-        save(trained, target, record)
-        if not history.interrupted:
-            folder.clear()
+    _tell(output, result, target, arguments)
+
+
+def _check_teacher(training: NewTrainingOptions) -> None:
+    """Raise where a teacher is given to a method that does not learn from one."""
+    from robust_prune.finetune import needs_teacher, resolve_method
+
+    learns = needs_teacher(resolve_method(training.method)[1])
+    if training.teacher is not None and not learns:
+        raise UsageError(
+            f"--teacher: {training.method} does not learn from a model; rslad and ard do"
+        )
+
+
+def _tell(output: Output, result: TrainResult, target: Path, arguments: dict[str, Any]) -> None:
+    """Print which epoch was written, and how a run that was stopped goes on."""
+    from robust_prune.pipeline import go_on_text
+
+    history, threat = result.history, ThreatModel(**result.record["threat"])
     best = history.epochs[history.best_epoch]
     output.result(
         f"wrote {target}: epoch {best.epoch}, clean {100 * best.clean:.1f} %, robust "
-        f"{100 * best.robust:.1f} % ({history.validation}, {attacker})"
+        f"{100 * best.robust:.1f} % ({history.validation}, {threat})"
     )
-    output.document({"file": str(target), **record})
+    output.document({"file": str(target), **result.record})
     if history.interrupted:
-        raise Interrupted(f"stopped; {target} holds the best epoch so far; {go_on}")
-
-
-def run_path(target: Path) -> Path:
-    """Return where the state of a run is kept that writes this file."""
-    return target.with_name(target.name + ".run")
+        raise Interrupted(
+            f"stopped; {target} holds the best epoch so far{go_on_text(target, arguments)}"
+        )
 
 
 def _target(writing: NewOutputOptions, arch: str | None, start: str | None) -> Path:
@@ -168,6 +151,8 @@ def _target(writing: NewOutputOptions, arch: str | None, start: str | None) -> P
         return target
     if target.exists():
         raise UsageError(f"{target} exists; name another with --out, or --force overwrites it")
+    from robust_prune.pipeline import run_path
+
     state = run_path(target)
     if state.exists():
         raise UsageError(
@@ -175,28 +160,6 @@ def _target(writing: NewOutputOptions, arch: str | None, start: str | None) -> P
             "starts anew"
         )
     return target
-
-
-def _run_folder(target: Path, config: dict[str, Any], resume: Path | None) -> RunFolder:
-    from robust_prune.pipeline import RunFolder
-
-    folder = RunFolder(run_path(target))
-    if resume is not None:
-        folder.go_on(config)
-    else:
-        folder.begin(config)
-    return folder
-
-
-@contextlib.contextmanager
-def _forgetting(folder: RunFolder | None) -> Iterator[None]:
-    """Leave no run behind that failed before it had a state to go on from."""
-    try:
-        yield
-    except Exception:
-        if folder is not None and not folder.state("training").path.exists():
-            folder.clear()
-        raise
 
 
 def _model_and_data(

@@ -1,20 +1,31 @@
 """What a channel, a layer and a group are worth: scores, MRS and curves."""
 
-from robust_prune.criteria.curves import IMAGE_PASSES, masked, structural_curves
+from robust_prune.criteria.curves import (
+    FEWEST_IMAGES,
+    IMAGE_PASSES,
+    masked,
+    removal_prices,
+    structural_curves,
+)
 from robust_prune.criteria.estimators import structural
+from robust_prune.criteria.limited import STAYS, LimitedScores
 from robust_prune.criteria.measure import calibration_images, measure_mrs
 from robust_prune.criteria.mrs import RHO, ascent, first_order, sensitivities
 from robust_prune.criteria.scoring import channel_scores
 
 __all__ = [
     "calibration_images",
+    "FEWEST_IMAGES",
     "IMAGE_PASSES",
+    "LimitedScores",
     "RHO",
+    "STAYS",
     "ascent",
     "channel_scores",
     "first_order",
     "masked",
     "measure_mrs",
+    "removal_prices",
     "sensitivities",
     "structural",
     "structural_curves",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,7 @@ def structural_curves(
     *,
     shares: Sequence[float] = SHARES,
     passes: int = IMAGE_PASSES,
+    fewest: int = FEWEST_IMAGES,
 ) -> dict[str, Curve]:
     """Measure every group's curve by forward passes of the masked model.
 
@@ -40,12 +41,13 @@ def structural_curves(
         adversarial: images made at the model as it is; as many as `passes` allow are used.
         shares: of the units to remove, rising; every other one where images would get few.
         passes: images times forward passes, over all points.
+        fewest: images that every point takes, whatever `passes` say.
     """
     points = max(len(graph.groups) * len(shares), 1)
     if passes // points < FEW_IMAGES and len(shares) > 1:
         shares = shares[1::2]
         points = max(len(graph.groups) * len(shares), 1)
-    n = max(FEWEST_IMAGES, min(MOST_IMAGES, passes // points))
+    n = max(fewest, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)
     curves: dict[str, Curve] = {}
     with evaluating(model), requires_grad(model, False):
@@ -92,3 +94,32 @@ def masked(
     finally:
         for name, weight in kept.items():
             tensors[name].copy_(weight)
+
+
+def removal_prices(
+    graph: ModelGraph, curves: Mapping[str, Curve]
+) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """Return by group: shares of the dense units to loss rise per multiply-add saved.
+
+    Prices are divided by the largest, and rise with the share where the curve is straight.
+    """
+    dense = graph.cost().macs
+    slopes: dict[str, tuple[Tensor, Tensor]] = {}
+    for group in graph.groups:
+        hull = curves[group.name].hull()
+        saved = dense - graph.cost({group.name: group.width - group.blocks}).macs
+        edges = torch.tensor([0.0, *hull.shares]).double()
+        rises = torch.tensor([0.0, *hull.rises]).double()
+        per_unit = rises.diff() / edges.diff() / group.units
+        slopes[group.name] = per_unit / max(saved, 1), edges[1:-1]
+    top = max((float(s.max()) for s, _ in slopes.values()), default=0.0) or 1.0
+
+    def price(name: str) -> Callable[[Tensor], Tensor]:
+        slope, inner = slopes[name]
+
+        def at(gone: Tensor) -> Tensor:
+            return slope[torch.bucketize(gone, inner)] / top + 1e-4 * gone
+
+        return at
+
+    return {group.name: price(group.name) for group in graph.groups}

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
-from robust_prune.data import DataSplits, synthetic_images
+from robust_prune.data import DataSplits
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import check_outputs, predict
+from robust_prune.modules import check_outputs
 from robust_prune.registry import ESTIMATORS
 from robust_prune.types import Sensitivity
 
@@ -38,16 +38,12 @@ def measure_mrs(
 
 
 def calibration_images(
-    model: nn.Module, splits: DataSplits | None, size: tuple[int, int, int], n: int, seed: int
+    model: nn.Module, splits: DataSplits, n: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return images and labels to measure sensitivity on: held out of training, never of test.
 
-    Where few are held out they are training images. Without data the images are synthetic, and
-    labelled by the model itself.
+    Where few are held out they are training images.
     """
-    if splits is None:
-        images = synthetic_images(n, size, seed)
-        return images, predict(model, images, 64)
     held_out = splits.validation
     source = splits.train if held_out is None or len(held_out) < ENOUGH_HELD_OUT else held_out
     images, labels = source.take(min(n, len(source)), seed)

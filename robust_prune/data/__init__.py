@@ -8,7 +8,9 @@ from robust_prune.data.opening import (
     from_iterable,
     open_data,
     open_for,
+    open_pictures,
 )
+from robust_prune.data.pictures import stand_ins
 from robust_prune.data.splits import DataSplits, Split
 from robust_prune.data.synthetic import synthetic_images
 
@@ -24,5 +26,7 @@ __all__ = [
     "mixed",
     "open_data",
     "open_for",
+    "open_pictures",
+    "stand_ins",
     "synthetic_images",
 ]

@@ -26,6 +26,7 @@ from robust_prune.errors import DataError
 Size = tuple[int, int, int]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 GREY_MODES = ("1", "L", "LA")
+NO_LABEL = -1
 MOST_PIXELS = 100_000_000  # 300 MB as bytes
 # what PIL's decoders raise on files that are cut, damaged or made to harm
 BROKEN = (
@@ -181,15 +182,26 @@ def read_image_folder(path: Path) -> Parts:
     """train/<class>/ and, for testing, the first of test, val, validation with labelled images."""
     folders = {d.name for d in path.iterdir() if d.is_dir()}
     there = [name for name in ("test", "val", "validation") if name in folders]
-    if "train" not in folders or not there:
+    if "train" not in folders:
         found = ", ".join(sorted(folders)[:5]) or "no folders"
         raise DataError(
-            f"{path}: an image folder needs train/<class>/ and test/<class>/ or val/<class>/; "
-            f"there is {found}"
+            f"{path}: an image folder needs train/<class>/, and test/<class>/ or val/<class>/ to "
+            f"measure on; there is {found}; pictures without classes are for --calibration"
         )
     classes = _class_names(path / "train")
     if not classes:
         raise DataError(f"{path / 'train'}: no class folders in it")
+    if not there:
+        return Parts(
+            _Files(_list_training(path, classes)),
+            (),
+            classes=len(classes),
+            notes=(
+                "there is no test/ or val/ beside train/: nothing is measured on test images",
+                *order_note(classes),
+            ),
+            class_names=tuple(classes),
+        )
     labelled = (name for name in there if _any_image(path / name, classes))
     testing = next(labelled, there[0])
     other = _class_names(path / testing)
@@ -201,19 +213,34 @@ def read_image_folder(path: Path) -> Parts:
     if missing := sorted(set(classes) - set(other)):
         warnings.warn(f"{path / testing}: no images of class {missing[0]!r}", stacklevel=2)
         notes += (f"{len(missing)} classes have no test images",)
+    return Parts(
+        _Files(_list_training(path, classes)),
+        _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
+        classes=len(classes),
+        notes=(*notes, *order_note(classes)),
+        class_names=tuple(classes),
+    )
+
+
+def _list_training(path: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     train = _list_files(path / "train", classes)
     if empty := sorted(set(range(len(classes))) - {label for _, label in train}):
         raise DataError(
             f"{path / 'train' / classes[empty[0]]}: no images in this class folder; add some, or "
             "delete it"
         )
-    return Parts(
-        _Files(train),
-        _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
-        classes=len(classes),
-        notes=(*notes, *order_note(classes)),
-        class_names=tuple(classes),
-    )
+    return train
+
+
+def read_pictures(path: Path) -> Parts:
+    """All pictures below a folder, without labels."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder of pictures")
+    files = [file for file in sorted(_visible(path)) if _is_image(file)]
+    if not files:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DataError(f"{path}: no pictures in it ({suffixes})")
+    return Parts(_Files([(file, NO_LABEL) for file in files]), (), classes=0)
 
 
 def _class_names(folder: Path) -> list[str]:

@@ -12,31 +12,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from robust_prune.data.datasets import (
     ImageTensors,
+    Parts,
     Size,
     native_size,
     read_digits,
     read_image_folder,
+    read_pictures,
     read_tiny_imagenet,
     read_torchvision,
 )
-from robust_prune.data.splits import IN_MEMORY_BYTES, DataSplits, Split, check_batch
+from robust_prune.data.pictures import without_labels
+from robust_prune.data.splits import (
+    IN_MEMORY_BYTES,
+    ITERABLE_BYTES,
+    DataSplits,
+    Split,
+    check_batch,
+    plain_loader,
+)
 from robust_prune.errors import DataError, UsageError
 from robust_prune.modules import ImageModel, image_channels
 from robust_prune.types import DATA_NAMES
 
-ITERABLE_BYTES = 4 << 30
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
 FEWEST_TO_SHARE = 20  # of fewer images none are kept back for validation
 
@@ -68,7 +69,7 @@ def open_data(
         DataError: nothing there, or a layout that is none of the above.
     """
     name = str(spec)
-    workers = max(1, (os.cpu_count() or 2) // 2) if workers is None else workers
+    workers = _workers(workers)
     if name in DATA_NAMES:
         root = Path(data_root) if data_root else Path.home() / ".cache" / "robust-prune"
         parts = read_digits() if name == "digits" else read_torchvision(name, root, download)
@@ -88,11 +89,77 @@ def open_data(
         source = {"data": str(path.resolve())}
     if parts.class_names:
         source["class_names"] = list(parts.class_names)
+    size = _size_of(parts, input_size, channels)
+    source["input_size"], source["split_seed"] = list(size), split_seed
+    return DataSplits(
+        name=name if name in DATA_NAMES else Path(name).resolve().name,
+        **_splits(parts, size, workers, split_seed),
+        classes=parts.classes,
+        input_size=size,
+        source=source,
+        notes=parts.notes,
+    )
+
+
+def open_pictures(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    input_size: Size | None = None,
+    workers: int | None = None,
+    split_seed: int = 0,
+) -> DataSplits:
+    """Open all pictures below a folder as images without labels, which the model then gives.
+
+    Args:
+        folder: pictures of any sizes, in any folders below it.
+        model: whose verdicts become the labels.
+        input_size: (channels, height, width), where the model does not tell.
+        workers: processes that decode large numbers of them; None: half the cores.
+        split_seed: which pictures are held out of training.
+
+    Raises:
+        DataError: no such folder, or no pictures in it.
+    """
+    path = Path(folder)
+    parts = read_pictures(path)
+    known = model.spec.input_size if isinstance(model, ImageModel) else None
+    size = _size_of(parts, known or input_size, image_channels(model))
+    workers = _workers(workers)
+    return DataSplits(
+        name=path.resolve().name,
+        **_splits(parts, size, workers, split_seed, labeller=model),
+        classes=0,
+        input_size=size,
+        source={
+            "pictures": str(path.resolve()),
+            "input_size": list(size),
+            "split_seed": split_seed,
+        },
+        notes=parts.notes,
+        origin="own pictures",
+    )
+
+
+def _workers(asked: int | None) -> int:
+    return max(1, (os.cpu_count() or 2) // 2) if asked is None else asked
+
+
+def _size_of(parts: Parts, given: Size | None, channels: int | None) -> Size:
     native = native_size(parts)
-    size = input_size or (channels or native[0], *native[1:])
+    return given or (channels or native[0], *native[1:])
+
+
+def _splits(
+    parts: Parts,
+    size: Size,
+    workers: int,
+    split_seed: int,
+    labeller: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Return train, validation and test; where images are few none are held out."""
     few = len(parts.train) < FEWEST_TO_SHARE
     kept = (None, None) if few else _carve(len(parts.train), split_seed)
-    source["input_size"], source["split_seed"] = list(size), split_seed
 
     def split(dataset: Any, indices: Sequence[int] | None) -> Split:
         def view(training: bool) -> Dataset[Any]:
@@ -107,35 +174,37 @@ def open_data(
             workers=workers,
             training_view=view(True),
             classes=parts.classes,
+            labeller=labeller,
         )
 
-    return DataSplits(
-        name=name if name in DATA_NAMES else Path(name).resolve().name,
-        train=split(parts.train, kept[0]),
-        validation=None if few else split(parts.train, kept[1]),
-        test=split(parts.test, None),
-        classes=parts.classes,
-        input_size=size,
-        source=source,
-        notes=parts.notes,
-    )
+    return {
+        "train": split(parts.train, kept[0]),
+        "validation": None if few else split(parts.train, kept[1]),
+        "test": split(parts.test, None) if len(parts.test) else None,
+    }
 
 
 def from_iterable(
-    data: Any, *, test: Any = None, split_seed: int = 0, validation: bool = True
+    data: Any,
+    *,
+    test: Any = None,
+    split_seed: int = 0,
+    validation: bool = True,
+    labeller: nn.Module | None = None,
 ) -> DataSplits:
     """Make splits of a user's own data: a loader, a data set, tensors, or (images, labels) batches.
 
     A DataLoader is read lazily with its own workers and collate function; any other iterable is
-    read once into memory. One tenth is kept back for validation; `test` is only measured on.
+    read once into memory. One tenth is kept back for validation; `test` is only measured on. Where
+    there is a `labeller` the data may be images alone: its verdicts are the labels then.
 
     Raises:
         DataError: images outside [0, 1], or an iterable too large to hold.
     """
-    whole = as_split(data)
+    whole = as_split(data, labeller)
     if len(whole) == 0:
         raise DataError("the data holds no images")
-    images, _ = next(whole.batches(2))
+    images, _ = next(whole.batches(2, verdicts=False))
     if validation and len(whole) >= FEWEST_TO_SHARE:
         first, second = _carve(len(whole), split_seed)
         train, held_out = _subset(whole, first), _subset(whole, second)
@@ -149,14 +218,22 @@ def from_iterable(
         test=None if test is None else as_split(test),
         classes=0,
         input_size=(channels, height, width),
+        origin="training data" if whole.labeller is None else "own pictures",
     )
 
 
-def as_split(data: Any) -> Split:
-    """Wrap a Split, a DataLoader, a data set, two tensors, or an iterable of batches."""
+def as_split(data: Any, labeller: nn.Module | None = None) -> Split:
+    """Wrap a Split, a DataLoader, a data set, two tensors, or an iterable of batches.
+
+    With a `labeller` images alone will do, in any of these forms or as one tensor.
+    """
     if isinstance(data, Split):
         return data
-    if isinstance(data, DataLoader) and _plain_loader(data):
+    if labeller is not None:
+        unlabelled, data = without_labels(data, labeller)
+        if unlabelled is not None:
+            return unlabelled
+    if isinstance(data, DataLoader) and plain_loader(data):
         return Split(data.dataset, workers=data.num_workers, collate=data.collate_fn)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return Split(data)
@@ -185,16 +262,6 @@ def as_split(data: Any) -> Split:
     return _tensor_split(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
-def _plain_loader(loader: DataLoader[Any]) -> bool:
-    """Whether a loader gives every item of its data set once; others are read as they iterate."""
-    return not isinstance(loader.dataset, IterableDataset) and (
-        isinstance(loader.sampler, (SequentialSampler, RandomSampler))
-        and not getattr(loader.sampler, "replacement", False)
-        and len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
-        and type(loader.batch_sampler) is BatchSampler
-    )
-
-
 def open_for(
     model: nn.Module, source: Any, *, test: Any = None, input_size: Size | None = None
 ) -> DataSplits | None:
@@ -219,7 +286,7 @@ def open_for(
         known = model.spec.input_size if isinstance(model, ImageModel) else None
         splits = open_data(source, input_size=known or input_size, channels=image_channels(model))
         return splits if test is None else replace(splits, test=as_split(test))
-    return from_iterable(source, test=test)
+    return from_iterable(source, test=test, labeller=model)
 
 
 def _carve(n: int, seed: int) -> tuple[list[int], list[int]]:
@@ -237,6 +304,7 @@ def _subset(split: Split, indices: list[int]) -> Split:
         workers=split.workers,
         collate=split._collate,
         classes=split.classes,
+        labeller=split.labeller,
     )
 
 

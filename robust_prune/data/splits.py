@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     default_collate,
 )
 
@@ -21,16 +25,20 @@ from robust_prune.data.datasets import (
     Size,
 )
 from robust_prune.errors import DataError
-from robust_prune.modules import plain_layout
+from robust_prune.modules import plain_layout, predict
 
 T = TypeVar("T")
+Origin = Literal["training data", "own pictures", "stand-in photographs"]
 IN_MEMORY_BYTES = 2 << 30
+ITERABLE_BYTES = 4 << 30
+LABELLED_AT_ONCE = 64
 
 
 class Split:
     """Images in [0, 1] with labels, read in batches, in order or shuffled by a seed.
 
     Small data sets are decoded once and kept as bytes; large ones are read by worker processes.
+    Where a `labeller` is given the data has no labels, and the model's verdicts take their place.
     """
 
     def __init__(
@@ -43,7 +51,9 @@ class Split:
         collate: Callable[[list[Any]], Any] | None = None,
         training_view: Dataset[Any] | None = None,
         classes: int = 0,
+        labeller: nn.Module | None = None,
     ) -> None:
+        self.labeller = labeller
         self.dataset = dataset
         self.classes = classes  # 0 where it is not known
         self.flip = flip
@@ -65,6 +75,7 @@ class Split:
         limit: int | None = None,
         start: int = 0,
         share: tuple[int, int] = (0, 1),
+        verdicts: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [N, C, H, W] in [0, 1] and labels [N].
 
@@ -75,6 +86,7 @@ class Split:
             limit: stop after this many images.
             start: begin with this batch, counted from 0; the rest is as if all had been read.
             share: (i, n) yields every n-th image of each batch, from its i-th on.
+            verdicts: False leaves images without labels so, where labels are not looked at.
         """
         order = torch.arange(len(self))
         if seed is not None:
@@ -83,7 +95,10 @@ class Split:
         first, step = share
         places = [chunk[first::step] for chunk in torch.split(torch.arange(len(order)), batch_size)]
         read = self._from_memory if self._in_memory else self._from_workers
-        yield from read(order, places, start, 0 if seed is None else seed, augment)
+        for images, labels in read(order, places, start, seed or 0, augment):
+            if verdicts and self.labeller is not None:
+                labels = predict(self.labeller, images, LABELLED_AT_ONCE)
+            yield images, labels
 
     def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
@@ -157,7 +172,7 @@ class DataSplits:
     """A data set: what may be trained on, what selects, and what is only ever measured on.
 
     `source` is all that is needed to open the same splits again; it is stored with a model.
-    `classes` is 0 where it is not known.
+    `classes` is 0 where it is not known. `origin` says what kind of images these are.
     """
 
     name: str
@@ -168,6 +183,17 @@ class DataSplits:
     input_size: Size
     source: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    origin: Origin = "training data"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are the data's own, and not the dense model's verdicts."""
+        return self.origin == "training data"
+
+    @property
+    def in_distribution(self) -> bool:
+        """Whether these are images of the kind that the model is for."""
+        return self.origin != "stand-in photographs"
 
     def described(self) -> dict[str, Any]:
         """Return what tells these images from others: source, numbers, and a digest of a few."""
@@ -224,3 +250,13 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
         raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
     return plain_layout(images.clamp(0, 1)), labels.long()
+
+
+def plain_loader(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives every item of its data set once; others are read as they iterate."""
+    return not isinstance(loader.dataset, IterableDataset) and (
+        isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+        and not getattr(loader.sampler, "replacement", False)
+        and len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
+        and type(loader.batch_sampler) is BatchSampler
+    )

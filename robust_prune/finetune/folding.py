@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections import Counter
@@ -15,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from robust_prune.modules import device_of, plain_layout, seeded
+from robust_prune.modules import copied, device_of, plain_layout, seeded
 
 PROBES = 8
 TOLERANCE = 1e-9
@@ -44,7 +43,7 @@ class Folded:
         """Fold (layer, batch norm) pairs, by name, without proof; `Folded.of` is for use."""
         own: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
         self._model, self._names = model, pairs
-        self._copy = copy.deepcopy(model, own)
+        self._copy = copied(model, own)
         live, copies = dict(model.named_modules()), dict(self._copy.named_modules())
         self._modules = [(module, copies[name]) for name, module in live.items()]
         self._pairs = [(live[layer], live[norm], copies[layer]) for layer, norm in pairs]
@@ -97,17 +96,17 @@ class Folded:
         """
         self._copy.train()  # some modules drop what they computed from older weights only here
         self._copy.eval()
-        for module, copied in self._modules:
-            copied.__dict__["_parameters"] = {
+        for module, twin in self._modules:
+            twin.__dict__["_parameters"] = {
                 name: None if parameter is None else parameter.detach()
                 for name, parameter in module._parameters.items()
             }
-            copied.__dict__["_buffers"] = dict(module._buffers)
+            twin.__dict__["_buffers"] = dict(module._buffers)
             for name, value in vars(module).items():
                 if name not in _OWN and _is_value(value):
-                    copied.__dict__[name] = value
-        for layer, norm, copied in self._pairs:
-            copied._parameters.update(_folded(layer, norm))
+                    twin.__dict__[name] = value
+        for layer, norm, twin in self._pairs:
+            twin._parameters.update(_folded(layer, norm))
         return self._copy
 
 
@@ -165,7 +164,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 def _proven(model: nn.Module, images: Tensor) -> Pairs:
     """Return the pairs that can be folded together without changing logits."""
-    stirred = copy.deepcopy(model).double().eval()
+    stirred = copied(model).double().eval()
     _stir_(stirred, images)
     expected = stirred(images)
     if not bool(expected.isfinite().all()):

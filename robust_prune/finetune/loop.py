@@ -6,53 +6,32 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_prune.data import Augmentation, Split, mixed
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.errors import TrainingError, UsageError
+from robust_prune.errors import TrainingError
 from robust_prune.finetune.attack import Attack
-from robust_prune.finetune.averaging import WeightAverage, cloned
+from robust_prune.finetune.averaging import WeightAverage
+from robust_prune.finetune.choosing import Choice
 from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
 from robust_prune.finetune.interruptions import interruptions
-from robust_prune.finetune.preparing import (
-    attacks_in_bfloat16,
-    batches_of,
-    folded_copy,
-    layout_of,
-    optimizer_of,
-    uses_bfloat16,
-)
-from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve_method
-from robust_prune.finetune.validation import VALIDATION_STEPS, collapse, no_less_robust, validate
+from robust_prune.finetune.preparing import Prepared, optimizer_of, prepare
+from robust_prune.finetune.registry import resolve_method
+from robust_prune.finetune.saved import Saved
+from robust_prune.finetune.validation import VALIDATION_STEPS, validate
 from robust_prune.modules import (
-    check_outputs,
-    device_of,
     float32_logits,
     make_contiguous_,
-    outputs_of,
     random_states,
     restore_random_states,
     running_statistics,
     seeded,
 )
-
-
-class Saved(Protocol):
-    """Where a run keeps its state; `load` gives what `save` was last given."""
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the state to go on from, None for a new run."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Keep a state, whole or not at all."""
-
-    def due(self) -> bool:
-        """Whether so much time has passed that a state should be saved within an epoch."""
 
 
 def train_(
@@ -91,8 +70,8 @@ def train_(
         UsageError: a method that distils has no teacher, or the layout can't be used here.
     """
     make_contiguous_(model)
-    run = _Run(model, training, validation, config, teacher, processes, saved)
-    run.on_progress, run.on_epoch = on_progress, on_epoch
+    ready = prepare(model, training, validation, config, teacher, processes)
+    run = _Run(model, training, ready, processes, saved, on_progress, on_epoch)
     interrupted = False
     try:
         with seeded(config.seed), interruptions() as asked:
@@ -107,91 +86,40 @@ def train_(
     finally:
         run.leave()
     return History(
-        method=run.name,
-        epochs=tuple(run.records),
-        best_epoch=run.best_epoch,
-        validation=f"PGD-{VALIDATION_STEPS} on {len(run.labels)} validation images",
+        method=ready.name,
+        epochs=tuple(run.choice.records),
+        best_epoch=run.choice.best_epoch,
+        validation=f"PGD-{VALIDATION_STEPS} on {len(ready.labels)} validation images",
         interrupted=interrupted,
-        notes=tuple(run.notes),
-        how=run.how,
+        notes=tuple(run.choice.notes),
+        how=ready.how,
     )
 
 
 class _Run:
-    """A run between two batches: everything that `state` keeps."""
+    """A run between two batches: everything that a saved state holds."""
 
     def __init__(
         self,
         model: nn.Module,
         training: Split,
-        validation: Split,
-        config: TrainingConfig,
-        teacher: nn.Module | None,
+        ready: Prepared,
         processes: Processes,
         saved: Saved | None,
+        on_progress: Callable[[Progress], None] | None,
+        on_epoch: Callable[[EpochRecord], None] | None,
     ) -> None:
-        self.model, self.training, self.config = model, training, config
-        self.teacher, self.processes, self.saved = teacher, processes, saved
-        self.on_progress: Callable[[Progress], None] | None = None
-        self.on_epoch: Callable[[EpochRecord], None] | None = None
-        self.device = device_of(model)
-        self.name, method = resolve_method(config.method)
-        if needs_teacher(method):
-            if teacher is None:
-                raise UsageError(f"{self.name} learns from the dense model; give it as teacher")
-            method = bind(method, teacher)
-        self.method = method
-        self.single_step = is_single_step(self.name)
-        count = min(config.validation_images, len(validation))
-        self.images, self.labels = validation.take(count, config.seed)
-        check_outputs(model, self.images, self.labels)
-        if teacher is not None and needs_teacher(resolve_method(config.method)[1]):
-            mine, theirs = outputs_of(model, self.images), outputs_of(teacher, self.images)
-            if mine != theirs:
-                raise UsageError(
-                    f"{self.name} needs a teacher of the same classes: it has {theirs} outputs, "
-                    f"the model {mine}"
-                )
-        self.layout = layout_of(model, config)
-        self.amp = uses_bfloat16(config, self.device)
-        self.optimizer = optimizer_of(model, config)
-        self.total_batches = batches_of(len(training), config.batch_size, processes.size)
-        self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.attack = Attack(
-            config.threat,
-            config.attack_steps,
-            torch.Generator(),
-            label_smoothing=config.label_smoothing,
-            batchnorm=config.attack_batchnorm,
-            folded=folded_copy(model, config, self.images[:4]),
-            bfloat16=attacks_in_bfloat16(config, self.device),
-        )
+        self.model, self.training, self.ready, self.config = model, training, ready, ready.config
+        self.processes, self.saved = processes, saved
+        self.on_progress, self.on_epoch = on_progress, on_epoch
+        self.method, self.single_step = ready.method, ready.single_step  # until it is switched
+        self.optimizer = optimizer_of(model, self.config)
+        self.average = WeightAverage(model, self.config.ema) if self.config.ema else None
+        self.choice = Choice(self.config, len(ready.labels))
         self.epoch, self.batch, self.step = 1, 0, 0
         self.loss_sum, self.seen = 0.0, 0
-        self.records: list[EpochRecord] = []
-        self.notes: list[str] = []
-        self.best: dict[str, Tensor] | None = None
-        self.best_epoch, self.peak_epoch = 0, 0  # what is kept, and the most robust one
-        self.peak = torch.zeros(count, dtype=torch.bool)  # its verdicts
-        self.switched, self.stopped = 0, False  # the epoch it was switched after
         self._busy, self._trained = 0.0, 0  # seconds and images, for the rate
         self._since = time.perf_counter()
-
-    @property
-    def how(self) -> str:
-        """What the settings left to the device and the model, in words."""
-        attack, config = self.attack, self.config
-        folded = "" if attack.folded is None else ", batch norms folded into convolutions"
-        average = f"; weights averaged at {config.ema:g}" if config.ema else ""
-        kind = "single steps" if is_single_step(self.name) else f"PGD-{attack.steps}"
-        return (
-            f"{config.optimizer}, peak rate {config.lr:g}, {config.schedule}; {kind} against "
-            f"{attack.batchnorm}-mode batch norms in "
-            f"{'bfloat16' if attack.bfloat16 or self.amp else 'float32'}{folded}; training passes "
-            f"in {'bfloat16' if self.amp else 'float32'}{average}"
-        )
-
-    # the way through an epoch
 
     def start(self) -> None:
         """Take up a saved state, or validate the model as it came."""
@@ -212,7 +140,7 @@ class _Run:
     @property
     def finished(self) -> bool:
         """Whether there is no epoch left."""
-        return self.stopped or self.epoch > self.config.epochs
+        return self.choice.stopped or self.epoch > self.config.epochs
 
     def batches(self, asked: Callable[[], bool]) -> None:
         """Train on what is left of the epoch; stop between two batches where asked to."""
@@ -225,8 +153,8 @@ class _Run:
             start=self.batch,
             share=(processes.rank, processes.size),
         )
-        attack = replace(self.attack, threat=config.threat_at(self.epoch))
-        while self.batch < self.total_batches:
+        attack = replace(self.ready.attack, threat=config.threat_at(self.epoch))
+        while self.batch < self.ready.batches:
             begun, before = time.perf_counter(), self.seen
             images, labels = next(source)
             stop = self._learn(images, labels, attack, asked())
@@ -245,11 +173,11 @@ class _Run:
         draws = mixed(config.seed, self.step * processes.size + processes.rank)
         attack.generator.manual_seed(draws)
         torch.manual_seed(draws)  # dropout and the like: by step and process
-        images = images.to(self.device, memory_format=self.layout)
-        labels = labels.to(self.device)
+        images = images.to(self.ready.device, memory_format=self.ready.layout)
+        labels = labels.to(self.ready.device)
         clean = self.epoch <= config.clean_epochs
-        logits = float32_logits(self.model) if self.amp else contextlib.nullcontext()
-        with logits, torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        logits = float32_logits(self.model) if self.ready.amp else contextlib.nullcontext()
+        with logits, torch.autocast(self.ready.device.type, torch.bfloat16, enabled=self.ready.amp):
             loss = (
                 attack.cross_entropy(self.model(images), labels)
                 if clean
@@ -264,7 +192,7 @@ class _Run:
                 f"a lower learning rate than {config.lr:g}"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step, config.epochs * self.total_batches)
+            group["lr"] = config.lr_at(self.step, config.epochs * self.ready.batches)
         self.optimizer.zero_grad(set_to_none=True)
         # processes average gradients, so that a share counts by its images
         (loss * (n * processes.size / whole)).backward()
@@ -293,8 +221,8 @@ class _Run:
         with average:
             record, verdicts = validate(
                 self.model,
-                self.images,
-                self.labels,
+                self.ready.images,
+                self.ready.labels,
                 self.config,
                 self.processes,
                 single_step=self.single_step,
@@ -316,61 +244,28 @@ class _Run:
         return self._trained / max(self._busy, 1e-9)
 
     def _close(self, record: EpochRecord, verdicts: Tensor) -> None:
-        better = not self.records or record.robust > self.records[self.peak_epoch].robust
-        if better or (self.peak_epoch > 0 and no_less_robust(verdicts, self.peak)):
-            kept = self.average.state if self.average else self.model.state_dict()
-            self.best, self.best_epoch = cloned(kept), record.epoch
-        if better:
-            self.peak, self.peak_epoch = verdicts, record.epoch
-        self.records.append(record)
-        self._watch(record)
+        weights = self.average.state if self.average else self.model.state_dict()
+        self.choice.take_in(record, verdicts, weights)
+        if self.choice.collapsed(record, single_step=self.single_step):
+            self._switch()
+        self.choice.wait(record)
         if record.epoch:
             self.epoch, self.batch, self.loss_sum, self.seen = record.epoch + 1, 0, 0.0, 0
         if self.on_epoch is not None:
             self.on_epoch(record)  # before the state: what is told twice is replaced, not missed
         self._save()
 
-    def _watch(self, record: EpochRecord) -> None:
-        """Stop early, and tell and treat catastrophic overfitting."""
-        config = self.config
-        told = collapse(self.records, config) if record.epoch and not self.switched else None
-        if told is not None:
-            self._treat(told, last=record.epoch == config.epochs)
-        full = config.clean_epochs + config.eps_warmup  # before, eps still rises
-        waited = record.epoch - max(self.peak_epoch, full, self.switched)
-        if config.patience is not None and waited >= config.patience and not self.stopped:
-            self.stopped = True
-            self.notes.append(
-                f"stopped after epoch {record.epoch}: {waited} epochs without a more robust one"
-            )
-
-    def _treat(self, told: str, *, last: bool) -> None:
-        """Do about catastrophic overfitting what the run was asked to."""
-        config = self.config
-        if not self.single_step or config.on_collapse == "continue" or last:
-            self.notes.append(f"{told}; the best epoch before was kept, pgd-at and trades avoid it")
-        elif config.on_collapse == "stop":
-            self.stopped = True
-            self.notes.append(f"{told}; training was stopped")
-        else:
-            self.switched = self.epoch
-            self._switch()
-            self.notes.append(
-                f"{told}; trained on with pgd-at ({config.attack_steps} steps) from epoch "
-                f"{self.best_epoch}"
-            )
-
     def _switch(self) -> None:
         """Go on with PGD training from the best epoch."""
-        name = "pgd-at+awp" if self.name.endswith("+awp") else "pgd-at"
+        name = "pgd-at+awp" if self.ready.name.endswith("+awp") else "pgd-at"
         self.method, self.single_step = resolve_method(name)[1], False
-        assert self.best is not None
-        self.model.load_state_dict(self.best)
+        assert self.choice.best is not None
+        self.model.load_state_dict(self.choice.best)
         if self.average is not None:
             self.average = WeightAverage(self.model, self.config.ema)
         self.optimizer = optimizer_of(self.model, self.config)
 
-    # what a saved state holds
+    _COUNTERS = ("epoch", "batch", "step", "loss_sum", "seen")
 
     def _save(self) -> None:
         if self.saved is None or not self.processes.first:
@@ -378,47 +273,31 @@ class _Run:
         self.saved.save(
             {
                 "model": self.model.state_dict(),
-                "best": self.best,
                 "average": self.average.state if self.average else None,
                 "optimizer": self.optimizer.state_dict(),
-                "random": random_states(self.device),
-                "records": [asdict(record) for record in self.records],
-                **{name: getattr(self, name) for name in self._PLAIN},
+                "random": random_states(self.ready.device),
+                **self.choice.state(),
+                **{name: getattr(self, name) for name in self._COUNTERS},
             }
         )
 
-    _PLAIN = (
-        "epoch",
-        "batch",
-        "step",
-        "loss_sum",
-        "seen",
-        "notes",
-        "best_epoch",
-        "peak_epoch",
-        "peak",
-        "switched",
-        "stopped",
-    )
-
     def _take_up(self, state: dict[str, Any]) -> None:
-        for name in self._PLAIN:
+        for name in self._COUNTERS:
             setattr(self, name, state[name])
-        self.records = [EpochRecord(**record) for record in state["records"]]
-        self.best = state["best"]
-        if self.switched:
+        self.choice.take_up(state)
+        if self.choice.switched:
             self._switch()
         self.model.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.state = {k: v.to(self.device) for k, v in state["average"].items()}
+            self.average.state = {k: v.to(self.ready.device) for k, v in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.processes.first:
-            restore_random_states(state["random"], self.device)
+            restore_random_states(state["random"], self.ready.device)
 
     def leave(self) -> None:
         """Give the model its best weights, and no gradients."""
-        if self.best is not None:
-            self.model.load_state_dict(self.best)
+        if self.choice.best is not None:
+            self.model.load_state_dict(self.choice.best)
         if self.config.channels_last:
             self.model.to(memory_format=torch.contiguous_format)  # as it came, for other devices
         self.model.eval()
@@ -428,9 +307,9 @@ class _Run:
     def _tell(self) -> None:
         if self.on_progress is None:
             return
-        total = min(len(self.training), self.total_batches * self.config.batch_size)
+        total = min(len(self.training), self.ready.batches * self.config.batch_size)
         left = (self.config.epochs - self.epoch + 1) * total - self.seen
-        last = self.records[-1]
+        last = self.choice.records[-1]
         self.on_progress(
             Progress(
                 epoch=self.epoch,

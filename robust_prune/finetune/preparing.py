@@ -2,14 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
+from robust_prune.data import Split
+from robust_prune.distributed import Processes
 from robust_prune.errors import TrainingError, UsageError
+from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.config import TrainingConfig
 from robust_prune.finetune.folding import Folded
-from robust_prune.modules import device_of
+from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve_method
+from robust_prune.modules import check_outputs, device_of, outputs_of
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stays the same through a run.
+
+    Attributes:
+        config: the run.
+        name: of the training method that was asked for.
+        method: its function, with the teacher bound to it where it needs one.
+        single_step: whether it attacks with one step, and so can collapse.
+        images: [N, C, H, W], to validate on.
+        labels: [N].
+        device: where the model is.
+        layout: of image batches in memory.
+        amp: forward passes in bfloat16.
+        batches: of an epoch.
+        attack: what the method is handed, at the full eps.
+    """
+
+    config: TrainingConfig
+    name: str
+    method: Method
+    single_step: bool
+    images: Tensor
+    labels: Tensor
+    device: torch.device
+    layout: torch.memory_format
+    amp: bool
+    batches: int
+    attack: Attack
+
+    @property
+    def how(self) -> str:
+        """What the settings left to the device and the model, in words."""
+        attack, config = self.attack, self.config
+        folded = "" if attack.folded is None else ", batch norms folded into convolutions"
+        average = f"; weights averaged at {config.ema:g}" if config.ema else ""
+        kind = "single steps" if self.single_step else f"PGD-{attack.steps}"
+        return (
+            f"{config.optimizer}, peak rate {config.lr:g}, {config.schedule}; {kind} against "
+            f"{attack.batchnorm}-mode batch norms in "
+            f"{'bfloat16' if attack.bfloat16 or self.amp else 'float32'}{folded}; training passes "
+            f"in {'bfloat16' if self.amp else 'float32'}{average}"
+        )
+
+
+def prepare(
+    model: nn.Module,
+    training: Split,
+    validation: Split,
+    config: TrainingConfig,
+    teacher: nn.Module | None,
+    processes: Processes,
+) -> Prepared:
+    """Check that a run can be, and return what it needs; the model is put into its layout.
+
+    Raises:
+        UsageError: a method that distils has no fitting teacher, or the layout can't be used.
+    """
+    device, (name, method) = device_of(model), resolve_method(config.method)
+    images, labels = validation.take(min(config.validation_images, len(validation)), config.seed)
+    check_outputs(model, images, labels)
+    if needs_teacher(method):
+        method = _bound(name, method, teacher, outputs_of(model, images), images)
+    layout = layout_of(model, config)
+    attack = Attack(
+        config.threat,
+        config.attack_steps,
+        torch.Generator(),
+        label_smoothing=config.label_smoothing,
+        batchnorm=config.attack_batchnorm,
+        folded=folded_copy(model, config, images[:4]),
+        bfloat16=attacks_in_bfloat16(config, device),
+    )
+    return Prepared(
+        config=config,
+        name=name,
+        method=method,
+        single_step=is_single_step(name),
+        images=images,
+        labels=labels,
+        device=device,
+        layout=layout,
+        amp=uses_bfloat16(config, device),
+        batches=batches_of(len(training), config.batch_size, processes.size),
+        attack=attack,
+    )
+
+
+def _bound(
+    name: str, method: Method, teacher: nn.Module | None, outputs: int, images: Tensor
+) -> Method:
+    """Return a method that distils with its teacher, which must have the model's outputs."""
+    if teacher is None:
+        raise UsageError(f"{name} learns from the dense model; give it as teacher")
+    theirs = outputs_of(teacher, images)
+    if theirs != outputs:
+        raise UsageError(
+            f"{name} needs a teacher of the same classes: it has {theirs} outputs, the model "
+            f"{outputs}"
+        )
+    return bind(method, teacher)
 
 
 def check_optimizer(name: str) -> None:

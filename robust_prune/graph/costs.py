@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
-from robust_prune.graph.tracing import adapted, name_of, weights_applied
+from robust_prune.graph.tracing import adapted, name_of, work_of
 from robust_prune.modules import device_of, evaluating, network_of
 from robust_prune.types import Cost
 
 Use = tuple[int, tuple[tuple[int, tuple[tuple[str, int], ...]], ...]]
+
+
+def times_at(use: Use, dropped: Mapping[str, int]) -> int:
+    """Return how often, when groups lose this many units.
+
+    Args:
+        use: how often in the dense model, and the sizes in that product that shrink with groups,
+            each with (group, channels per unit).
+        dropped: by group.
+    """
+    times, sizes = use
+    for size, shares in sizes:
+        left = size - sum(channels * dropped.get(group, 0) for group, channels in shares)
+        times = times * left // size
+    return times
 
 
 @dataclass(frozen=True)
@@ -25,8 +44,7 @@ class TensorCost:
     """What a parameter costs: its shape, and its positions if it mixes channels.
 
     `shares` lists (dimension, group, channels per unit): what a unit of a group takes away.
-    `uses` lists how often an image meets it, call by call: (positions, sizes among them that shrink
-    with groups, each with its own shares).
+    `uses` lists how often an image meets it, call by call.
     """
 
     shape: tuple[int, ...]
@@ -41,46 +59,80 @@ class TensorCost:
         numel = 1
         for size in shape:
             numel *= size
-        positions = 0
-        for times, repeats in self.uses:
-            for size, shares in repeats:
-                left = size - sum(channels * dropped.get(group, 0) for group, channels in shares)
-                times = times * left // size
-            positions += times
-        return numel * positions, numel
+        return numel * sum(times_at(use, dropped) for use in self.uses), numel
 
 
-def total(tensors: Sequence[TensorCost], dropped: Mapping[str, int]) -> tuple[int, int]:
-    """Return (multiply-adds, parameters) of all tensors together."""
-    macs = params = 0
-    for tensor in tensors:
-        m, p = tensor.at(dropped)
-        macs, params = macs + m, params + p
-    return macs, params
+@dataclass(frozen=True)
+class WorkCost:
+    """What a model costs as a function of its widths: its parameters, and products beside them.
+
+    `products` are those that no parameter is a factor of as a layer's weight is: between
+    activations, as in an attention, by computed weights, and of recurrent cells, which stay whole.
+    """
+
+    tensors: tuple[TensorCost, ...]
+    products: tuple[Use, ...]
+
+    def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
+        """Return (multiply-adds, parameters) when groups lose this many units."""
+        macs, params = self.of_weights(dropped)
+        return macs + sum(times_at(use, dropped) for use in self.products), params
+
+    def of_weights(self, dropped: Mapping[str, int]) -> tuple[int, int]:
+        """Return the same without the products, as plans of earlier versions count."""
+        macs = params = 0
+        for tensor in self.tensors:
+            m, p = tensor.at(dropped)
+            macs, params = macs + m, params + p
+        return macs, params
 
 
+@torch.no_grad()
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count multiply-adds and parameters of the model as it is; `channels` is 0.
 
-    Counted are the multiply-adds of convolutions and linear layers for one image, without biases,
-    normalisation and the products inside an attention, the convention of the pruning literature.
+    Counted are all products for one image: of convolutions, linear layers and recurrent cells, of
+    queries with keys and of attentions with values, and of any other matmul or einsum. Biases,
+    normalisation and what is entrywise are not. `uncounted_work` names what is left.
+
+    Raises:
+        ModelError: the network does not take such images.
     """
     net = network_of(model)
-    positions = weight_positions(net, input_size)
-    macs = sum(p.numel() * positions.get(name, 0) for name, p in net.named_parameters())
-    return Cost(macs, sum(p.numel() for p in net.parameters()), 0)
+    parameters = list(net.parameters())
+    counter = Counter(parameters)
+    with checked(input_size), evaluating(net), adapted(net), counter:
+        net(example_image(net, input_size))
+    return Cost(counter.macs, sum(p.numel() for p in parameters), 0)
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
-    """Return the weight of a convolution or linear layer."""
+    """Return the weight of a convolution or linear layer.
+
+    Raises:
+        ModelError: it is computed from other parameters; the message says how to make it plain.
+    """
     weight = layer.weight
-    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer):
-        raise ModelError(
-            f"the weight of a {type(layer).__name__} is computed from other parameters (weight or "
-            "spectral norm); remove the parametrization first, as by "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    return weight
+    if isinstance(weight, nn.Parameter) and not parametrize.is_parametrized(layer):
+        return weight
+    raise ModelError(
+        f"the weight of a {type(layer).__name__} is computed from other parameters (weight norm, "
+        f"spectral norm, a mask); make it a plain parameter first, as by {_what_removes(layer)}"
+    )
+
+
+def _what_removes(layer: nn.Module) -> str:
+    """Return the call that turns a layer's computed weight into a parameter with its value."""
+    if parametrize.is_parametrized(layer):
+        return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    hooks = list(layer._forward_pre_hooks.values())
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return "torch.nn.utils.remove_spectral_norm(layer)"
+    if any(isinstance(hook, WeightNorm) for hook in hooks):
+        return "torch.nn.utils.remove_weight_norm(layer)"
+    if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+        return "torch.nn.utils.prune.remove(layer, 'weight')"
+    return "layer.weight = torch.nn.Parameter(layer.weight.detach()) and a plain forward"
 
 
 def example_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
@@ -91,20 +143,26 @@ def example_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     return torch.rand(1, *input_size, generator=generator).to(device_of(net), dtype)
 
 
-class _Positions(TorchFunctionMode):
-    """Counts how often each weight is applied to one image, by the functions that apply it."""
+class Counter(TorchFunctionMode):
+    """Adds up the multiply-adds of every torch function that is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
-        self.found: dict[int, int] = {}
+        self.macs = 0
+        self._parameters = {id(p) for p in parameters}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for weight, times in weights_applied(name_of(func), args, kwargs or {}, out):
-            self.found[id(weight)] = self.found.get(id(weight), 0) + times
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        weights, products = work_of(name_of(func), args, kwargs, out, self._is_parameter)
+        self.macs += sum(weight.numel() * positions for weight, positions in weights)
+        self.macs += sum(math.prod(size for size, _ in product) for product in products)
         return out
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._parameters
 
 
 @contextlib.contextmanager
@@ -116,21 +174,3 @@ def checked(input_size: tuple[int, int, int]) -> Iterator[None]:
         line = (str(error).splitlines() or [type(error).__name__])[0][:160]
         size = "x".join(map(str, input_size))
         raise ModelError(f"the model does not take a {size} image: {line}") from None
-
-
-@torch.no_grad()
-def weight_positions(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Return how often each weight, by its name, is applied to one image.
-
-    For a transposed convolution these are the positions of its input.
-
-    Raises:
-        ModelError: the network does not take such images.
-    """
-    with checked(input_size), evaluating(net), adapted(net), _Positions() as mode:
-        net(example_image(net, input_size))
-    return {
-        name: mode.found[id(parameter)]
-        for name, parameter in net.named_parameters()
-        if id(parameter) in mode.found
-    }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
+import functools
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,23 @@ from torch.nn.modules.conv import _ConvNd
 from robust_prune.errors import PlanError, UsageError
 from robust_prune.graph.costs import (
     TensorCost,
+    Use,
+    WorkCost,
     checked,
     count_cost,
     example_image,
-    total,
     weight_of,
 )
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import probed
 from robust_prune.graph.tracing import Count, Slot, couple
+from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import Wiring
-from robust_prune.modules import evaluating, make_contiguous_, network_of
+from robust_prune.modules import copied, evaluating, make_contiguous_, network_of
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 
 MIN_WIDTH = 2
+logger = logging.getLogger(__name__)
 
 
 class ModelGraph:
@@ -104,7 +109,7 @@ class ModelGraph:
             )
         )
         self._by_name = {group.name: group for group in self.groups}
-        self._costs = self._tensor_costs(net)
+        self._costs = self._work_costs(net)
 
     def slots(self, group: str) -> tuple[Slot, ...]:
         """Return where the group's channels are stored."""
@@ -117,23 +122,34 @@ class ModelGraph:
     def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
         """Return the exact cost when groups have these widths; missing ones stay whole."""
         widths = widths or {}
-        dropped = {
+        macs, params = self._costs.at(self._units_gone(widths))
+        channels = sum(widths.get(group.name, group.width) for group in self.groups)
+        return Cost(macs, params, channels)
+
+    def _units_gone(self, widths: Mapping[str, int]) -> dict[str, int]:
+        return {
             name: (group.width - widths[name]) // group.blocks
             for name, group in self._by_name.items()
             if name in widths
         }
-        macs, params = total(self._costs, dropped)
-        channels = sum(widths.get(group.name, group.width) for group in self.groups)
-        return Cost(macs, params, channels)
 
     @property
     def reachable(self) -> float:
         """Share of the parameters that lie along channels which can be removed."""
-        touched = sum(_numel(t.shape) for t in self._costs if t.shares)
-        return touched / max(sum(_numel(t.shape) for t in self._costs), 1)
+        tensors = self._costs.tensors
+        touched = sum(_numel(t.shape) for t in tensors if t.shares)
+        return touched / max(sum(_numel(t.shape) for t in tensors), 1)
 
-    def check(self, plan: PruningPlan) -> None:
-        """Raise PlanError unless every group of `plan` is one of this model's."""
+    @functools.cached_property
+    def uncounted(self) -> tuple[str, ...]:
+        """Lines about work that multiply-adds leave out; costs a forward pass when first asked."""
+        return uncounted_work(self.model, self.input_size)
+
+    def check(self, plan: PruningPlan) -> dict[str, int]:
+        """Return the widths that a plan leaves; PlanError unless it was made for this model.
+
+        Multiply-adds may be those of weights alone, as plans of earlier versions record them.
+        """
         widths: dict[str, int] = {}
         for item in plan.groups:
             group = self._by_name.get(item.name)
@@ -154,16 +170,37 @@ class ModelGraph:
                     f"the plan keeps channels of {item.name!r} that {group.blocks} blocks (of a "
                     "grouped convolution) or heads (of an attention) can't keep apart"
                 )
-        for what, mine, theirs in (
-            ("dense", self.cost(), plan.dense),
-            ("pruned", self.cost(widths), plan.pruned),
-        ):
-            if (mine.macs, mine.params) != (theirs.macs, theirs.params):
+        counted = self.cost(), self.cost(widths)
+        by_weights = (self._costs.of_weights(self._units_gone(w)) for w in ({}, widths))
+        sides = zip(
+            ("dense", "pruned"), (plan.dense, plan.pruned), counted, by_weights, strict=True
+        )
+        for what, theirs, mine, old in sides:
+            if (theirs.macs, theirs.params) not in ((mine.macs, mine.params), old):
                 raise PlanError(
                     f"the plan says {theirs.macs:,} multiply-adds and {theirs.params:,} parameters "
                     f"for the {what} model, this one has {mine.macs:,} and {mine.params:,}; was it "
                     "made for another network or image size, or edited by hand?"
                 )
+        return widths
+
+    def recounted(self, plan: PruningPlan) -> PruningPlan:
+        """Return the plan with its multiply-adds as they are counted now.
+
+        Plans of earlier versions leave out products between activations, as those inside an
+        attention. Such a plan keeps the same channels and says in a note what it was recorded with.
+
+        Raises:
+            PlanError: the plan was made for another network.
+        """
+        counted = replace(plan, dense=self.cost(), pruned=self.cost(self.check(plan)))
+        if (counted.dense, counted.pruned) == (plan.dense, plan.pruned):
+            return plan
+        line = (
+            f"recorded with {plan.dense.macs:,} and {plan.pruned.macs:,} multiply-adds, counted "
+            "without products between activations"
+        )
+        return replace(counted, notes=(*plan.notes, line))
 
     def dropped(self, plan: PruningPlan) -> dict[str, Tensor]:
         """Return by group True [units] for the units that a plan drops."""
@@ -190,12 +227,14 @@ class ModelGraph:
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
-        copied = copy.deepcopy(self.model)
-        self._cut_(copied, plan)
-        return copied
+        smaller = copied(self.model)
+        self._cut_(smaller, plan)
+        return smaller
 
     def _cut_(self, model: nn.Module, plan: PruningPlan) -> None:
-        self.check(plan)
+        recorded, plan = plan, self.recounted(plan)
+        if plan is not recorded:
+            logger.warning("plan %s: %s", plan.digest, plan.notes[-1])
         net = network_of(model)
         self._wiring.remove_(net, self.dropped(plan))
         for parameter in net.parameters():
@@ -217,7 +256,7 @@ class ModelGraph:
         self.check(plan)
         silence_(network_of(self.model), self._wiring, self.dropped(plan))
 
-    def _tensor_costs(self, net: nn.Module) -> tuple[TensorCost, ...]:
+    def _work_costs(self, net: nn.Module) -> WorkCost:
         shares: dict[str, list[tuple[int, str, int]]] = {}
         for group in self.groups:
             for slot in self._wiring.slots[group.name]:
@@ -225,22 +264,32 @@ class ModelGraph:
                 shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
         names = self._wiring.names
 
-        def shrinking(count: Count) -> tuple[int, tuple[tuple[str, int], ...]]:
-            return count.value, tuple(
-                (names[g], len(units) // self._by_name[names[g]].units)
-                for g, _, units in count.where
-                if names.get(g) in self._by_name
+        def shrinking(times: int, counts: Sequence[Count]) -> Use:
+            sizes = tuple(
+                (
+                    count.value,
+                    tuple(
+                        (names[g], len(units) // self._by_name[names[g]].units)
+                        for g, _, units in count.where
+                        if names.get(g) in self._by_name
+                    ),
+                )
+                for count in counts
             )
+            return times, tuple(size for size in sizes if size[1])
 
-        uses = self._wiring.coupling.uses
-        return tuple(
+        coupling = self._wiring.coupling
+        tensors = tuple(
             TensorCost(
                 tuple(p.shape),
                 tuple(shares.get(name, ())),
-                tuple((n, tuple(map(shrinking, sizes))) for n, sizes in uses.get(name, ())),
+                tuple(shrinking(*use) for use in coupling.uses.get(name, ())),
             )
             for name, p in net.named_parameters()
         )
+        products = [shrinking(*use) for use in coupling.products]
+        fixed = sum(times for times, sizes in products if not sizes)
+        return WorkCost(tensors, ((fixed, ()), *(use for use in products if use[1])))
 
 
 def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from robust_prune.errors import ModelError
 from robust_prune.graph.masking import silence_
+from robust_prune.graph.tracing import pair, train_mode
 from robust_prune.graph.wiring import Wiring
-from robust_prune.modules import difference
+from robust_prune.modules import copied, difference
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -41,10 +41,13 @@ class _Trial:
         try:
             # removing replaces tensors, so that only silencing needs copies of its own
             shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
-            pruned = copy.deepcopy(self.net, shared)
+            pruned = copied(self.net, shared)
             self.wiring.remove_(pruned, dropped)
             found = pruned(self.image)
-            masked = copy.deepcopy(self.net)
+            if self.wiring.coupling.trains:
+                with train_mode(pruned):
+                    pruned(pair(self.image))
+            masked = copied(self.net)
             silence_(masked, self.wiring, dropped)
             error = difference(found, masked(self.image))
         except RUN_ERRORS as fault:
@@ -68,25 +71,25 @@ def probed(
     tied to their inputs', as code that divides the one by the heads to know the other needs;
     culprits that are left are searched by halving.
     """
-    copied = copy.deepcopy(net).eval().double()
+    stirred = copied(net).eval().double()
     image = image.double()
-    _randomize_(copied)
+    _randomize_(stirred)
     names = [group.name for group in wiring.groups]
-    if _Trial(copied, wiring, image).problem(names) is None:
-        if _Trial(copied.float(), wiring, image.float(), draw=1).problem(names) is None:
+    if _Trial(stirred, wiring, image).problem(names) is None:
+        if _Trial(stirred.float(), wiring, image.float(), draw=1).problem(names) is None:
             return wiring, ()
-        copied, image = copied.double(), image.double()
+        stirred, image = stirred.double(), image.double()
     try:
-        copied(image)
+        stirred(image)
     except RUN_ERRORS:  # float32 is part of its code
-        copied, image = copied.float(), image.float()
-    found = _broken(copied, wiring, image)
+        stirred, image = stirred.float(), image.float()
+    found = _broken(stirred, wiring, image)
     if not found:
         return wiring, ()
     ties = wiring.possible_ties(found)
     if ties:
         tied = wire(ties)
-        still = _broken(copied, tied, image)
+        still = _broken(stirred, tied, image)
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import PlanError
 from robust_prune.graph.graph import mask_
 from robust_prune.graph.probing import RUN_ERRORS, TOLERANCES
-from robust_prune.modules import device_of, difference, evaluating
+from robust_prune.modules import copied, device_of, difference, evaluating
 from robust_prune.types import PruningPlan
 
 
@@ -35,8 +33,8 @@ def masking_error(
         The largest difference over the largest logit; some 1e-15 in float64 where pruning is
         right, infinite where the logits are not finite.
     """
-    masked = mask_(copy.deepcopy(dense).to(dtype), plan)
-    exact = copy.deepcopy(pruned).to(dtype)
+    masked = mask_(copied(dense).to(dtype), plan)
+    exact = copied(pruned).to(dtype)
     images = images.to(device_of(dense), dtype)
     with evaluating(masked), evaluating(exact):
         return difference(exact(images), masked(images))

@@ -6,8 +6,8 @@ from robust_prune.models.builders import (
     library_versions,
     resolve_spec,
 )
-from robust_prune.models.checkpoint import write
 from robust_prune.models.loading import image_size_of, load, open_model, save
+from robust_prune.models.manifest import write
 
 __all__ = [
     "image_size_of",

@@ -133,10 +133,14 @@ def is_name(name: str) -> bool:
     return bool(timm.is_model(name.split(".")[0]))
 
 
-def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    known = arch.startswith("hf-hub:") or timm.is_model(arch.split(".")[0])
-    if not known:
+def known_to_timm(arch: str) -> None:
+    """Raise ModelError where timm has no network of this name, with those that are close."""
+    if not arch.startswith("hf-hub:") and not timm.is_model(arch.split(".")[0]):
         raise ModelError(f"{arch!r} is not a network of timm {timm.__version__}{similar(arch)}")
+
+
+def _timm_config(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    known_to_timm(arch)
     with torch.device("meta"), _builder_errors(arch):
         net = timm.create_model(arch, **kwargs)
     return dict(net.pretrained_cfg)
@@ -173,6 +177,8 @@ def check_normalisation(spec: ModelSpec) -> None:
 def _builder_errors(arch: str) -> Iterator[None]:
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise ModelError(f"{arch}: can't be built: {type(error).__name__}: {line}") from error
@@ -185,18 +191,58 @@ def _build_net(spec: ModelSpec, pretrained: bool) -> Any:
             "load(path, model=YourClass())"
         )
     kwargs = {"num_classes": spec.num_classes, **spec.kwargs}
-    if spec.source == "torchvision" and spec.arch in AUXILIARY_HEADS:
-        # their second heads return no logits [N, K] in train mode, and nothing in eval mode
-        kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
-    with _builder_errors(spec.arch):
-        if spec.source == "torchvision":
-            weights = "DEFAULT" if pretrained else None
-            net: nn.Module = torchvision.models.get_model(spec.arch, weights=weights, **kwargs)
-        else:
-            net = timm.create_model(spec.arch, pretrained=pretrained, **kwargs)
+    torchvisions = spec.source == "torchvision"
+    net = _call_builder(spec.arch, kwargs, torchvisions=torchvisions, pretrained=pretrained)
     if spec.cifar_stem:
         _cifar_stem_(net, spec.arch)
     return net
+
+
+def _call_builder(
+    arch: str, kwargs: Mapping[str, Any], *, torchvisions: bool, pretrained: bool = False
+) -> nn.Module:
+    with _builder_errors(arch):
+        if not torchvisions:
+            net: nn.Module = timm.create_model(arch, pretrained=pretrained, **kwargs)
+            return net
+        if arch in AUXILIARY_HEADS:
+            # their second heads return no logits [N, K] in train mode, and nothing in eval mode
+            kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
+        weights = "DEFAULT" if pretrained else None
+        other: nn.Module = torchvision.models.get_model(arch, weights=weights, **kwargs)
+    return other
+
+
+def state_shapes(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state of the network that a builder makes: names, types and shapes, no values."""
+    torchvisions = arch.startswith(TORCHVISION)
+    if not torchvisions:
+        known_to_timm(arch)
+    with torch.device("meta"):
+        net = _call_builder(arch.removeprefix(TORCHVISION), kwargs, torchvisions=torchvisions)
+    state: dict[str, Tensor] = net.state_dict()
+    return state
+
+
+def counts_of(arch: str, kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of classes and, for timm, of input channels that a builder assumes."""
+    if arch.startswith(TORCHVISION):
+        return {"num_classes": int(kwargs.get("num_classes", 1000))}
+    config = _timm_config(arch, kwargs)
+    return {
+        "num_classes": int(kwargs.get("num_classes", config["num_classes"])),
+        "in_chans": int(kwargs.get("in_chans", config["input_size"][0])),
+    }
+
+
+def builders_of(name: str) -> tuple[str, ...]:
+    """Return the networks that a bare name stands for: timm's, then torchvision's."""
+    if ":" in name or name.startswith(TORCHVISION):
+        return (name,)
+    found = [name] if timm.is_model(name.split(".")[0]) else []
+    if name in torchvision.models.list_models(module=torchvision.models):
+        found.append(f"{TORCHVISION}{name}")
+    return tuple(found)
 
 
 def _cifar_stem_(net: Any, arch: str) -> None:
@@ -231,25 +277,3 @@ def _small_convolution(stem: nn.Module) -> nn.Module:
     small = type(stem)(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     return small
-
-
-def infer_kwargs(
-    arch: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Read the number of classes and input channels off the weights, as timm names its layers."""
-    if arch.startswith(TORCHVISION):
-        heads = ("fc.weight", "classifier.weight", "head.weight", "classifier.6.weight")
-        found = next((state[h] for h in heads if h in state), None)
-        return {} if found is None else {"num_classes": found.shape[0]}
-    config = _timm_config(arch, kwargs)
-    inferred: dict[str, Any] = {}
-    head = config.get("classifier")
-    if isinstance(head, str) and f"{head}.weight" in state:
-        inferred["num_classes"] = state[f"{head}.weight"].shape[0]
-    first = config.get("first_conv")
-    for name in (f"{first}.weight", f"{first}.0.weight"):
-        if isinstance(first, str) and name in state and state[name].ndim == 4:
-            inferred["in_chans"] = state[name].shape[1]
-    if inferred.get("in_chans") == config["input_size"][0]:
-        del inferred["in_chans"]
-    return inferred

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,44 @@ import torch
 from torch import nn
 
 from robust_prune.errors import ModelError, UsageError
+from robust_prune.models.architecture import identify, infer_kwargs
+from robust_prune.models.bounds import bounded
 from robust_prune.models.builders import (
     build_model,
     check_normalisation,
     check_stored,
     default_input_size,
-    infer_kwargs,
     is_name,
     library_versions,
-    per_channel,
     resolve_spec,
     similar,
 )
-from robust_prune.models.checkpoint import Checkpoint, read, write
+from robust_prune.models.fitting import (
+    check_classes,
+    check_runs,
+    check_stem,
+    check_stored_widths,
+    fill_,
+    narrow_to_,
+    narrower,
+    refill_,
+)
+from robust_prune.models.manifest import Manifest, write
+from robust_prune.models.normalisation import (
+    Normalisation,
+    image_size,
+    size_from_settings,
+    stored_normalisation,
+)
+from robust_prune.models.pickled import find_module, identified, pickle_note
+from robust_prune.models.reading import ModelFile, read
+from robust_prune.models.weights import take
 from robust_prune.modules import (
     ImageModel,
-    device_of,
-    evaluating,
     fields_of,
-    fit_,
     image_channels,
     make_contiguous_,
     network_of,
-    set_fields_,
 )
 from robust_prune.types import ModelSpec, to_plain
 
@@ -113,29 +126,50 @@ def open_model(
     if not Path(name).exists():
         raise ModelError(f"{name}: no such file or folder, nor a network of timm{similar(name)}")
     found = read(path_or_name, trust_pickle=trust_pickle)
-    record = dict(found.manifest)
-    if model is not None:
-        loaded: nn.Module = _into_own_class(model, found)
-    elif found.kind == "robust-prune":
-        loaded = _from_manifest(found)
-    elif found.module is not None:
-        loaded = _identify(found.module, mean, std)
-        record["assumed"] = [_pickle_note(loaded, mean is not None)]
-    else:
-        loaded = _from_state(found, arch, model_kwargs, cifar_stem, mean, std)
-        if mean is None and not found.pretrained_cfg.get("mean"):
-            record["assumed"] = [
-                f"normalisation assumed: timm's for {loaded.spec.arch}, mean {loaded.spec.mean}, "
-                f"std {loaded.spec.std}; the file does not say, --mean and --std do"
-            ]
-    if found.notes:
-        record["assumed"] = [*record.get("assumed", ()), *found.notes]
+    given = _Given(arch, model_kwargs, cifar_stem, mean, std)
+    loaded, record = _loaded(found, model, given)
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
     else:
         loaded = _normalised(loaded, mean, std)
     make_contiguous_(loaded)
     return loaded.to(device).eval(), record
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user says of a file; None where nothing."""
+
+    arch: str | None
+    kwargs: Mapping[str, Any] | None
+    cifar_stem: bool
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
+def _loaded(
+    found: ModelFile, model: nn.Module | None, given: _Given
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a file and its record; what had to be decided is under `assumed`."""
+    if found.manifest is not None:
+        record = dict(found.manifest.record)
+        if model is None:
+            return _from_manifest(found, found.manifest), record
+        refill_(network_of(model), found.path, found.content.tensors, found.manifest.fields)
+        if found.manifest.spec.mean and not isinstance(model, ImageModel):
+            model = ImageModel(model, found.manifest.spec)
+        return model, record
+    module, notes = find_module(found.content)
+    if model is not None:
+        model, notes = _into_own_class(model, found)
+    elif module is not None:
+        model, mean, std = identified(module, given.mean, given.std)
+        if not isinstance(model, ImageModel) and mean and std:
+            model = _normalised(model, mean, std)
+        notes = (pickle_note(model, given.mean is not None), *notes)
+    else:
+        model, notes = _from_state(found, given)
+    return model, {"assumed": list(notes)} if notes else {}
 
 
 def save(
@@ -167,113 +201,88 @@ def save(
     return write(path, network_of(model).state_dict(), manifest)
 
 
-def _from_manifest(found: Checkpoint) -> nn.Module:
-    try:
-        spec = ModelSpec.from_plain(found.manifest["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
+def _from_manifest(found: ModelFile, manifest: Manifest) -> nn.Module:
+    spec = manifest.spec
     check_stored(found.path, spec.arch, spec.kwargs)
-    model = build_model(spec)
-    _load_state(model, found)
-    return model
-
-
-def _pickle_note(loaded: nn.Module, given: bool) -> str:
-    """Say what an unpickled module was taken for, and which normalisation it got."""
-    if not isinstance(loaded, ImageModel):
-        return (
-            f"the pickled {type(loaded).__name__} is used as it is, without normalisation; give "
-            "--mean and --std if it expects normalised images"
-        )
-    source = "as given" if given else "from its own timm configuration"
-    what = f"timm {loaded.spec.arch}" if loaded.spec.source == "timm" else loaded.spec.arch
-    return (
-        f"the pickled module is a {what}; normalisation {source}: mean {loaded.spec.mean}, std "
-        f"{loaded.spec.std}"
-    )
-
-
-def _into_own_class(model: nn.Module, found: Checkpoint) -> nn.Module:
-    """Fill a fresh instance of the user's class, behind the normalisation stored with it."""
-    _load_state(model, found)
-    stored = found.manifest.get("model", {})
-    if stored.get("mean") and not isinstance(model, ImageModel):
-        return ImageModel(model, ModelSpec.from_plain(stored))
-    return model
-
-
-def _from_state(
-    found: Checkpoint,
-    arch: str | None,
-    model_kwargs: Mapping[str, Any] | None,
-    cifar_stem: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> ImageModel:
-    check_stored(found.path, None if arch else found.arch, found.kwargs)
-    arch = arch or found.arch
-    if arch is None:
-        name, tensor = next(iter(found.state.items()))
-        raise ModelError(
-            f"{found.path}: a plain state_dict of {len(found.state)} tensors ({name} "
-            f"{list(tensor.shape)}, ...) does not say its architecture: add --arch NAME (a timm "
-            "name, or torchvision/NAME) and, if it needs them, --model-kwargs '{...}'"
-        )
-    kwargs = {**found.kwargs, **(model_kwargs or {})}
-    kwargs = {**infer_kwargs(arch, kwargs, found.state), **kwargs}
-    mean = mean or found.pretrained_cfg.get("mean")
-    std = std or found.pretrained_cfg.get("std")
-    spec = resolve_spec(arch, kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
-    if size := found.pretrained_cfg.get("input_size"):
-        spec = replace(spec, input_size=(int(size[0]), int(size[1]), int(size[2])))
-    model = build_model(spec)
-    _check_stem(found, model, cifar_stem)
-    _load_state(model, found, exact=True)
-    return model
-
-
-def _check_stem(found: Checkpoint, model: ImageModel, cifar_stem: bool) -> None:
-    theirs, mine = found.state.get("conv1.weight"), getattr(model.net, "conv1", None)
-    if theirs is None or not isinstance(mine, nn.Conv2d) or theirs.shape == mine.weight.shape:
-        return
-    if theirs.shape[-1] == 3 and not cifar_stem:
-        raise ModelError(
-            f"{found.path}: its stem conv1 is 3x3, that of {model.spec.arch} is 7x7: "
-            "it was made for small images, add --cifar-stem"
-        )
-
-
-def _load_state(model: nn.Module, found: Checkpoint, *, exact: bool = False) -> None:
-    """Put the stored weights into the model; with `exact`, widths must already be the same."""
-    net = network_of(model)
-    if not exact:
-        fit_(net, found.state)
-        fields = found.manifest.get("fields", {})
-        if not isinstance(fields, Mapping) or not all(
-            isinstance(values, Mapping) for values in fields.values()
-        ):
-            raise ModelError(f"{found.path}: its manifest is malformed: fields")
-        set_fields_(net, fields)
     try:
-        state = OrderedDict(found.state)
-        # some classes ask for the version of their state
-        state._metadata = getattr(net.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
-        problems = net.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        detail = lines[1].strip() if len(lines) > 1 else lines[0]
-        raise ModelError(
-            f"{found.path}: {len(lines) - 1} tensors have other shapes than the network built: "
-            f"{detail[:200]}; check --arch and --model-kwargs"
-        ) from None
-    missing, unexpected = problems.missing_keys, problems.unexpected_keys
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
-        raise ModelError(
-            f"{found.path}: does not fit the network built: {len(missing)} names missing, "
-            f"{len(unexpected)} unexpected ({example}); check --arch and --model-kwargs"
+        check_normalisation(spec)
+    except UsageError as error:
+        raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
+    try:
+        with bounded(found.content):
+            model = build_model(spec)
+        check_stored_widths(model, found.path, found.content.tensors)
+        refill_(model.net, found.path, found.content.tensors, manifest.fields)
+        check_classes(model)
+        if manifest.fields:
+            check_runs(model)
+    except ModelError as error:
+        if str(error).startswith(str(found.path)):
+            raise
+        raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
+    return model
+
+
+def _into_own_class(model: nn.Module, found: ModelFile) -> tuple[nn.Module, tuple[str, ...]]:
+    """Fill an instance of the user's class, behind the normalisation that the file has."""
+    net = network_of(model)
+    weights = take(found.path, found.content, net.state_dict())
+    refill_(net, found.path, weights.state, {})
+    normalisation = weights.normalisation
+    if normalisation is None or isinstance(model, ImageModel):
+        return model, weights.notes
+    model = _normalised(model, normalisation.mean, normalisation.std)
+    return model, (normalisation.note, *weights.notes)
+
+
+def _from_state(found: ModelFile, given: _Given) -> tuple[ImageModel, tuple[str, ...]]:
+    """Build the network that is asked for, or that the file names, and fill it."""
+    path, content = found.path, found.content
+    with bounded(content):
+        matched = identify(found, given.arch, given.kwargs)
+        arch, kwargs = matched.candidate.arch, dict(matched.candidate.kwargs)
+        weights = take(path, content, matched.wanted)
+        kwargs = {**infer_kwargs(arch, kwargs, matched.wanted, weights.state), **kwargs}
+        stored = stored_normalisation(path, found.pretrained_cfg, weights.channels)
+        normalisation = weights.normalisation or stored
+        mean, std = given.mean, given.std
+        if normalisation is not None:
+            mean, std = mean or normalisation.mean, std or normalisation.std
+        spec = resolve_spec(arch, kwargs, cifar_stem=given.cifar_stem, mean=mean, std=std)
+        size = image_size(found.pretrained_cfg.get("input_size"), weights.channels)
+        size = size or size_from_settings(content, weights.channels)
+        model = build_model(replace(spec, input_size=size))
+    check_stem(model, path, weights.state)
+    notes = [_normalisation_note(model, given, weights.normalisation, stored)]
+    if matched.candidate.bare:
+        notes.append(f"the network is {arch}; timm has none of that name with these weights")
+    narrow = narrower(model.net, weights.state)
+    if narrow:
+        narrow_to_(model, path, weights.state)
+        notes.append(
+            f"{len(narrow)} of {len(weights.state)} tensors are narrower than those of {arch}: the "
+            "network was pruned elsewhere, and has the file's widths"
         )
+    else:
+        fill_(model.net, path, weights.state)
+    return model, (*filter(None, notes), *weights.notes)
+
+
+def _normalisation_note(
+    model: ImageModel, given: _Given, own: Normalisation | None, stored: Normalisation | None
+) -> str:
+    """Say where the normalisation is from, unless the user or timm's configuration said it."""
+    if given.mean is not None:
+        return ""
+    if own is not None:
+        return own.note
+    if stored is not None:
+        return ""
+    whose = "timm's" if model.spec.source == "timm" else "ImageNet's,"
+    return (
+        f"normalisation assumed: {whose} for {model.spec.arch}, mean {model.spec.mean}, std "
+        f"{model.spec.std}; the file does not say, --mean and --std do"
+    )
 
 
 def _override(
@@ -290,41 +299,6 @@ def _override(
     )
     check_normalisation(spec)
     return ImageModel(model.net, spec).train(model.training)
-
-
-@torch.no_grad()
-def _identify(
-    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> nn.Module:
-    """Find the spec of an unpickled timm module, so that it can be stored without pickle.
-
-    The rebuilt network must have the same weights by name and shape, and the same outputs.
-    """
-    if isinstance(module, ImageModel):
-        return module
-    config = getattr(module, "pretrained_cfg", None) or {}
-    arch = config.get("architecture") if isinstance(config, Mapping) else None
-    known = isinstance(arch, str) and is_name(arch)
-    theirs = config if isinstance(config, Mapping) else {}
-    mean, std = mean or theirs.get("mean"), std or theirs.get("std")
-    state = module.state_dict()
-    for cifar_stem in (False, True) if known else ():
-        assert isinstance(arch, str)
-        with contextlib.suppress(ModelError, RuntimeError):
-            spec = resolve_spec(arch, infer_kwargs(arch, {}, state), cifar_stem=cifar_stem)
-            channels = len(spec.mean)
-            spec = replace(
-                spec,
-                mean=per_channel(mean or spec.mean, channels),
-                std=per_channel(std or spec.std, channels),
-            )
-            candidate = build_model(spec)
-            candidate.net.load_state_dict(state)
-            images = torch.rand(2, *default_input_size(spec), device=device_of(module))
-            with evaluating(module), evaluating(candidate):
-                if torch.equal(candidate.net(images), module(images)):
-                    return candidate
-    return _normalised(module, mean, std) if mean and std else module
 
 
 def _normalised(

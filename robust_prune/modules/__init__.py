@@ -10,6 +10,7 @@ from robust_prune.modules.contexts import (
     restore_random_states,
     seeded,
 )
+from robust_prune.modules.copying import copied
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
 from robust_prune.modules.layout import contiguous, device_of, make_contiguous_, plain_layout
 from robust_prune.modules.outputs import (
@@ -31,6 +32,7 @@ __all__ = [
     "check_float32",
     "check_outputs",
     "contiguous",
+    "copied",
     "device_of",
     "evaluating",
     "fields_of",

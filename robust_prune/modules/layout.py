@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from robust_prune.modules.copying import copied
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -29,9 +29,9 @@ def contiguous(model: nn.Module) -> nn.Module:
     """Return the model itself, or a contiguous copy of a CPU model in another layout."""
     if all(p.data.stride() == plain_layout(p.data).stride() for p in model.parameters()):
         return model
-    copied = copy.deepcopy(model)
-    make_contiguous_(copied)
-    return copied
+    plain = copied(model)
+    make_contiguous_(plain)
+    return plain
 
 
 def plain_layout(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
 from robust_prune.options.stating import Options, Range, option, other_default
-from robust_prune.registry import ESTIMATORS, METHODS, SCORES
+from robust_prune.registry import ALLOCATIONS, ESTIMATORS, METHODS, SCORES
 from robust_prune.types import Norm, Target
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -67,6 +67,11 @@ class DataOptions(Options):
         "Image folder (train/ and test/ or val/), tiny-imagenet folder, cifar10, cifar100, svhn, "
         "digits, or none. Default: what the model file records.",
     )
+    calibration: Path | None = option(
+        None,
+        "Folder of pictures without labels, in place of --data: the plan is decided on them, with "
+        "the model's own verdicts for labels.",
+    )
     data_root: Path | None = option(None, "Where torchvision's data sets lie.")
     download: bool = option(False, "Fetch a missing data set.")
     workers: int | None = option(
@@ -116,8 +121,8 @@ class PlanningOptions(Options):
 
     allocation: str = option(
         "curve",
-        "curve (measured loss of each group, the default), mrs (the paper's rule), or the "
-        "controls uniform and inverted.",
+        "Rule that shares the budget out: curve (measured loss of each group), mrs (the paper's), "
+        f"a control; one of {ALLOCATIONS}, or package.module:function.",
     )
     score: str = option("l2", f"Channel score: {SCORES}, or package.module:function.")
     estimator: str = option(

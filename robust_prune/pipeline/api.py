@@ -1,28 +1,21 @@
-"""The whole way, station by station: the only file that composes the stages."""
+"""The functions that people call."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from robust_prune import report
 from robust_prune.adversaries import adversarial_set
 from robust_prune.criteria import calibration_images, measure_mrs
-from robust_prune.data import DataSplits, open_for
-from robust_prune.distributed import ALONE, Processes, processes
-from robust_prune.errors import DataError, Interrupted, RunError, UsageError
-from robust_prune.files import write_text
-from robust_prune.finetune import EpochRecord, History, TrainingConfig, train_
+from robust_prune.data import open_for, stand_ins
+from robust_prune.distributed import processes
+from robust_prune.errors import RunError
 from robust_prune.graph import ModelGraph
-from robust_prune.models import build_model, image_size_of, save
-from robust_prune.modules import check_float32, contiguous, device_of, seeded
+from robust_prune.models import image_size_of
+from robust_prune.modules import check_float32, contiguous, device_of
 from robust_prune.options import (
     FINE_TUNING_EPOCHS,
     BudgetOptions,
@@ -33,26 +26,11 @@ from robust_prune.options import (
     SensitivityOptions,
     takes,
 )
-from robust_prune.pipeline.compression import Compression
-from robust_prune.pipeline.record import plain_settings
-from robust_prune.pipeline.run_folder import RunFolder, clear_drafts, fingerprint
-from robust_prune.pipeline.settings import (
-    LINF_8,
-    CompressResult,
-    Events,
-    Settings,
-    eval_images,
-)
-from robust_prune.types import (
-    Budget,
-    ModelSpec,
-    PruningPlan,
-    Sensitivity,
-    ThreatModel,
-    to_plain,
-)
-
-RUN = "run"  # where a result's folder keeps the state of the run
+from robust_prune.pipeline.compression import run
+from robust_prune.pipeline.describing import asked
+from robust_prune.pipeline.run_folder import RunFolder
+from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, eval_images
+from robust_prune.types import Budget, PruningPlan, Sensitivity, ThreatModel
 
 
 @takes(
@@ -127,53 +105,11 @@ def compress(
                 f"{folder.path} holds a run that is not complete; resume=True goes on with it, "
                 "or delete it"
             )
-        _open_run(folder, asked(model, splits, settings, all_processes), resume)
+        folder.open(asked(model, splits, settings, all_processes), resume=resume)
     result = run(model, splits, settings, folder=folder, processes=all_processes)
     if folder is not None and all_processes.first:
         folder.close()
     return result
-
-
-def run(
-    model: nn.Module,
-    splits: DataSplits | None,
-    settings: Settings,
-    events: Events | None = None,
-    *,
-    folder: RunFolder | None = None,
-    processes: Processes = ALONE,
-) -> CompressResult:
-    """Do what `settings` say to a copy of `model`; `splits` None means synthetic calibration."""
-    with seeded(settings.seed), torch.enable_grad():
-        job = Compression(model, splits, settings, events or Events(), folder, processes)
-        for step in range(1, settings.prune_steps + 1):
-            job.prune(step)
-            if settings.finetune is not None:
-                job.fine_tune(step)
-        if settings.evaluation != "none":
-            job.evaluate()
-    return job.result
-
-
-def asked(
-    model: nn.Module, splits: DataSplits | None, settings: Settings, processes: Processes = ALONE
-) -> dict[str, Any]:
-    """Return what a run is asked, as plain data: all that its result depends on."""
-    plan = settings.plan
-    return {
-        "model": fingerprint(model),
-        "processes": processes.size,
-        "data": None if splits is None else splits.described(),
-        "settings": to_plain(plain_settings(settings)),
-        "plan": plan.digest if plan else None,
-    }
-
-
-def _open_run(folder: RunFolder, config: dict[str, Any], resume: bool) -> None:
-    if resume:
-        folder.go_on(config)
-    else:
-        folder.begin(config)
 
 
 @takes(renamed={"method": "estimator"})
@@ -211,146 +147,7 @@ def sensitivity(
     splits = open_for(model, source, input_size=input_size)
     size = image_size_of(model, splits.input_size if splits else input_size)
     graph = ModelGraph(model, size, protect=protect)
-    images, labels = calibration_images(model, splits, size, n, seed)
+    splits = splits or stand_ins(model, size, n, seed)
+    images, labels = calibration_images(model, splits, n, seed)
     adversarial = adversarial_set(model, images, labels, threat=threat, seed=seed, batch_size=64)
     return measure_mrs(graph, adversarial, estimator, rho=rho, on_module=on_module)
-
-
-def train_model(
-    spec: ModelSpec,
-    splits: DataSplits,
-    config: TrainingConfig,
-    *,
-    device: torch.device | str = "cpu",
-    pretrained: bool = False,
-    start: nn.Module | None = None,
-    teacher: nn.Module | None = None,
-    events: Events | None = None,
-    folder: RunFolder | None = None,
-    processes: Processes = ALONE,
-) -> tuple[nn.Module, History]:
-    """Train a network adversarially, from `start` or from the builder's weights.
-
-    With `folder` the state of the run is kept there, and taken up where there is one.
-    """
-    events = events or Events()
-    if start is None:
-        with seeded(config.seed):
-            start = build_model(spec, pretrained=pretrained)
-    model = start.to(device)
-    if splits.validation is None:
-        raise DataError("too few images to keep some back for validation")
-
-    def on_epoch(record: EpochRecord) -> None:
-        if folder is not None and processes.first:
-            folder.record("training", to_plain(record))
-        if events.epoch is not None:
-            events.epoch(record)
-
-    history = train_(
-        model,
-        splits.train,
-        splits.validation,
-        config,
-        teacher=teacher,
-        processes=processes,
-        saved=None if folder is None else folder.state("training"),
-        on_progress=events.training,
-        on_epoch=on_epoch,
-    )
-    return model, history
-
-
-def compress_file(
-    model: nn.Module,
-    splits: DataSplits | None,
-    settings: Settings,
-    folder: Path,
-    name: str,
-    events: Events,
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    processes: Processes = ALONE,
-) -> tuple[CompressResult, dict[str, Path]]:
-    """Compress and write `<name>.safetensors`, `report.json` and `report.html` into `folder`.
-
-    The model is written as soon as it is pruned, again when it is fine-tuned, and completed after
-    the evaluation, each time whole or not at all. Where `arguments` are given, `folder/run` keeps
-    the state of the run, and them for whoever goes on with it.
-
-    Raises:
-        Interrupted: the user stopped the run; the message says which file is there.
-        RunError: `resume`, and the run there is another one.
-    """
-    check_float32(model)
-    paths = {
-        "model": folder / f"{name}.safetensors",
-        "report": folder / "report.json",
-        "html": folder / "report.html",
-    }
-    written: list[str] = []
-
-    def write(result: CompressResult) -> None:
-        if not processes.first:
-            return
-        text, page = report.to_json(result.report), report.to_html(result.report)
-        save(result.model, paths["model"], result.report)
-        written.append(result.report["status"])
-        write_text(paths["report"], text)
-        write_text(paths["html"], page)
-
-    state = None if arguments is None else RunFolder(folder / RUN)
-    made = not folder.exists()
-    if processes.first:
-        _make_folder(folder)
-        if state is not None:
-            config = asked(model, splits, settings, processes)
-            _open_run(state, {**config, "arguments": dict(arguments or {})}, resume)
-            clear_drafts(folder)
-            if resume and paths["model"].exists():
-                written.append("that of the run before")
-    try:
-        result = run(
-            model,
-            splits,
-            settings,
-            replace(events, saveable=write),
-            folder=state,
-            processes=processes,
-        )
-    except KeyboardInterrupt:
-        if state is None and processes.first and made and not written:
-            _forget(folder, None)
-        told = (
-            f"stopped; {paths['model']} is complete and usable, its status is {written[-1]!r}"
-            if written
-            else "stopped before anything was pruned; no file was written"
-        )
-        go_on = "" if state is None else f"; robust-prune compress --resume {folder} goes on"
-        raise Interrupted(told + go_on) from None
-    except Exception:
-        if processes.first and not resume and not written:
-            _forget(folder if made else None, state)
-        raise
-    if processes.first and state is not None:
-        state.close()
-    return result, paths
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}; name another folder") from None
-
-
-def _forget(folder: Path | None, state: RunFolder | None) -> None:
-    """Delete the run's state, and the folder where it is empty."""
-    if state is not None:
-        state.clear()
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

@@ -1,29 +1,25 @@
-"""What a compression notes on its way: lines, seconds, and parts of its record."""
+"""Where the stations of a run write what they have to tell."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from robust_prune.finetune import History
+from robust_prune.pipeline.record import Pruned, Record, Step
 from robust_prune.pipeline.settings import Events
-from robust_prune.types import to_plain
+from robust_prune.types import PruningPlan
 
 
 class Journal:
-    """Notes, seconds by station and further parts of the report; listeners hear of each.
+    """Holds the record of a run as it grows; listeners hear of stages and notes."""
 
-    `parts` holds what the report tells of a station, `steps` the same of the steps before the
-    last, where pruning goes in several.
-    """
-
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, notes: tuple[str, ...] = ()) -> None:
         self.events = events
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.parts: dict[str, Any] = {}
-        self.steps: list[dict[str, Any]] = []
+        self.record = Record(notes=notes)
 
     def stage(self, line: str) -> None:
         """Say what begins."""
@@ -31,33 +27,49 @@ class Journal:
 
     def note(self, line: str) -> None:
         """Say, and keep for the report, something the user should not miss."""
-        self.notes.append(line)
+        self.record = replace(self.record, notes=(*self.record.notes, line))
         self.events.note(line)
 
+    def tell(self, **told: Any) -> None:
+        """Write down fields of `Pruned`."""
+        self.record = replace(self.record, pruned=replace(self.record.pruned, **told))
+
     @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, station: str) -> Iterator[None]:
         """Add the seconds of what is done inside to a station's."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            so_far = self.record.seconds.get(station, 0.0)
+            self._set_seconds({station: so_far + time.perf_counter() - start})
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return all of it as plain data."""
-        plain: dict[str, Any] = to_plain(
-            {
-                "notes": self.notes,
-                "seconds": self.seconds,
-                "parts": self.parts,
-                "steps": self.steps,
-            }
+    def begin_step(self) -> None:
+        """Forget what the pruning step before has told."""
+        self.record = replace(self.record, pruned=Pruned())
+
+    def end_step(self, plan: PruningPlan, history: History | None) -> None:
+        """Keep what a pruning step has told among those that are over."""
+        step = Step(plan, history, self.record.pruned)
+        self.record = replace(self.record, steps=(*self.record.steps, step))
+
+    def restore(self, plain: Mapping[str, Any]) -> None:
+        """Go on from the record that a run before kept at this place.
+
+        The steps before were taken up one by one, so that they are there.
+        """
+        self.record = replace(
+            self.record,
+            notes=tuple(plain["notes"]),
+            seconds=dict(plain["seconds"]),
+            pruned=Pruned.from_plain(plain["parts"]),
         )
-        return plain
 
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go on from a snapshot."""
-        self.notes = list(snapshot["notes"])
-        self.seconds = dict(snapshot["seconds"])
-        self.parts = dict(snapshot["parts"])
-        self.steps = list(snapshot["steps"])
+    def count_seconds(self, plain: Mapping[str, Any]) -> None:
+        """Let what a run before has worked count, station by station."""
+        mine = self.record.seconds
+        before = plain["seconds"].items()
+        self._set_seconds({name: max(mine.get(name, 0.0), value) for name, value in before})
+
+    def _set_seconds(self, seconds: Mapping[str, float]) -> None:
+        self.record = replace(self.record, seconds={**self.record.seconds, **seconds})

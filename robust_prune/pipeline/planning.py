@@ -1,41 +1,30 @@
-"""The first stations of a compression: what is measured on the model, and the plan made of it."""
+"""From what was measured to the plan, and how several pruning steps share out a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.allocation import (
     PASSES,
     STEPS,
-    allocate,
+    Evidence,
+    Problem,
+    allocations,
     best_composed,
-    candidate_widths,
-    group_weights,
     make_plan,
 )
-from robust_prune.criteria import (
-    IMAGE_PASSES,
-    calibration_images,
-    channel_scores,
-    measure_mrs,
-    structural_curves,
-)
-from robust_prune.data import DataSplits
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import device_of
-from robust_prune.pipeline.journal import Journal
-from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
-from robust_prune.repair import Reconstruction, kept_rows, recalibrate_batchnorm_
-from robust_prune.types import Curve, PruningPlan, Sensitivity
-
-CPU_MACS = 10**13  # some minutes of a few cores
-SEARCH_IMAGES = 16, 256  # at least, at most
+from robust_prune.pipeline.job import Job
+from robust_prune.pipeline.measuring import Measured, Observed
+from robust_prune.pipeline.record import Candidate, Search
+from robust_prune.pipeline.settings import Settings
+from robust_prune.registry import ALLOCATIONS
+from robust_prune.repair import kept_rows, recalibrate_batchnorm_
+from robust_prune.types import PruningPlan, Sensitivity
 
 
 @dataclass(frozen=True)
@@ -53,222 +42,26 @@ class Planned:
         )
 
 
-class Planning:
-    """Measures a model and makes the plan; keeps what repairs the pruned model afterwards."""
+def plan(job: Job, observed: Observed, measured: Measured, settings: Settings) -> PruningPlan:
+    """Return the plan made of what was measured, or the one to replay where it fits.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        splits: DataSplits | None,
-        settings: Settings,
-        journal: Journal,
-        input_size: tuple[int, int, int],
-    ) -> None:
-        self.model, self.splits, self.settings, self.journal = model, splits, settings, journal
-        self.input_size = input_size
-        self.device = device_of(model)
-        with journal.timed("graph"):
-            self.graph = graph_of(model, input_size, settings)
-        journal.parts["reachable"] = self.graph.reachable
-        self.reconstruction: Reconstruction | None = None
-
-    def measure_and_plan(self, known: Planned | None = None) -> Planned:
-        """Make the adversarial set, scores, curves, MRS and the plan.
-
-        With `known`, made before, only what the repair of the pruned model needs is made again.
-        """
-        settings, model, graph = self.settings, self.model, self.graph
-        with self.journal.timed("adversarial set"):
-            self.journal.stage(f"adversarial set: PGD-10, {settings.threat}")
-            n = self._calibration_count(quiet=known is not None)
-            size = self.input_size
-            self._calibration = calibration_images(model, self.splits, size, n, settings.seed)
-            adversarial = adversarial_set(
-                model,
-                *self._calibration,
-                threat=settings.threat,
-                seed=settings.seed,
-                batch_size=min(64, settings.batch_size),
-            )
-        if known is not None:
-            self.reconstruction = self._reconstruction(adversarial)
-            return known
-        values: Mapping[str, Tensor] = {}
-        curves: Mapping[str, Curve] = {}
+    Raises:
+        BudgetError: the budget is out of reach.
+        PlanError: the plan was made for another network.
+    """
+    with job.journal.timed("plan"):
         if settings.plan is None:
-            with self.journal.timed("scores"):
-                score = settings.score
-                values = channel_scores(model, graph, score=score, adversarial=adversarial)
-            if settings.allocation == "curve":
-                self.journal.stage(f"curves of {len(graph.groups)} groups")
-                passes = self._image_passes()
-                with self.journal.timed("curves"):
-                    curves = structural_curves(model, graph, values, adversarial, passes=passes)
-                self.journal.parts["curves"] = list(curves.values())
-        with self.journal.timed("sensitivity"):
-            self.journal.stage(f"module robustness sensitivity: {settings.estimator}")
-            sensitivity = measure_mrs(graph, adversarial, settings.estimator, values)
-        self.reconstruction = self._reconstruction(adversarial)
-        with self.journal.timed("plan"):
-            plan = settings.plan or self._make_plan(sensitivity, values, curves)
-            if settings.plan is not None:
-                graph.check(settings.plan)
-                self.journal.note(f"replayed plan {settings.plan.digest}")
-        return Planned(plan, sensitivity)
-
-    def check_feasible(self) -> None:
-        """Fail before the expensive stations where the budget can't be met."""
-        graph = self.graph
-        if self.settings.plan is None:
-            equal = dict.fromkeys((g.name for g in graph.groups), 1.0)
-            allocate(
-                graph.groups,
-                graph.cost,
-                self.settings.budget,
-                equal,
-                max_prune_ratio=self.settings.max_prune_ratio,
-                round_to=self.settings.round_to,
-            )
-
-    def _reconstruction(self, adversarial: AdversarialSet) -> Reconstruction | None:
-        """Note what the dense model does on adversarial images and on as many clean ones."""
-        if self.splits is None or not self.settings.reconstruct:
-            return None
-        with self.journal.timed("reconstruction"):
-            train = self.splits.train
-            clean, _ = train.take(min(len(adversarial), len(train)), self.settings.seed + 1)
-            pairs = zip(adversarial.images, clean.to(self.device), strict=False)
-            images = torch.stack([image for pair in pairs for image in pair])
-            return Reconstruction.of(self.model, images)
-
-    def _make_plan(
-        self,
-        sensitivity: Sensitivity,
-        values: Mapping[str, Tensor],
-        curves: Mapping[str, Curve],
-    ) -> PruningPlan:
-        settings, graph = self.settings, self.graph
-        by_group = sensitivity.of_groups()
-
-        def plan(widths: Mapping[str, int]) -> PruningPlan:
-            return make_plan(
-                graph.groups,
-                widths,
-                {name: v.tolist() for name, v in values.items()},
-                graph.cost,
-                settings.budget,
-                allocation=settings.allocation,
-                score=settings.score,
-                seed=settings.seed,
-                input_size=self.input_size,
-                mrs=by_group,
-                max_prune_ratio=settings.max_prune_ratio,
-                unprunable=graph.unprunable,
-                ties=graph.ties,
-                whole_heads=graph.whole_heads,
-            )
-
-        if settings.allocation == "curve":
-            return self._search(graph, curves, plan)
-        widths = allocate(
-            graph.groups,
-            graph.cost,
-            settings.budget,
-            group_weights(settings.allocation, by_group),
-            max_prune_ratio=settings.max_prune_ratio,
-            round_to=settings.round_to,
-        )
-        return plan(widths)
-
-    def _search(
-        self,
-        graph: ModelGraph,
-        curves: Mapping[str, Curve],
-        plan: Callable[[Mapping[str, int]], PruningPlan],
-    ) -> PruningPlan:
-        """Allocate by curves, and take the best of the models really pruned."""
-        settings, splits = self.settings, self.splits
-        plans = [
-            plan(widths)
-            for widths in candidate_widths(
-                graph,
-                settings.budget,
-                curves,
-                max_prune_ratio=settings.max_prune_ratio,
-                round_to=settings.round_to,
-            )
-        ]
-        self.journal.stage(f"attacking {len(plans)} candidates")
-        few, many = SEARCH_IMAGES
-        n = max(few, min(many, self._image_passes() // (PASSES * len(plans))))
-        images, labels = (part[:n] for part in self._calibration)
-
-        def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
-            if self.reconstruction is not None:
-                self.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            if splits is not None:
-                batches = splits.train.batches(64, seed=settings.seed, limit=2 * len(labels))
-                recalibrate_batchnorm_(pruned, batches)
-
-        best, losses = best_composed(
-            graph,
-            plans,
-            images,
-            labels,
-            threat=settings.threat,
-            seed=settings.seed,
-            batch_size=min(64, settings.batch_size),
-            repair_=repair_,
-        )
-        self.journal.parts["search"] = {
-            "attack": f"PGD-{STEPS}",
-            "images": len(labels),
-            "chosen": best,
-            "candidates": [
-                {
-                    "loss": loss,
-                    "params": p.pruned.params,
-                    "widths": [g.keep_width for g in p.groups],
-                }
-                for loss, p in zip(losses, plans, strict=True)
-            ],
-        }
-        return plans[best]
-
-    def _calibration_count(self, *, quiet: bool = False) -> int:
-        """How many images to measure on: what was asked, else what a CPU can do in minutes."""
-        asked = self.settings.calibration_images
-        if asked is not None or self.device.type != "cpu":
-            return asked or CALIBRATION_IMAGES
-        # PGD-10 and one more pass, forward and backward
-        work = 3 * 11 * max(self.graph.cost().macs, 1)
-        least, macs = (64, CPU_MACS) if self.splits is not None else (32, CPU_MACS // 5)
-        n = max(least, min(CALIBRATION_IMAGES, macs // work))
-        if n < CALIBRATION_IMAGES and not quiet:
-            self.journal.note(
-                f"sensitivity is measured on {n} images, not {CALIBRATION_IMAGES}, so that it "
-                "ends in minutes on a CPU; --calibration-images takes another number"
-            )
-        return n
-
-    def _image_passes(self) -> int:
-        """How many images times forward passes curves, and the search, may each take."""
-        if self.device.type != "cpu":
-            return IMAGE_PASSES
-        macs = CPU_MACS if self.splits is not None else CPU_MACS // 10
-        return min(IMAGE_PASSES, macs // max(self.graph.cost().macs, 1))
+            return _made(job, observed, measured, settings)
+        replayed = observed.graph.recounted(settings.plan)
+        notes = tuple(dict.fromkeys((*replayed.notes, *observed.graph.uncounted)))
+        job.journal.note(f"replayed plan {replayed.digest}")
+        return replace(replayed, notes=notes)
 
 
-def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Settings) -> ModelGraph:
-    """Return which channels of the model go together under these settings."""
-    plan = settings.plan
-    return ModelGraph(
-        model,
-        input_size,
-        protect=settings.protect,
-        min_width=settings.min_width,
-        ties=plan.ties if plan else (),
-        whole_heads=plan.whole_heads if plan else settings.whole_heads,
+def problem_of(graph: ModelGraph, settings: Settings) -> Problem:
+    """Return what an allocation has to solve."""
+    return Problem(
+        graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to
     )
 
 
@@ -293,3 +86,70 @@ def step_settings(settings: Settings, left: float, step: int) -> Settings | None
         budget=replace(settings.budget, prune_ratio=1 - share / left),
         max_prune_ratio=1 - (1 - settings.max_prune_ratio) ** (1 / settings.prune_steps),
     )
+
+
+def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) -> PruningPlan:
+    """Return the plan by the rule of the settings, or by curves the best of several."""
+    graph, by_group = observed.graph, measured.sensitivity.of_groups()
+    problem = problem_of(graph, settings)
+
+    def plan_of(widths: Mapping[str, int]) -> PruningPlan:
+        return make_plan(
+            problem,
+            widths,
+            {name: scores.tolist() for name, scores in measured.scores.items()},
+            allocation=settings.allocation,
+            score=settings.score,
+            seed=settings.seed,
+            input_size=job.input_size,
+            mrs=by_group,
+            unprunable=graph.unprunable,
+            notes=graph.uncounted,
+            ties=graph.ties,
+            whole_heads=graph.whole_heads,
+        )
+
+    asked = allocations(
+        settings.allocation, problem, Evidence(by_group, measured.curves, observed.effort.caps)
+    )
+    plans = [plan_of(widths) for widths in asked]
+    if len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves"):
+        return plans[0]
+    return _best(job, observed, plans, settings)
+
+
+def _best(
+    job: Job, observed: Observed, plans: Sequence[PruningPlan], settings: Settings
+) -> PruningPlan:
+    """Return the plan whose model, really pruned and repaired, withstands attacks best."""
+    graph, splits, effort = observed.graph, observed.splits, observed.effort
+    job.journal.stage(f"attacking {len(plans)} candidates")
+    few, many = effort.search_images
+    n = max(few, min(many, effort.passes // (PASSES * len(plans))))
+    images, labels = observed.images[:n], observed.labels[:n]
+
+    def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
+        if observed.reconstruction is not None:
+            observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
+        if splits.in_distribution:
+            batches = splits.train.batches(
+                64, seed=settings.seed, limit=2 * len(labels), verdicts=False
+            )
+            recalibrate_batchnorm_(pruned, batches)
+
+    best, losses = best_composed(
+        graph,
+        plans,
+        images,
+        labels,
+        threat=settings.threat,
+        seed=settings.seed,
+        batch_size=min(effort.batch_size, settings.batch_size),
+        repair_=repair_,
+    )
+    candidates = tuple(
+        Candidate(loss, plan.pruned.params, tuple(g.keep_width for g in plan.groups))
+        for loss, plan in zip(losses, plans, strict=True)
+    )
+    job.journal.tell(search=Search(f"PGD-{STEPS}", len(labels), best, candidates))
+    return plans[best]

@@ -1,62 +1,166 @@
-"""Parts of the record of a run, as plain data."""
+"""The record of a run: what its stations tell, typed, and as plain data."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-
 from robust_prune.finetune import History
-from robust_prune.modules import ImageModel
-from robust_prune.pipeline.settings import Settings
-from robust_prune.types import to_plain, without_nan
+from robust_prune.repair import Fit
+from robust_prune.types import Curve, PruningPlan, to_plain, without_nan
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what figures of speed depend on."""
-    info = {
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        info["gpu"] = torch.cuda.get_device_name(device)
-    return info
+@dataclass(frozen=True)
+class Candidate:
+    """One of the plans compared: its adversarial loss when pruned, in nats, and what it keeps."""
+
+    loss: float
+    params: int
+    widths: tuple[int, ...]
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Return the spec of a model, or the class where it is the user's own."""
-    if isinstance(model, ImageModel):
-        plain: dict[str, Any] = to_plain(model.spec)
+@dataclass(frozen=True)
+class Search:
+    """The plans compared, by which attack on how many images, and the index of the chosen one."""
+
+    attack: str
+    images: int
+    chosen: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """How far the pruned model is from the masked one, relative to its outputs."""
+
+    done: bool
+    images: int | None = None
+    dtype: str | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the reconstruction did to each layer, and on how many images."""
+
+    images: int
+    layers: tuple[Fit, ...]
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """How many batch norms got new statistics, and of how many images."""
+
+    layers: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What the stations of one pruning step tell; None where one has told nothing.
+
+    `calibration` says what it was decided on, and what that is worth (`grade_of`).
+    """
+
+    reachable: float | None = None
+    calibration: Mapping[str, Any] | None = None
+    curves: tuple[Curve, ...] | None = None
+    search: Search | None = None
+    self_check: SelfCheck | None = None
+    reconstruction: Fitted | None = None
+    batchnorm: Recalibrated | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return what was told as plain data."""
+        plain: dict[str, Any] = _told(to_plain(self))
         return plain
-    return {"source": "custom", "arch": f"{type(model).__module__}.{type(model).__qualname__}"}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Pruned:
+        """Build it from parsed JSON."""
+        curves, search = data.get("curves"), data.get("search")
+        check, fitted = data.get("self_check"), data.get("reconstruction")
+        batchnorm = data.get("batchnorm")
+        return cls(
+            reachable=data.get("reachable"),
+            calibration=data.get("calibration"),
+            curves=None if curves is None else tuple(map(_curve, curves)),
+            search=None if search is None else _search(search),
+            self_check=None if check is None else SelfCheck(**check),
+            reconstruction=None if fitted is None else _fitted(fitted),
+            batchnorm=None if batchnorm is None else Recalibrated(**batchnorm),
+        )
 
 
-def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings; a function of the user's is told by its name."""
-    plain = {
-        name: getattr(settings, name)
-        for name in settings.__dataclass_fields__
-        if name not in ("plan", "finetune")
-    }
-    method = settings.finetune
-    plain["finetune"] = method if isinstance(method, (str, type(None))) else qualified(method)
-    return plain
+@dataclass(frozen=True)
+class Step:
+    """A pruning step that is over, where there are several."""
+
+    plan: PruningPlan
+    history: History | None
+    pruned: Pruned
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data, named as the report of a whole run names it."""
+        return {
+            **self.pruned.plain(),
+            "plan": to_plain(self.plan),
+            "finetune": plain_history(self.history),
+        }
 
 
-def qualified(function: object) -> str:
-    """Return the name of a function of the user's, the same in every process."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+@dataclass(frozen=True)
+class Record:
+    """What a run has told so far.
+
+    Attributes:
+        notes: lines that the user should not miss.
+        seconds: by station.
+        pruned: of the pruning step that the run is at.
+        steps: those before it.
+    """
+
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    pruned: Pruned = field(default_factory=Pruned)
+    steps: tuple[Step, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as the run's folder keeps it beside each part."""
+        return {
+            "notes": list(self.notes),
+            "seconds": dict(self.seconds),
+            "parts": self.pruned.plain(),
+            "steps": [step.plain() for step in self.steps],
+        }
 
 
-def plain_history(history: History | None) -> Mapping[str, Any] | None:
+def plain_history(history: History | None) -> dict[str, Any] | None:
     """Return a training history as JSON can hold it."""
     if history is None:
         return None
     plain: dict[str, Any] = without_nan(to_plain(history))
     return plain
+
+
+def _curve(data: Mapping[str, Any]) -> Curve:
+    return Curve(data["group"], tuple(data["shares"]), tuple(data["rises"]))
+
+
+def _search(data: Mapping[str, Any]) -> Search:
+    candidates = tuple(
+        Candidate(c["loss"], c["params"], tuple(c["widths"])) for c in data["candidates"]
+    )
+    return Search(data["attack"], data["images"], data["chosen"], candidates)
+
+
+def _fitted(data: Mapping[str, Any]) -> Fitted:
+    return Fitted(data["images"], tuple(Fit(**layer) for layer in data["layers"]))
+
+
+def _told(value: Any) -> Any:
+    """Return plain data without the entries that are None."""
+    if isinstance(value, dict):
+        return {name: _told(item) for name, item in value.items() if item is not None}
+    return [_told(item) for item in value] if isinstance(value, list) else value

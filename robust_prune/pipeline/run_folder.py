@@ -42,6 +42,13 @@ class RunFolder:
         """Where it stands what was asked."""
         return self.path / "config.json"
 
+    def open(self, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Go on with the run that is there, or begin one; see `go_on` and `begin`."""
+        if resume:
+            self.go_on(config)
+        else:
+            self.begin(config)
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Start a run: forget the one that is there, and keep what is asked.
 
@@ -121,6 +128,10 @@ class RunFolder:
             raise RunError(
                 f"{path}: can't be read: {error}; delete it to do its part again"
             ) from None
+
+    def forget(self, name: str) -> None:
+        """Delete a part."""
+        (self.path / f"{name}.json").unlink(missing_ok=True)
 
     def state(self, name: str) -> StateFile:
         """Return the file of tensors with this name."""

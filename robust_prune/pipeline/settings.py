@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_prune.allocation import ALLOCATIONS
 from robust_prune.errors import UsageError
 from robust_prune.finetune import (
     EpochRecord,
@@ -28,7 +27,7 @@ from robust_prune.options import (
     chosen,
     other_default,
 )
-from robust_prune.registry import ESTIMATORS, SCORES
+from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
 from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, ThreatModel
 
 CALIBRATION_IMAGES = 512
@@ -63,11 +62,7 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
         if self.plan is None:
-            if self.allocation not in ALLOCATIONS:
-                raise UsageError(
-                    f"allocation {self.allocation!r} is not known; use one of "
-                    f"{', '.join(ALLOCATIONS)}"
-                )
+            ALLOCATIONS.find(self.allocation)
             SCORES.find(self.score)
             ESTIMATORS.find(self.estimator)
         elif self.prune_steps > 1:

@@ -2,14 +2,18 @@
 
 from robust_prune.repair.batchnorm import recalibrate_batchnorm_
 from robust_prune.repair.reconstruction import (
+    Fit,
     Reconstruction,
+    Rows,
     dense_moments,
     kept_rows,
     reconstruct_,
 )
 
 __all__ = [
+    "Fit",
     "Reconstruction",
+    "Rows",
     "dense_moments",
     "kept_rows",
     "recalibrate_batchnorm_",

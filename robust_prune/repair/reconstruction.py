@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import device_of, evaluating, network_of
+from robust_prune.repair.anchors import Anchor, anchors_of
+from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
+from robust_prune.repair.watching import batch_norms, watching
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
 POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
-MOST_INPUTS = 4608  # in-channels times kernel size; beyond, the normal equations get too large
 ACTIVATION_BYTES = 1 << 30
-PATCH_BYTES = 1 << 28
 Rows = tuple[Tensor, Tensor]  # indices of outputs, and the factor of each
 
 
@@ -62,7 +60,7 @@ def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> d
 
     Returns:
         Layers that one call with plain weights computes: no grouped convolutions, no weights
-        used twice, and at most `MOST_INPUTS` inputs.
+        used twice, and at most `layers.MOST_INPUTS` inputs.
     """
     found: dict[str, Moments] = {}
     means: dict[str, Tensor] = {}
@@ -72,17 +70,17 @@ def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> d
 
     def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
-        places = _places(layer, y)
+        places = places_of(layer, y)
         positions = None
         if places > POSITIONS:
             drawn = torch.randperm(places, generator=generator)[:POSITIONS]
             positions = drawn.sort().values.to(y.device)
         gram = y.new_empty(0)
         if grams:
-            rows = _inputs(layer, x, positions)
+            rows = inputs_at(layer, x, positions)
             means[name] = rows.mean(0)
             gram = rows.T @ rows / len(rows)
-        outputs = _outputs(layer, y, positions)
+        outputs = outputs_at(layer, y, positions)
         found[name] = Moments(positions, places, outputs, gram, layer.bias is not None)
         latest[:] = [(name, weakref.ref(y))]
 
@@ -93,8 +91,8 @@ def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> d
 
     with (
         evaluating(model),
-        _watching(_fittable(model), after=look),
-        _watching(_batch_norms(model), before=normalise),
+        watching(fittable(model), after=look),
+        watching(batch_norms(model), before=normalise),
     ):
         model(images.to(device_of(model)))
     return {
@@ -114,6 +112,7 @@ def reconstruct_(
     images: Tensor,
     *,
     ridge: float = RIDGE,
+    anchors: Mapping[str, Anchor] | None = None,
 ) -> tuple[Fit, ...]:
     """Fit the weights of a pruned model, in place, to the dense model's activations.
 
@@ -136,34 +135,40 @@ def reconstruct_(
         rows: `kept_rows` of the plan, made before pruning.
         images: [N, C, H, W] in [0, 1].
         ridge: how strongly weights stay; larger for fewer images.
+        anchors: statistics of the dense model's batch norms, for images of another kind than it
+            was trained on; statistics move from there as they move on these images.
 
     Returns:
         The relative squared errors of every layer that was fitted, in forward order.
     """
     fits: list[Fit] = []
-    layers = {n: m for n, m in _fittable(model).items() if n in dense}
+    layers = {n: m for n, m in fittable(model).items() if n in dense}
 
     def fit(name: str, layer: nn.Module, x: Tensor) -> None:
         target, y = dense[name], dense[name].outputs
         if name in rows:
             kept, factors = (part.to(y.device) for part in rows[name])
             y = y[:, kept] * factors.to(y)
-        if isinstance(layer, nn.Linear) and _places(layer, x) != target.places:
+        if isinstance(layer, nn.Linear) and places_of(layer, x) != target.places:
             return  # its rows are channels that are gone: it mixes tokens
-        x = _inputs(layer, x, target.positions)
+        x = inputs_at(layer, x, target.positions)
         fits.append(_fit_(name, layer, x, y, ridge, target.free))
 
     def renew(name: str, norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
             dims = [d for d in range(x.ndim) if d != 1]
-            norm.running_mean.copy_(x.mean(dims))
-            norm.running_var.copy_(x.var(dims))
+            mean, variance = x.mean(dims), x.var(dims)
+            if anchors is not None:
+                kept = rows[name][0] if name in rows else None
+                mean, variance = anchors[name].moved(mean, variance, kept, norm.eps)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
     with (
         evaluating(model),
-        _watching(layers, before=fit),
-        _watching(_batch_norms(model), before=renew),
+        watching(layers, before=fit),
+        watching(batch_norms(model), before=renew),
     ):
         model(images.to(device_of(model)))
     return tuple(fits)
@@ -171,32 +176,42 @@ def reconstruct_(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer."""
+    """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer.
+
+    `anchors` are there where the images are of another kind than those the model was trained on.
+    """
 
     images: Tensor
     dense: Mapping[str, Moments]
+    anchors: Mapping[str, Anchor] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
+    def of(cls, model: nn.Module, images: Tensor, *, anchored: bool = False) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
         images = images[: images_that_fit(model, images[:1], len(images))]
-        return cls(images, dense_moments(model, images))
+        if not anchored:
+            return cls(images, dense_moments(model, images))
+        with anchors_of(model) as anchors:
+            dense = dense_moments(model, images)
+        return cls(images, dense, anchors)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
-        return reconstruct_(pruned, self.dense, rows, self.images)
+        return reconstruct_(pruned, self.dense, rows, self.images, anchors=self.anchors)
 
 
 def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     """Return by layer which of the dense layer's outputs are left, and what they are multiplied by.
 
-    The graph's model must not be pruned yet.
+    Batch norms are among them with the channels that are left. The graph's model must not be pruned
+    yet.
     """
-    sizes = {n: p.shape for n, p in network_of(graph.model).named_parameters()}
+    sizes = {n: t.shape for n, t in network_of(graph.model).state_dict().items()}
     kept: dict[str, Tensor] = {}
     for group, gone in graph.dropped(plan).items():
         for slot in graph.slots(group):
-            if slot.role == "out" and slot.tensor == f"{slot.layer}.weight":
+            makes = slot.role == "out" and slot.tensor == f"{slot.layer}.weight"
+            if makes or slot.tensor == f"{slot.layer}.running_mean":
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
     scaled = graph.scaled_rows(plan)
@@ -218,33 +233,9 @@ def images_that_fit(model: nn.Module, image: Tensor, most: int) -> int:
         # the patches of a convolution are unfolded, a part of the images at a time
         largest[0] = max(largest[0], x.numel(), y.numel())
 
-    with evaluating(model), _watching(_fittable(model), after=look):
+    with evaluating(model), watching(fittable(model), after=look):
         model(image.to(device_of(model)))
     return max(1, min(most, ACTIVATION_BYTES // (4 * largest[0])))
-
-
-def _fittable(model: nn.Module) -> dict[str, nn.Module]:
-    net = network_of(model)
-    weights = [id(p) for _, m in net.named_modules() for p in m.parameters(recurse=False)]
-    found: dict[str, nn.Module] = {}
-    for name, layer in net.named_modules():
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weights.count(id(weight)) > 1:
-            continue
-        plain = type(layer).forward is nn.Linear.forward or (
-            type(layer).forward is nn.Conv2d.forward
-            and isinstance(layer, nn.Conv2d)
-            and layer.groups == 1
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-        )
-        if plain and weight[0].numel() <= MOST_INPUTS:
-            found[name] = layer
-    return found
-
-
-def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool) -> Fit:
@@ -266,82 +257,3 @@ def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free:
     if layer.bias is not None:
         layer.bias.copy_(y_mean - layer.weight.flatten(1) @ x_mean)
     return Fit(name, before / energy, after / energy)
-
-
-def _places(layer: nn.Module, y: Tensor) -> int:
-    """Return at how many places a layer's output (or a linear layer's input) has channels."""
-    if isinstance(layer, nn.Conv2d):
-        return y.shape[-1] * y.shape[-2]
-    return y[0].numel() // y.shape[-1]
-
-
-def _outputs(layer: nn.Module, y: Tensor, positions: Tensor | None) -> Tensor:
-    """Return [rows, out]."""
-    y = y.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else _tokens(y)
-    y = y if positions is None else y[:, positions]
-    return y.reshape(-1, y.shape[-1]).clone()
-
-
-def _inputs(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
-    """Return [rows, in]: what the outputs at these positions are made of."""
-    if not isinstance(layer, nn.Conv2d):
-        x = _tokens(x)
-        x = x if positions is None else x[:, positions]
-        return x.reshape(-1, x.shape[-1])
-    parts = []
-    patch_bytes = 4 * x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
-    for part in torch.split(x, max(1, PATCH_BYTES // patch_bytes)):
-        patches = F.unfold(
-            part,
-            layer.kernel_size,
-            dilation=layer.dilation,
-            padding=layer.padding,  # type: ignore[arg-type]
-            stride=layer.stride,
-        )
-        patches = patches if positions is None else patches[:, :, positions]
-        parts.append(patches.transpose(1, 2).reshape(-1, patches.shape[1]))
-    return torch.cat(parts)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1, x.shape[-1])
-
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-
-def _first(args: Args, kwargs: Kwargs) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
-
-
-@contextmanager
-def _watching(
-    modules: Mapping[str, nn.Module],
-    *,
-    before: Callable[[str, nn.Module, Tensor], None] | None = None,
-    after: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Call a function with the name, the module and its input (and output) at every call."""
-    handles: list[Any] = []
-    for name, module in modules.items():
-        if before is not None:
-
-            def enter(m: nn.Module, args: Args, kwargs: Kwargs, name: str = name) -> None:
-                before(name, m, _first(args, kwargs))
-
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        if after is not None:
-
-            def leave(
-                m: nn.Module, args: Args, kwargs: Kwargs, y: Tensor, name: str = name
-            ) -> None:
-                after(name, m, _first(args, kwargs), y)
-
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

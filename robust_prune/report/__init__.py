@@ -3,7 +3,7 @@
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
 from robust_prune.report.rows import accuracy_rows, cost_rows, percent
-from robust_prune.report.sentences import check_line, flags, headline
+from robust_prune.report.sentences import check_line, flags, grade_line, headline
 
 __all__ = [
     "SCHEMA",
@@ -11,6 +11,7 @@ __all__ = [
     "check_line",
     "cost_rows",
     "flags",
+    "grade_line",
     "headline",
     "percent",
     "save_mrs_plot",

@@ -81,6 +81,7 @@ def _inside(record: Mapping[str, Any]) -> dict[str, Any]:
     curves = record.get("curves")
     return {
         "check_line": sentences.check_line(record),
+        "grade_line": sentences.grade_line(record),
         "fit_line": sentences.fit_line(record),
         "whole": sentences.whole_lines(plan),
         "channels": rows.channel_table(plan),

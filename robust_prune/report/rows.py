@@ -34,7 +34,10 @@ def accuracy_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"attack": attack, "name": name}
         for which in MODELS:
             measured = (found.get(which) or {}).get("measurements", ())
-            row[which] = next((m["accuracy"] for m in measured if m["attack"] == attack), None)
+            mine = next((m for m in measured if m["attack"] == attack), None)
+            row[which] = mine and mine["accuracy"]
+            if mine and (mine.get("details") or {}).get("without_gradient"):
+                row["name"] = f"{name}, gradients masked"
         row["p_value"] = ((found.get("paired") or {}).get(attack) or {}).get("p_value")
         if row["dense"] or row["pruned"]:
             rows.append(row)

@@ -108,13 +108,22 @@ def threat_text(record: Mapping[str, Any]) -> str:
 
 
 def flags(record: Mapping[str, Any]) -> list[str]:
-    """Return what attacks said of themselves, with the model they are about."""
+    """Return the warnings of measurements, with the model and the attack they are about."""
     lines = []
     for which in ("dense", "pruned"):
         for measured in ((record.get("evaluation") or {}).get(which) or {}).get("measurements", ()):
-            attack = ATTACK_NAMES.get(measured["attack"], measured["attack"])
-            lines += [f"{which}, {attack}: {line}" for line in measured["flags"]]
+            name = ATTACK_NAMES.get(measured["attack"], measured["attack"])
+            lines += [f"{which}, {name}: {line}" for line in measured["flags"]]
     return lines
+
+
+def grade_line(record: Mapping[str, Any]) -> str:
+    """Return what the plan was decided on and what that is worth; empty for older records."""
+    found = record.get("calibration")
+    if not found:
+        return ""
+    advice = f"; {found['advice']}" if found["advice"] else ""
+    return f"{found['grade']} (labels: {found['labels']}){advice}"
 
 
 def check_line(record: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,9 @@ from robust_prune.allocation import (
     MAX_PRUNE_RATIO,
     RULES,
     SPREAD,
+    Problem,
     allocate,
+    allocate_evenly,
     group_weights,
     make_plan,
 )
@@ -24,6 +27,10 @@ from tests.graph.test_tracing import build
 
 WIDE = ModelGraph(tiny_resnet(channels=[32, 64, 96, 128], stem_width=16), (3, 32, 32))
 NAMES = [group.name for group in WIDE.groups]
+
+
+def problem(budget: Budget, **limits: Any) -> Problem:
+    return Problem(WIDE.groups, WIDE.cost, budget, **limits)
 
 
 @settings(max_examples=40, deadline=None)
@@ -38,7 +45,7 @@ def test_every_rule_meets_every_budget_within_a_point(
 ) -> None:
     budget = Budget(target, ratio)  # type: ignore[arg-type]
     willingness = group_weights(rule, dict(zip(NAMES, values, strict=True)))
-    widths = allocate(WIDE.groups, WIDE.cost, budget, willingness)
+    widths = allocate(problem(budget), willingness)
     removed = 1 - WIDE.cost(widths).of(budget.target) / WIDE.cost().of(budget.target)
     assert removed == pytest.approx(ratio, abs=0.01)
     for group in WIDE.groups:
@@ -62,7 +69,7 @@ def test_sensitive_groups_lose_less_and_inverted_turns_it_round() -> None:
     budget = Budget("macs", 0.5)
 
     def ratios(rule: str) -> list[float]:
-        widths = allocate(WIDE.groups, WIDE.cost, budget, group_weights(rule, mrs))
+        widths = allocate(problem(budget), group_weights(rule, mrs))
         return [1 - widths[g.name] / g.width for g in WIDE.groups]
 
     assert ratios("mrs")[0] > ratios("mrs")[-1]
@@ -71,11 +78,10 @@ def test_sensitive_groups_lose_less_and_inverted_turns_it_round() -> None:
 
 
 def test_an_infeasible_budget_says_what_is_possible() -> None:
-    willingness = group_weights("uniform", dict.fromkeys(NAMES, 1.0))
     with pytest.raises(BudgetError, match=r"at most 9\d\.\d % can go.*--ratio 0\.9") as caught:
-        allocate(WIDE.groups, WIDE.cost, Budget("macs", 0.9999), willingness)
+        allocate_evenly(problem(Budget("macs", 0.9999)))
     possible = float(str(caught.value).split("--ratio ")[1].split(" ")[0])
-    widths = allocate(WIDE.groups, WIDE.cost, Budget("macs", possible), willingness)
+    widths = allocate_evenly(problem(Budget("macs", possible)))
     assert 1 - WIDE.cost(widths).macs / WIDE.cost().macs == pytest.approx(possible, abs=0.01)
     assert all(widths[g.name] >= math.floor(g.width * (1 - MAX_PRUNE_RATIO)) for g in WIDE.groups)
 
@@ -96,11 +102,9 @@ def test_the_best_scored_channels_stay_and_equal_ones_keep_the_earlier() -> None
     widths = {g.name: g.width // 2 for g in groups}
     for scores, expected in ((rising, range(width // 2, width)), (equal, range(width // 2))):
         plan = make_plan(
-            groups,
+            problem(Budget("macs", 0.5)),
             widths,
             scores,
-            WIDE.cost,
-            Budget("macs", 0.5),
             allocation="uniform",
             score="given",
             seed=0,
@@ -113,8 +117,7 @@ def test_the_best_scored_channels_stay_and_equal_ones_keep_the_earlier() -> None
 @pytest.mark.parametrize("round_to", [4, 8, 16])
 def test_widths_are_rounded_where_a_group_is_wide_enough(round_to: int) -> None:
     budget = Budget("macs", 0.5)
-    uniform = group_weights("uniform", dict.fromkeys(NAMES, 1.0))
-    widths = allocate(WIDE.groups, WIDE.cost, budget, uniform, round_to=round_to)
+    widths = allocate_evenly(problem(budget, round_to=round_to))
     for group in WIDE.groups:
         width = widths[group.name]
         assert width % round_to == 0 or width == group.width
@@ -126,8 +129,7 @@ def test_widths_are_rounded_where_a_group_is_wide_enough(round_to: int) -> None:
 def test_rounding_keeps_the_blocks_of_heads() -> None:
     vit, size = build("vit_tiny_patch16_224")
     graph = ModelGraph(vit, size)
-    uniform = group_weights("uniform", {g.name: 1.0 for g in graph.groups})
-    widths = allocate(graph.groups, graph.cost, Budget("macs", 0.4), uniform, round_to=8)
+    widths = allocate_evenly(Problem(graph.groups, graph.cost, Budget("macs", 0.4), round_to=8))
     heads = widths["blocks.0.attn.qkv"]
     assert heads % 8 == 0  # 3 x 3 blocks: a multiple of 72
     assert heads % 9 == 0

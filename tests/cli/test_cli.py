@@ -113,12 +113,13 @@ def test_a_timm_checkpoint_without_data(run: Callable[..., tuple[int, str, str]]
     torch.save({"arch": "resnet18", "state_dict": net.state_dict()}, "model.pt")
     code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--calibration-images", 8)
     assert code == 0, err
-    assert "synthetic images" in out
+    assert "stand-in photographs" in out
+    assert "decided on stand-ins: expect up to" in out
     assert "normalisation assumed" in out
     assert "image size assumed" in out
     report = json.loads(Path("model-pruned/report.json").read_text())
     assert report["status"] == "pruned"
-    assert any("synthetic" in note for note in report["notes"])
+    assert any("stand-in photographs" in note for note in report["notes"])
     assert load("model-pruned/model-pruned.safetensors").net.conv1.out_channels <= 64
 
 
@@ -195,7 +196,7 @@ def test_json_is_one_document_on_stdout(run: Callable[..., tuple[int, str, str]]
     document = json.loads(out)
     assert document["report"]["status"] == "pruned"
     assert document["files"]["model"].endswith("m-pruned.safetensors")
-    assert "synthetic" in err
+    assert "stand-in photographs" in err
     code, out, err = run("info", "m.safetensors", "--json", "--quiet")
     assert json.loads(out)["cost"]["params"] == sum(p.numel() for p in tiny_resnet().parameters())
     assert err == ""

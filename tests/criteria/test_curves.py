@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from robust_prune.adversaries import adversarial_loss, adversarial_set
 from robust_prune.allocation import (
     EVEN,
     CostOf,
+    Problem,
     allocate_by_curves,
     best_composed,
     candidate_widths,
@@ -32,6 +34,10 @@ WIDE = ModelGraph(tiny_resnet(channels=[32, 64, 96, 128], stem_width=16), SIZE)
 NAMES = [group.name for group in WIDE.groups]
 
 
+def problem(budget: Budget, **limits: Any) -> Problem:
+    return Problem(WIDE.groups, WIDE.cost, budget, **limits)
+
+
 def straight(slopes: dict[str, float]) -> dict[str, Curve]:
     return {n: Curve(n, (0.5, 1.0), (s / 2, s)) for n, s in slopes.items()}
 
@@ -39,11 +45,9 @@ def straight(slopes: dict[str, float]) -> dict[str, Curve]:
 def plan_of(graph: ModelGraph, widths: dict[str, int], size: tuple[int, int, int]) -> PruningPlan:
     scores = channel_scores(graph.model, graph, score="l2")
     return make_plan(
-        graph.groups,
+        Problem(graph.groups, graph.cost, Budget("macs", 0.5)),
         widths,
         {n: s.tolist() for n, s in scores.items()},
-        graph.cost,
-        Budget("macs", 0.5),
         allocation="given",
         score="l2",
         seed=0,
@@ -142,7 +146,7 @@ def test_curves_meet_every_budget(
 ) -> None:
     budget = Budget(target, ratio)  # type: ignore[arg-type]
     curves = straight(dict(zip(NAMES, values, strict=True)))
-    widths = allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves, round_to=round_to)
+    widths = allocate_by_curves(problem(budget, round_to=round_to), curves)
     removed = 1 - WIDE.cost(widths).of(budget.target) / WIDE.cost().of(budget.target)
     assert removed == pytest.approx(ratio, abs=0.01 * round_to)
     for group in WIDE.groups:
@@ -154,11 +158,11 @@ def test_what_costs_nothing_goes_first_and_only_so_far() -> None:
     free = NAMES[3]
     curves = straight({n: 0.0 if n == free else 1.0 for n in NAMES})
     budget = Budget("macs", 0.3)
-    widths = allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves, max_prune_ratio=0.75)
+    widths = allocate_by_curves(problem(budget, max_prune_ratio=0.75), curves)
     by_name = {g.name: g for g in WIDE.groups}
     assert widths[free] == by_name[free].width // 4
     with pytest.raises(BudgetError, match="at most"):
-        allocate_by_curves(WIDE.groups, WIDE.cost, Budget("macs", 0.9), curves, max_prune_ratio=0.5)
+        allocate_by_curves(problem(Budget("macs", 0.9), max_prune_ratio=0.5), curves)
 
 
 def group(name: str, width: int) -> ChannelGroup:
@@ -177,8 +181,9 @@ def test_it_ends_where_nothing_is_left_to_give() -> None:
     groups = (group("a", 40), group("b", 40))
     curves = straight({"a": 1.0, "b": 2.0})
     for ratio in (0.8, 0.9):
+        budget = Budget("channels", ratio)
         widths = allocate_by_curves(
-            groups, channels_of(groups), Budget("channels", ratio), curves, max_prune_ratio=ratio
+            Problem(groups, channels_of(groups), budget, max_prune_ratio=ratio), curves
         )
         assert widths == {g.name: round(40 * (1 - ratio)) for g in groups}
 
@@ -187,8 +192,9 @@ def test_widths_become_multiples_even_where_dense_ones_are_none() -> None:
     groups = (group("a", 20), group("b", 36), group("c", 64))
     curves = straight({"a": 1.0, "b": 1.0, "c": 1.0})
     for ratio in (0.3, 0.5, 0.6):
+        budget = Budget("channels", ratio)
         widths = allocate_by_curves(
-            groups, channels_of(groups), Budget("channels", ratio), curves, round_to=8
+            Problem(groups, channels_of(groups), budget, round_to=8), curves
         )
         for g in groups:
             assert widths[g.name] % 8 == 0 or widths[g.name] == g.width
@@ -215,13 +221,14 @@ def test_the_heap_takes_the_steps_of_counting_every_price_anew(slopes: list[floa
         widths[cheapest] = prices[cheapest][1]
     # a budget that the last step meets leaves nothing to fit
     budget = Budget("macs", 1 - (WIDE.cost(widths).macs + 0.5) / dense)
-    assert allocate_by_curves(WIDE.groups, WIDE.cost, budget, curves) == widths
+    assert allocate_by_curves(problem(budget), curves) == widths
 
 
 def test_equals_share_what_costs_nothing() -> None:
     groups = tuple(group(name, 40) for name in "abcd")
     widths = allocate_by_curves(
-        groups, channels_of(groups), Budget("channels", 0.25), straight(dict.fromkeys("abcd", 0.0))
+        Problem(groups, channels_of(groups), Budget("channels", 0.25)),
+        straight(dict.fromkeys("abcd", 0.0)),
     )
     assert widths == dict.fromkeys("abcd", 30)
 
@@ -229,7 +236,7 @@ def test_equals_share_what_costs_nothing() -> None:
 def test_candidates_go_from_uniform_to_free_at_one_cost() -> None:
     curves = straight({n: float(i) for i, n in enumerate(NAMES)})
     budget = Budget("macs", 0.5)
-    found = candidate_widths(WIDE, budget, curves)
+    found = candidate_widths(problem(budget), curves)
     most = [max(1 - w[g.name] / g.width for g in WIDE.groups) for w in found]
     assert most == sorted(most)
     assert most[0] < 0.35

@@ -263,11 +263,11 @@ def test_catastrophic_overfitting_is_told() -> None:
 def test_a_collapse_is_treated_as_asked(
     digits: DataSplits, on_collapse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robust_prune.finetune import loop as loop
+    from robust_prune.finetune import choosing
 
     model = small_digits_model(digits)
     told = iter([None, "catastrophic overfitting in epoch 2"])
-    monkeypatch.setattr(loop, "collapse", lambda records, clean: next(told, None))
+    monkeypatch.setattr(choosing, "collapse", lambda records, clean: next(told, None))
     seen = []
     original = METHODS.find("pgd-at")
     monkeypatch.setitem(METHODS._functions, "pgd-at", lambda *a: seen.append(1) or original(*a))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from robust_prune.allocation import allocate, group_weights, make_plan
+from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.errors import ModelError, PlanError, UsageError
 from robust_prune.graph import ModelGraph, count_cost, mask_, prune_
 from robust_prune.types import Budget, PruningPlan
@@ -24,21 +26,13 @@ def random_plan(
     graph: ModelGraph, ratio: float, target: str = "macs", seed: int = 0
 ) -> PruningPlan:
     """A plan that meets a budget with random channels."""
-    budget = Budget(target, ratio)  # type: ignore[arg-type]
-    widths = allocate(
-        graph.groups,
-        graph.cost,
-        budget,
-        group_weights("uniform", {g.name: 1.0 for g in graph.groups}),
-    )
+    problem = Problem(graph.groups, graph.cost, Budget(target, ratio))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups,
-        widths,
+        problem,
+        allocate_evenly(problem),
         scores,
-        graph.cost,
-        budget,
         allocation="uniform",
         score="random",
         seed=seed,
@@ -58,11 +52,9 @@ def random_widths_plan(graph: ModelGraph, data: st.DataObject) -> PruningPlan:
     generator = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.units, generator=generator).tolist() for g in graph.groups}
     return make_plan(
-        graph.groups,
+        Problem(graph.groups, graph.cost, Budget("macs", 0.5)),
         widths,
         scores,
-        graph.cost,
-        Budget("macs", 0.5),
         allocation="uniform",
         score="random",
         seed=0,
@@ -319,3 +311,28 @@ def test_computed_weights_are_refused_with_what_to_do() -> None:
     nn.utils.parametrizations.weight_norm(model.first)
     with pytest.raises(ModelError, match="remove_parametrizations"):
         ModelGraph(model, (3, 16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("compute", "advice", "plain"),
+    [
+        (nn.utils.spectral_norm, "remove_spectral_norm", nn.utils.remove_spectral_norm),
+        (nn.utils.weight_norm, "remove_weight_norm", nn.utils.remove_weight_norm),
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            "prune.remove",
+            lambda layer: prune.remove(layer, "weight"),
+        ),
+    ],
+)
+def test_the_advice_for_a_computed_weight_works_on_it(
+    compute: Callable[[nn.Module], object], advice: str, plain: Callable[[nn.Module], object]
+) -> None:
+    model = OwnNet()
+    compute(model.first)
+    model(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ModelError, match=advice):
+        ModelGraph(model, (3, 16, 16))
+    plain(model.first)
+    assert ModelGraph(model, (3, 16, 16)).groups

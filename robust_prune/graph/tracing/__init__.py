@@ -3,8 +3,9 @@
 from robust_prune.graph.tracing.adapters import adapted, adapter, find
 from robust_prune.graph.tracing.atoms import Atoms, compress
 from robust_prune.graph.tracing.coupling import Count, Coupling, Slot, couple
+from robust_prune.graph.tracing.products import work_of
 from robust_prune.graph.tracing.tracer import HEAD_NUMBERS, name_of
-from robust_prune.graph.tracing.uses import weights_applied
+from robust_prune.graph.tracing.training import pair, train_mode
 
 __all__ = [
     "Atoms",
@@ -18,5 +19,7 @@ __all__ = [
     "couple",
     "find",
     "name_of",
-    "weights_applied",
+    "pair",
+    "train_mode",
+    "work_of",
 ]

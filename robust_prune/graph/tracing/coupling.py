@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from robust_prune.graph.tracing.adapters import adapted
 from robust_prune.graph.tracing.atoms import FIXED
 from robust_prune.graph.tracing.rules import RULES
 from robust_prune.graph.tracing.tracer import Labels, Tracer, following
+from robust_prune.graph.tracing.training import trace_training
 from robust_prune.modules import tensors_in
 
 
@@ -48,6 +50,9 @@ class Count:
     where: tuple[tuple[int, Tensor, Tensor], ...]
 
 
+Times = tuple[int, tuple[Count, ...]]  # how often, and the sizes in it that are channels
+
+
 @dataclass(frozen=True)
 class Coupling:
     """Groups of units, what they are stored in, and what else depends on how many there are.
@@ -56,7 +61,8 @@ class Coupling:
     rows whose product with other channels is what the group contributes (queries). `scaled` are
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
-    tokens, for each channel alike).
+    tokens, for each channel alike); `products` lists the same of the products between activations.
+    `trains` says that a pass in train mode does more than one in eval mode.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -64,8 +70,10 @@ class Coupling:
     gates: tuple[tuple[Slot, ...], ...]
     scaled: tuple[tuple[str, tuple[Slot, ...], int], ...]
     counts: tuple[Count, ...]
-    uses: Mapping[str, tuple[tuple[int, tuple[Count, ...]], ...]]
+    uses: Mapping[str, tuple[Times, ...]]
+    products: tuple[Times, ...]
     fixed: Mapping[str, str]
+    trains: bool = False
 
 
 def couple(
@@ -75,7 +83,7 @@ def couple(
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
 ) -> Coupling:
-    """Trace a network in eval mode on one image and return its groups.
+    """Trace a network in eval mode on one image, and what train mode adds; return its groups.
 
     Args:
         net: left as it was.
@@ -88,6 +96,7 @@ def couple(
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = net(example)
+    trains = trace_training(net, example, tracer)
     labels = tracer.labels
     for tensor in tensors_in((out,)):
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
@@ -96,7 +105,7 @@ def couple(
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return book.close()
+    return replace(book.close(), trains=trains)
 
 
 class _Book:
@@ -178,21 +187,47 @@ class _Book:
             unit_of.update({root: (len(slots), u) for u, root in enumerate(order)})
             slots.append(tuple(self._slot(keys[i], roots[keys[i]], order) for i, _ in signature))
             sizes.append(len(order))
+        uses = {
+            self.names[key]: tuple(self._times(n, vectors, unit_of) for n, vectors in found)
+            for key, found in self.labels.uses.items()
+        }
+        products = tuple(self._times(n, found, unit_of) for n, found in self.labels.products)
+        if self._fix_uneven((*itertools.chain(*uses.values()), *products), sizes, slots):
+            return self.close()
         return Coupling(
             groups=tuple(slots),
             sizes=tuple(sizes),
             gates=self._gates(len(slots), unit_of),
             scaled=self._scaled(unit_of),
             counts=self._counts(unit_of),
-            uses={
-                self.names[key]: tuple(
-                    (n, tuple(Count("", len(v), self._count_where(v, unit_of)) for v in sizes))
-                    for n, sizes in uses
-                )
-                for key, uses in self.labels.uses.items()
-            },
+            uses=uses,
+            products=products,
             fixed=self._fixed(roots),
         )
+
+    def _times(
+        self, times: int, vectors: Sequence[Tensor], unit_of: Mapping[int, tuple[int, int]]
+    ) -> Times:
+        counts = tuple(Count("", len(v), self._count_where(v, unit_of)) for v in vectors)
+        return times, tuple(count for count in counts if count.where)
+
+    def _fix_uneven(
+        self, times: Sequence[Times], sizes: Sequence[int], groups: Sequence[tuple[Slot, ...]]
+    ) -> bool:
+        """Make groups stay whose units some work counts unevenly: no width says what they cost."""
+        uneven = {
+            g
+            for _, counts in times
+            for count in counts
+            for g, _, units in count.where
+            if len(set(torch.bincount(units, minlength=sizes[g]).tolist())) > 1
+        }
+        for g in uneven:
+            slot = groups[g][0]
+            self.labels.fix(
+                self.axes[slot.tensor, slot.dim][slot.indices], "its channels cost unequally much"
+            )
+        return bool(uneven)
 
     def _slot(self, key: tuple[str, int], roots: np.ndarray, order: Sequence[int]) -> Slot:
         sorted_roots = np.asarray(order)

@@ -10,9 +10,10 @@ correctness.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,21 @@ from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
 from robust_prune.graph.tracing.atoms import FIXED, Atoms, compress, zeros
-from robust_prune.graph.tracing.uses import weights_applied
+from robust_prune.graph.tracing.products import Place, Product, work_of
 from robust_prune.modules import tensors_in
+
+
+class HasStack(Protocol):
+    """What keeps the names of the modules whose forwards are running."""
+
+    stack: list[str]
 
 
 class UntraceableError(Exception):
     """An operation meets channels in a way that the rules don't know."""
 
 
+Call = tuple[str, str, tuple[int, ...]]
 HEAD_NUMBERS = ("num_heads", "heads", "n_heads", "nhead")
 
 
@@ -52,6 +60,7 @@ class Labels:
     entries: dict[int, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     uses: dict[int, list[tuple[int, list[Tensor]]]] = field(default_factory=dict)
+    products: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     out_dims: dict[int, int] = field(default_factory=dict)
     scaled: list[tuple[str, Tensor]] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
@@ -86,7 +95,12 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(p): p for p in net.parameters()}
         self.buffers = {id(b): b for b in net.buffers()}
         self.stack: list[str] = []
+        self.calls: set[Call] = set()
         self.modules = dict(net.named_modules())
+
+    def follow(self, twin: nn.Module) -> None:
+        """Look at the modules of a copy that shares the network's parameters and buffers."""
+        self.modules = dict(twin.named_modules())
 
     @property
     def owner(self) -> str:
@@ -102,11 +116,12 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
+        self.calls.add(call_of(self.owner, func, args, kwargs, self.parameters))
         out = func(*args, **kwargs)
         outputs = tensors_in((out,))
-        for weight, positions in weights_applied(name, args, kwargs, out):
-            if id(weight) in self.parameters:
-                self.labels.uses.setdefault(id(weight), []).append((positions, []))
+        weights, products = work_of(name, args, kwargs, out, self.is_parameter)
+        for weight, positions in weights:
+            self.labels.uses.setdefault(id(weight), []).append((positions, []))
         if name == "setitem":
             self.fix(f"is written to by position in {self.owner}", *args)
         elif outputs:
@@ -119,7 +134,32 @@ class Tracer(TorchFunctionMode):
                 reason = str(error) if isinstance(error, UntraceableError) else name
                 where = f" in {self.owner}" if self.owner else ""
                 self.fix(f"meets {reason}{where}", *args, *kwargs.values(), *outputs)
+        for product in products:
+            self._note(product)
         return out
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a parameter of the network."""
+        return id(tensor) in self.parameters
+
+    def _note(self, product: Product) -> None:
+        """Remember a product, and which of its sizes are channels."""
+        shrinking = [self._channels(places) for _, places in product]
+        times = math.prod(size for size, _ in product)
+        self.labels.products.append((times, [atoms for atoms in shrinking if atoms is not None]))
+
+    def _channels(self, places: Sequence[Place]) -> Tensor | None:
+        """Return the atoms along the first of these dimensions that channels lie along."""
+        for tensor, dim in places:
+            if self.is_parameter(tensor) and id(tensor) not in self.labels.entries:
+                continue
+            label = self.label(tensor)
+            varies = self.varies(label)
+            if dim in varies and len(varies) > 1:
+                self.labels.fix(label.reshape(-1), "channels in several dimensions of a product")
+            elif dim in varies:
+                return self.vector(label, dim, tensor.shape[dim])
+        return None
 
     def label(self, tensor: Tensor) -> Tensor:
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
@@ -197,8 +237,20 @@ def name_of(func: Any) -> str:
     return name.strip("_")
 
 
+def call_of(
+    owner: str,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    parameters: Container[int],
+) -> Call:
+    """Return what tells one call of a function from others: owner, name, parameters by id."""
+    given = tuple(id(a) for a in (*args, *kwargs.values()) if id(a) in parameters)
+    return owner, name_of(func), given
+
+
 @contextlib.contextmanager
-def following(net: nn.Module, tracer: Tracer) -> Iterator[None]:
+def following(net: nn.Module, tracer: HasStack) -> Iterator[None]:
     """Keep the tracer's stack of running modules."""
     names = {module: name for name, module in net.named_modules()}
     scripted = [n for m, n in names.items() if isinstance(m, torch.jit.ScriptModule)]

@@ -34,7 +34,9 @@ def weights_applied(
     if name == "multi_head_attention_forward":
         query, embed = get(0, "query"), get(3, "embed_dim_to_check")
         tokens = query.numel() // embed
-        found = [(get(5, "in_proj_weight"), tokens), (get(11, "out_proj_weight"), tokens)]
+        found = [(get(11, "out_proj_weight"), tokens)]
+        if mixes_equal_tokens(query, get(1, "key"), get(2, "value")):
+            found.append((get(5, "in_proj_weight"), tokens))
     elif name == "linear":
         found = [(get(1, "weight"), out.numel() // out.shape[-1])]
     elif name in ("conv1d", "conv2d", "conv3d"):
@@ -45,11 +47,17 @@ def weights_applied(
     elif name in ("matmul", "mm", "rmatmul", "imatmul"):
         weight = get(0, "input") if name == "rmatmul" else get(1, "other", "mat2")
         found = [(weight, out.numel() // out.shape[-1] if out.ndim else 1)]
+        found = [(w, n) for w, n in found if w.ndim == 2]  # of several matrices each meets its own
     elif name == "addmm":
         found = [(get(2, "mat2"), out.numel() // out.shape[-1])]
     else:
         return []
     return [(w, n) for w, n in found if isinstance(w, Tensor) and w.ndim > 1]
+
+
+def mixes_equal_tokens(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether an attention's input projection meets as many queries as keys and values."""
+    return query.shape[:-1] == key.shape[:-1] == value.shape[:-1]
 
 
 def _map_dims(name: str) -> int:

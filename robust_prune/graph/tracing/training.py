@@ -1,0 +1,104 @@
+"""The pass in train mode: modules that it alone runs read channels, too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+
+from robust_prune.errors import ModelError
+from robust_prune.graph.tracing.adapters import adapted
+from robust_prune.graph.tracing.tracer import Call, Tracer, call_of, following
+from robust_prune.modules import copied, seeded, tensors_in
+
+REASON = "only a pass in train mode uses it"
+
+
+@contextlib.contextmanager
+def train_mode(net: nn.Module) -> Iterator[None]:
+    """Let modules take their branches of train mode, without its noise or statistics.
+
+    Norms, and what has neither parameters nor parts (dropout), stay in eval mode: they do the same
+    to channels in both. Modes, buffers and the random state are put back.
+    """
+    modes = [(module, module.training) for module in net.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    for module, _ in modes:
+        holds = any(True for _ in module.children()) or any(True for _ in module.parameters())
+        module.training = holds and not isinstance(module, _NormBase)
+    try:
+        with seeded(0):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def pair(image: Tensor) -> Tensor:
+    """Return two images: some functions take no batch of one in train mode."""
+    return image.expand(2, *image.shape[1:]).clone()
+
+
+class _Calls(TorchFunctionMode):
+    """Records which module calls which function with which parameters."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {id(parameter) for parameter in net.parameters()}
+        self.stack: list[str] = []
+        self.found: set[Call] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        owner = self.stack[-1] if self.stack else ""
+        self.found.add(call_of(owner, func, args, kwargs or {}, self.parameters))
+        return func(*args, **(kwargs or {}))
+
+
+def trace_training(net: nn.Module, example: Tensor, tracer: Tracer) -> bool:
+    """Follow a pass in train mode as well, if it calls anything that the pass before did not.
+
+    What it alone makes stays whole: nothing measured in eval mode says what such channels are
+    worth. It runs on a copy that shares parameters and buffers, so that what modules count or keep
+    stays as it was.
+
+    Args:
+        net: left as it was.
+        example: one image [1, C, H, W].
+        tracer: has followed a pass in eval mode.
+
+    Returns:
+        Whether there was more to follow. A network that does not run in train mode has no more.
+    """
+    images = pair(example)
+    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    try:
+        twin = copied(net, shared)
+        calls = _Calls(twin)
+        with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, calls), calls:
+            twin(images)
+    except (ModelError, RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+        return False
+    if calls.found <= tracer.calls:
+        return False
+    labels = tracer.labels
+    uses = {key: list(times) for key, times in labels.uses.items()}
+    gates, scaled = list(labels.gates), list(labels.scaled)
+    tracer.follow(twin)
+    with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, tracer), tracer:
+        out = twin(images)
+    for tensor in tensors_in((out,)):
+        labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
+    for key, dim in labels.out_dims.items():
+        if key not in uses:
+            labels.fix(labels.axes[key, dim], REASON)
+    labels.uses, labels.gates, labels.scaled = uses, gates, scaled
+    return True

@@ -1,0 +1,251 @@
+"""From a file's bytes to plain data; a file from a stranger never runs code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import reprlib
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.models.content import Content, content_of
+from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
+from robust_prune.models.values import STAND_INS
+from robust_prune.user_code import importable_folder
+
+STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.bin")
+INDEX = ".index.json"  # beside weights in several files: which tensor is in which
+LARGEST_INDEX = 2**26
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file holds, before anything is built from it.
+
+    `manifest` is there in files of our own, `arch`, `kwargs` and `pretrained_cfg` in folders as
+    timm writes them.
+    """
+
+    path: Path
+    content: Content
+    manifest: Manifest | None = None
+    arch: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> ModelFile:
+    """Read a model file or a folder with weights in it.
+
+    Args:
+        path: our own file, a `.safetensors`, `.pt` or `.pth` file, or a folder with weights and,
+            as timm writes it, config.json.
+        trust_pickle: unpickle whole Python objects, which can run any code the file brings.
+
+    Raises:
+        UnsafeFileError: the file needs `trust_pickle`.
+        ModelError: the file is missing, broken, or holds no weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
+    if path.is_dir():
+        return _read_folder(path, trust_pickle)
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path}: the file is empty")
+    found = _read_file(path, trust_pickle)
+    if not found.content.tensors and not found.content.modules:
+        keys = ", ".join(repr(key) for key in found.content.keys) or "nothing"
+        raise ModelError(f"{path}: no weights found; it holds {keys}")
+    return found
+
+
+def _read_file(path: Path, trust_pickle: bool) -> ModelFile:
+    if _looks_like_safetensors(path):
+        return _read_safetensors(path)
+    loaded = _load_torch(path, trust_pickle)
+    if not isinstance(loaded, (Mapping, list, tuple)) and not trust_pickle:
+        raise ModelError(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
+    if isinstance(loaded, Mapping) and isinstance(loaded.get(METADATA_KEY), str):
+        manifest = parse_manifest(path, loaded[METADATA_KEY])
+        inner = loaded.get("state_dict")
+        return ModelFile(path, content_of(path, inner, path.stat().st_size), manifest)
+    return ModelFile(path, content_of(path, loaded, path.stat().st_size))
+
+
+def _read_safetensors(path: Path) -> ModelFile:
+    try:
+        with safetensors.safe_open(path, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+        state: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
+    content = content_of(path, state, path.stat().st_size)
+    if METADATA_KEY in metadata:
+        return ModelFile(path, content, parse_manifest(path, metadata[METADATA_KEY]))
+    return ModelFile(path, content)
+
+
+def _read_folder(folder: Path, trust_pickle: bool) -> ModelFile:
+    """Read weights in one file or several, and config.json where it names an architecture."""
+    config_path = folder / "config.json"
+    config = _read_json(config_path) if config_path.exists() else {}
+    weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if weights is not None:
+        content = _read_file(weights, trust_pickle).content
+    else:
+        content = _read_shards(folder, trust_pickle)
+    if not content.tensors:
+        raise ModelError(f"{folder}: no weights found in it")
+    arch = config.get("architecture")
+    if arch is not None and not isinstance(arch, str):
+        raise ModelError(f"{config_path}: 'architecture' must be a name, not {_short(arch)}")
+    if config and arch is None and config_path.exists() and "model_type" not in config:
+        raise ModelError(f"{config_path}: no 'architecture' in it; is it a timm model?")
+    kwargs, pretrained = ({**_mapping(config, name, config_path)} for name in STORED)
+    classes = config.get("num_classes")
+    if classes is not None:
+        if type(classes) is not int or not 0 <= classes < 2**31:
+            raise ModelError(
+                f"{config_path}: 'num_classes' must be a number, not {_short(classes)}"
+            )
+        kwargs.setdefault("num_classes", classes)
+    return ModelFile(folder, content, None, arch, kwargs, pretrained)
+
+
+def _read_shards(folder: Path, trust_pickle: bool) -> Content:
+    """Read weights that lie in several files, as accelerate and the Hub's libraries write them."""
+    index = next((path for name in WEIGHTS if (path := folder / f"{name}{INDEX}").exists()), None)
+    if index is None:
+        raise ModelError(
+            f"{folder}: a folder needs model.safetensors, and config.json as timm writes it"
+        )
+    places = _mapping(_read_json(index), "weight_map", index)
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({name for name in places.values() if isinstance(name, str)}):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{index}: {_short(name)} is no file beside it")
+        tensors.update(_read_file(folder / name, trust_pickle).content.tensors)
+    return Content(folder, tensors, dict.fromkeys(tensors, ""))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_INDEX:
+            raise ModelError(f"{path}: larger than {LARGEST_INDEX:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{path}: not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: must hold a JSON object, not {_short(found)}")
+    return found
+
+
+def _mapping(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+    found = config.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{path}: {name!r} must map names to values, not be {_short(found)}")
+    return found
+
+
+def _load_torch(path: Path, trust_pickle: bool) -> Any:
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(STAND_INS)):
+            warnings.simplefilter("ignore")  # advice to callers of torch.load
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None and not zipfile.is_zipfile(path) and not _looks_pickled(path):
+            raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
+        if trust_pickle:
+            return _unpickle(path)
+        if "Unsupported operand" in str(error):
+            raise UnsafeFileError(
+                f"{path}: written with another pickle protocol than torch.save's own, which is "
+                "read without trust in nothing but plain data; write it again by "
+                "torch.save(state_dict, path), or pass --trust-pickle if you trust its source"
+            ) from None
+        what = f" ({found.group(1)})" if found else ""
+        raise UnsafeFileError(
+            f"{path}: holds pickled Python objects{what}, and reading them can run any code the "
+            "file brings; save model.state_dict() instead, or pass --trust-pickle if you trust "
+            "its source"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything
+        if not zipfile.is_zipfile(path) and not _looks_pickled(path):
+            raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
+        raise ModelError(f"{path}: not readable by torch.load: {first_line(error)}") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse programs (TorchScript, torch.export) and archives that unpack to much more."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{path}: a broken archive: {first_line(error)}") from None
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
+        raise ModelError(
+            f"{path}: a TorchScript archive: a compiled program, whose layers can't be pruned; "
+            "save the state_dict() of the module that it was made from"
+        )
+    if "archive_format" in names or any(name.startswith("models/") for name in names):
+        raise ModelError(
+            f"{path}: a program of torch.export, whose layers can't be pruned; save the "
+            "state_dict() of the module that it was made from"
+        )
+    size = path.stat().st_size
+    if (unpacked := sum(entry.file_size for entry in entries)) > 2 * size + 2**20:
+        raise ModelError(
+            f"{path}: an archive of {size:,} bytes that would unpack to {unpacked:,}; torch.save "
+            "does not compress"
+        )
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    """Eight bytes of header length, then JSON; the suffix decides where that is not clear."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:9] == b"{" or path.suffix == ".safetensors"
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\x80"
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with importable_folder():
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # noqa: BLE001 - a pickle can raise anything
+        raise ModelError(
+            f"{path}: can't be unpickled: {type(error).__name__}: {first_line(error)}; the code "
+            "of its classes must be importable"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)

@@ -1,0 +1,177 @@
+"""What is measured on a model before its plan: attacks, channel scores, curves and MRS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robust_prune.adversaries import AdversarialSet, adversarial_set
+from robust_prune.criteria import (
+    calibration_images,
+    channel_scores,
+    measure_mrs,
+    structural_curves,
+)
+from robust_prune.data import DataSplits, stand_ins
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import device_of
+from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
+from robust_prune.pipeline.grade import grade_of
+from robust_prune.pipeline.job import Job
+from robust_prune.pipeline.journal import Journal
+from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
+from robust_prune.registry import ALLOCATIONS
+from robust_prune.repair import Reconstruction
+from robust_prune.types import Curve, Sensitivity
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model that is to be pruned, and what it does on calibration images.
+
+    Attributes:
+        graph: which channels go together, and what they cost.
+        splits: the data, or stand-ins for them.
+        effort: what planning may spend.
+        images: [N, C, H, W] in [0, 1], clean.
+        labels: [N].
+        adversarial: the same images, attacked.
+        reconstruction: what its layers give, for fitting the pruned ones; None where it is not
+            asked for.
+    """
+
+    graph: ModelGraph
+    splits: DataSplits
+    effort: Effort
+    images: Tensor
+    labels: Tensor
+    adversarial: AdversarialSet
+    reconstruction: Reconstruction | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a plan is made of: channel scores [units] and curves, by group, and MRS.
+
+    A plan that is replayed needs no scores, and only allocation by curves needs those.
+    """
+
+    scores: Mapping[str, Tensor]
+    curves: Mapping[str, Curve]
+    sensitivity: Sensitivity
+
+
+def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Settings) -> ModelGraph:
+    """Return which channels of the model go together under these settings."""
+    plan = settings.plan
+    return ModelGraph(
+        model,
+        input_size,
+        protect=settings.protect,
+        min_width=settings.min_width,
+        ties=plan.ties if plan else (),
+        whole_heads=plan.whole_heads if plan else settings.whole_heads,
+    )
+
+
+def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = False) -> Observed:
+    """Attack the model on calibration images, and note what its layers give.
+
+    Args:
+        job: the run.
+        graph: of the model as it is.
+        settings: of this pruning step.
+        quiet: do not note again how many images there are.
+    """
+    model, journal = graph.model, job.journal
+    effort = effort_of(settings, graph, job.input_size, with_data=job.splits is not None)
+    splits = job.splits
+    if splits is None:
+        with journal.timed("stand-ins"):
+            splits = stand_ins(model, job.input_size, 2 * effort.clean, settings.seed)
+    journal.tell(calibration=grade_of(splits, settings.budget.prune_ratio))
+    with journal.timed("adversarial set"):
+        journal.stage(f"adversarial set: PGD-{effort.attack_steps}, {settings.threat}")
+        if effort.cut_short and not quiet:
+            journal.note(
+                f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, so "
+                "that it ends in minutes on a CPU; --calibration-images takes another number"
+            )
+        images, labels = calibration_images(model, splits, effort.images, settings.seed)
+        adversarial = adversarial_set(
+            model,
+            images,
+            labels,
+            threat=settings.threat,
+            steps=effort.attack_steps,
+            step_size=effort.step_share * settings.threat.eps,
+            seed=settings.seed,
+            batch_size=min(effort.batch_size, settings.batch_size),
+        )
+    reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
+    return Observed(graph, splits, effort, images, labels, adversarial, reconstruction)
+
+
+def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
+    """Score the channels, and measure the curves and MRS that the plan is made by."""
+    graph, adversarial, journal = observed.graph, observed.adversarial, job.journal
+    model = graph.model
+    scores: Mapping[str, Tensor] = {}
+    curves: Mapping[str, Curve] = {}
+    if settings.plan is None:
+        with journal.timed("scores"):
+            scores = channel_scores(model, graph, score=settings.score, adversarial=adversarial)
+        if ALLOCATIONS.fact(settings.allocation, "curves"):
+            journal.stage(f"curves of {len(graph.groups)} groups")
+            effort = observed.effort
+            with journal.timed("curves"):
+                curves = structural_curves(
+                    model,
+                    graph,
+                    scores,
+                    adversarial,
+                    passes=effort.passes,
+                    fewest=effort.fewest,
+                )
+            journal.tell(curves=tuple(curves.values()))
+    with journal.timed("sensitivity"):
+        journal.stage(f"module robustness sensitivity: {settings.estimator}")
+        sensitivity = measure_mrs(graph, adversarial, settings.estimator, scores)
+    return Measured(scores, curves, sensitivity)
+
+
+def effort_of(
+    settings: Settings, graph: ModelGraph, input_size: Size, *, with_data: bool
+) -> Effort:
+    """Return what planning may spend on this model."""
+    asked, macs = settings.calibration_images, graph.cost().macs
+    if not with_data:
+        return effort_with_stand_ins(asked, macs, input_size[1] * input_size[2])
+    return effort_with_data(asked, macs, device_of(graph.model).type == "cpu")
+
+
+def _reconstruction(
+    journal: Journal,
+    splits: DataSplits,
+    effort: Effort,
+    model: nn.Module,
+    adversarial: AdversarialSet,
+    settings: Settings,
+) -> Reconstruction | None:
+    """Note what the layers give on adversarial images and on as many clean ones."""
+    if not settings.reconstruct:
+        return None
+    with journal.timed("reconstruction"):
+        known = splits.in_distribution
+        n = len(adversarial) if known else effort.clean
+        clean, _ = splits.train.take(min(n, len(splits.train)), settings.seed + 1)
+        clean = clean.to(device_of(model))
+        pairs = zip(adversarial.images, clean, strict=False)
+        more = clean[len(adversarial) :]
+        images = torch.stack([*(image for pair in pairs for image in pair), *more])
+        return Reconstruction.of(model, images, anchored=not known)
