@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_report(output: Output, record: Mapping[str, Any]) -> None:
-    """Print what a compression came to: cost, accuracy, and AutoAttack's warnings."""
+    """Print what a compression came to: cost, accuracy, and what attacks said of themselves."""
     from robust_prune import report
 
     size = record["plan"]["input_size"]
@@ -56,7 +56,7 @@ def show_groups(output: Output, groups: Sequence[ChannelGroup], cost: Cost) -> N
 
 
 def show_evaluation(output: Output, result: Evaluation, data_name: str) -> None:
-    """Print a model's accuracy under every attack, and AutoAttack's warnings."""
+    """Print a model's accuracy under every attack, and what attacks said of themselves."""
     output.table(
         f"{result.n} test images of {data_name}, {result.threat}, seed {result.seed}, "
         "95 % Wilson intervals",

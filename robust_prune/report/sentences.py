@@ -112,7 +112,7 @@ def flags(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for which in ("dense", "pruned"):
         for measured in ((record.get("evaluation") or {}).get(which) or {}).get("measurements", ()):
-            name = ATTACK_NAMES[measured["attack"]]
+            name = ATTACK_NAMES.get(measured["attack"], measured["attack"])
             lines += [f"{which}, {name}: {line}" for line in measured["flags"]]
     return lines
 
