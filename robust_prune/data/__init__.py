@@ -1,10 +1,10 @@
 """Images with labels: data sets by name or folder, a user's own, and splits."""
 
 from robust_prune.data.augmentation import Augmentation, crop_and_flip, mixed
+from robust_prune.data.class_order import check_class_order
 from robust_prune.data.datasets import ImageTensors
 from robust_prune.data.opening import (
     as_split,
-    check_class_order,
     from_iterable,
     open_data,
     open_for,

@@ -33,9 +33,9 @@ class Example:
             return net(*self.inputs)
         return net(self.inputs)
 
-    def run_pair(self, net: nn.Module) -> Any:
-        """Return what it gives for two of a batch of one: some take no less in train mode."""
-        return replace(self, inputs=_paired(self.inputs)).run(net)
+    def paired(self) -> Example:
+        """Return two of a batch of one: some networks take no less in train mode."""
+        return replace(self, inputs=_paired(self.inputs))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,7 +48,7 @@ class _Trial:
             found = self.example.run(pruned)
             if self.wiring.coupling.trains:
                 with train_mode(pruned):
-                    self.example.run_pair(pruned)
+                    self.example.paired().run(pruned)
             masked = copied(self.net)
             silence_(masked, self.wiring, dropped)
             error = difference(found, self.example.run(masked))
@@ -96,7 +96,7 @@ def wired(
                 ties,
                 whole_heads,
                 outputs_stay,
-                example.run_pair,
+                example.paired().run,
             )
             return Wiring.of(net, coupling, min_width)
 

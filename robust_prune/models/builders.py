@@ -117,6 +117,11 @@ def default_input_size(spec: ModelSpec) -> tuple[int, int, int]:
     if spec.source != "timm":
         return channels, 224, 224
     _, height, width = _timm_config(spec.arch, spec.kwargs)["input_size"]
+    asked = spec.kwargs.get("img_size")
+    if isinstance(asked, int):
+        height = width = asked
+    elif isinstance(asked, (list, tuple)) and len(asked) == 2:
+        height, width = asked
     return channels, int(height), int(width)
 
 

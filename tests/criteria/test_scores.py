@@ -154,7 +154,7 @@ def test_fisher_adds_up_the_calls_of_a_layer_that_is_used_twice() -> None:
 def test_reconstruction_is_the_error_that_least_squares_can_not_mend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scores, "DAMPING", 0.0)
+    monkeypatch.setattr("robust_prune.criteria.scores.reconstruction.DAMPING", 0.0)
     torch.manual_seed(1)
     model = randomize_(OwnNet(width=8)).double().eval()
     model.hidden.bias.data += 1  # no unit is dead

@@ -164,4 +164,4 @@ def test_ordinary_networks_have_nothing_more_in_train_mode() -> None:
 
     example = Example(torch.rand(1, 3, 16, 16))
     for net in (OwnNet(), nn.Sequential(stage(3, 8), nn.Dropout(), nn.Flatten())):
-        assert not couple(net.eval(), example.run, {}, train_run=example.run_pair).trains
+        assert not couple(net.eval(), example.run, {}, train_run=example.paired().run).trains

@@ -103,7 +103,7 @@ def couple(
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = run(net)
-    trains = train_run is not None and trace_training(net, train_run, tracer)
+    trains = train_run is not None and trace_training(net, train_run, tracer, outputs_stay)
     labels = tracer.labels
     outputs = [tracer.label(tensor).reshape(-1) for tensor in tensors_in((out,))]
     for atoms in outputs if outputs_stay else ():

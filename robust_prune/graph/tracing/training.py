@@ -58,7 +58,9 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_training(net: nn.Module, run: Callable[[nn.Module], Any], tracer: Tracer) -> bool:
+def trace_training(
+    net: nn.Module, run: Callable[[nn.Module], Any], tracer: Tracer, outputs_stay: bool = True
+) -> bool:
     """Follow a pass in train mode as well, if it calls anything that the pass before did not.
 
     What it alone makes stays whole: nothing measured in eval mode says what such channels are
@@ -69,6 +71,7 @@ def trace_training(net: nn.Module, run: Callable[[nn.Module], Any], tracer: Trac
         net: left as it was.
         run: runs it, on two images: some functions take no batch of one in train mode.
         tracer: has followed a pass in eval mode.
+        outputs_stay: the channels of what it returns can't be removed.
 
     Returns:
         Whether there was more to follow. A network that does not run in train mode has no more.
@@ -89,7 +92,7 @@ def trace_training(net: nn.Module, run: Callable[[nn.Module], Any], tracer: Trac
     tracer.follow(twin)
     with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, tracer), tracer:
         out = run(twin)
-    for tensor in tensors_in((out,)):
+    for tensor in tensors_in((out,)) if outputs_stay else ():
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
     for key, dim in labels.out_dims.items():
         if key not in uses:
