@@ -73,6 +73,8 @@ class Registry(Generic[F]):
             )
         if asked not in self._functions:
             self._module(asked)
+        if asked not in self._functions:
+            raise UsageError(f"the file of {self.kind} {asked!r} registers no such name")
         return self._functions[asked]
 
     def fact(self, name: str, fact: str) -> Any:

@@ -16,6 +16,8 @@ from robust_prune.types import DATA_NAMES
 
 # what may be given again: none of it changes the result, but for the device's arithmetic
 FREE = {"resume", "device", "workers", "download", "trust_pickle"}
+# where `package.module:function` may stand, beside the training method
+USERS_CODE = {"score": "--score", "estimator": "--mrs", "allocation": "--allocation"}
 FILES = {"model", "start", "teacher", "data", "plan", "out", "data_root"}
 
 
@@ -101,12 +103,13 @@ def _check_code(
     recorded: Mapping[str, Any], typed: dict[str, Any], method: str, folder: Path
 ) -> None:
     """Raise where the run would run code that was not named again; take the naming off `typed`."""
-    own = recorded.get(method)
-    if isinstance(own, str) and ":" in own and typed.pop(method, None) != own:
-        raise UsageError(
-            f"the run in {folder} trains by {own}, which is code of yours: name it again with "
-            f"--{method} {own}"
-        )
+    for name, flag in {method: f"--{method}", **USERS_CODE}.items():
+        own = recorded.get(name)
+        if isinstance(own, str) and ":" in own and typed.pop(name, None) != own:
+            raise UsageError(
+                f"the run in {folder} uses {own}, which is code of yours: name it again with "
+                f"{flag} {own}"
+            )
     if recorded.get("trust_pickle") and "trust_pickle" not in typed:
         raise UsageError(
             f"the run in {folder} reads a pickle, which runs code: say --trust-pickle again"

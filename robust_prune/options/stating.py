@@ -55,7 +55,7 @@ class Stated:
         flag: on the command line, where that is not `--` and the name; `--no-x` for what is on
             unless that is said.
         parse: from the command line's text to the value; None where typer reads it.
-    XX: whether the command line has it; Python always does.
+        shown: whether the command line has it; Python always does.
         required: the command line has no default for it.
     """
 

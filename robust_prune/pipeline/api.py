@@ -126,7 +126,7 @@ def sensitivity(
     input_size: tuple[int, int, int] | None = None,
     on_module: Callable[[str], None] | None = None,
 ) -> Sensitivity:
-    """Measure MRS of every layer and channel group; see `robust_prune.mrs` for the definition.
+    """Measure MRS of every layer and channel group, as `robust_prune.criteria.mrs` defines it.
 
     Args:
         model: takes images in [0, 1]; left as it was.
