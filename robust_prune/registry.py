@@ -59,18 +59,20 @@ class Registry(Generic[F]):
     def __str__(self) -> str:
         return ", ".join(self)
 
-    def find(self, asked: str) -> F:
+    def find(self, asked: str, told: str = "") -> F:
         """Return the function of a name, or of `package.module:function`.
+
+        Args:
+            asked: the name or path.
+            told: how messages call it, where it was asked for with something around it.
 
         Raises:
             UsageError: there is none, or it can't be called with what it will be called with.
         """
         if ":" in asked:
-            return self._imported(asked)
+            return self._imported(asked, told or asked)
         if asked not in self:
-            raise UsageError(
-                f"{self.kind} {asked!r} is not known; use one of {self}, or package.module:function"
-            )
+            raise self._unknown(told or asked)
         if asked not in self._functions:
             self._module(asked)
         if asked not in self._functions:
@@ -97,12 +99,15 @@ class Registry(Generic[F]):
         parts = ("robust_prune", *self.folder.split("/"), name.replace("-", "_"))
         importlib.import_module(".".join(parts))
 
-    def _imported(self, asked: str) -> F:
-        module, _, name = asked.partition(":")
+    def _unknown(self, told: str) -> UsageError:
+        return UsageError(
+            f"{self.kind} {told!r} is not known; use one of {self}, or package.module:function"
+        )
+
+    def _imported(self, path: str, asked: str) -> F:
+        module, _, name = path.partition(":")
         if not module or not name or module.startswith("."):
-            raise UsageError(
-                f"{self.kind} {asked!r} is not known; use one of {self}, or package.module:function"
-            )
+            raise self._unknown(asked)
         try:
             with importable_folder():
                 function = getattr(importlib.import_module(module), name)

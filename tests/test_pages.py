@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import robust_prune
 from robust_prune.cli import _program_first, app
 from robust_prune.graph.tracing.adapters import _BY_CLASS, _BY_NAME
-from robust_prune.registry import ESTIMATORS, METHODS, SCORES
+from robust_prune.registry import ALLOCATIONS, ESTIMATORS, METHODS, SCORES
 from tests.conftest import tiny_resnet
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ class SmallNet(nn.Module):
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What the pages take for granted: a model and its file, training images, an empty folder."""
-    registries = METHODS, SCORES, ESTIMATORS
+    registries = METHODS, SCORES, ESTIMATORS, ALLOCATIONS
     for registry in registries:
         for name in registry:
             registry.find(name)  # a file registers when it is first imported, and never again
@@ -176,7 +176,7 @@ def test_the_readme_is_a_page_and_shows_the_three_ways_in() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     assert "robust-prune compress model.pt --ratio 0.5" in text
-    assert "importance = MRSImportance(model, (images, labels)" in text
+    assert "robust_prune.MRSImportance(model, (images, labels)" in text
     assert "`make bench`" in text
 
 

@@ -16,6 +16,7 @@ from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import ARMS, BEST, Bench, Cell, percent, verdicts
 from benchmarks.finetuning.recipes import BASELINE, RECIPES, TEXTBOOK, Recipe
 from robust_prune import evaluation
+from robust_prune.adversaries import pgd_correct
 from robust_prune.data import as_split
 from robust_prune.finetune import EpochRecord, History, TrainingConfig, train_
 from robust_prune.graph import count_cost
@@ -194,7 +195,7 @@ def measure(shop: Workshop, stage: str, arm: str, seed: int) -> Tuned:
     assert bench.splits.test is not None
     assert bench.splits.validation is not None
     images, labels = bench.splits.validation.take(len(bench.splits.validation), seed=0)
-    right = evaluation.pgd_correct(model, images, labels, threat=bench.threat, steps=10, seed=0)
+    right = pgd_correct(model, images, labels, threat=bench.threat, steps=10, seed=0)
     found = verdicts(model, bench.splits.test, TEST_IMAGES[stage], bench.threat, "pgd")
     cost = count_cost(model, bench.splits.input_size)
     return Tuned(

@@ -117,10 +117,11 @@ def _opaque(image: Image.Image) -> Image.Image:
     """Return the image on white where it is transparent, as viewers show it."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image
-    image = image.convert("RGBA")
-    if image.getchannel("A").getextrema() == (255, 255):
+    coloured = image.convert("RGBA")
+    if coloured.getchannel("A").getextrema() == (255, 255):
         return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
+    return shown.convert("L") if image.mode in GREY_MODES else shown
 
 
 def _eight_bit(path: Path, image: Image.Image) -> Image.Image:

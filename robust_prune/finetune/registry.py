@@ -24,7 +24,7 @@ def resolve_method(method: str | Method) -> tuple[str, Method]:
     """
     if not isinstance(method, str):
         return getattr(method, "__name__", type(method).__name__), method
-    function = METHODS.find(method.removesuffix(AWP))
+    function = METHODS.find(method.removesuffix(AWP), told=method)
     return method, awp(function) if method.endswith(AWP) else function
 
 

@@ -1,8 +1,9 @@
 """Which channels go together, what they cost, and cutting them."""
 
+from robust_prune.graph.applying import mask_, prune_
 from robust_prune.graph.costs import count_cost, weight_of
 from robust_prune.graph.dependency import DependencyGraph, Importance
-from robust_prune.graph.graph import ModelGraph, mask_, prune_
+from robust_prune.graph.graph import ModelGraph
 from robust_prune.graph.items import Group, Groups
 from robust_prune.graph.pruners import dependency_graph
 from robust_prune.graph.tracing import Atoms, Slot, adapter, compress

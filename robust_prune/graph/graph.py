@@ -1,4 +1,4 @@
-"""The prunable groups of a model with exact costs; `prune_` and `mask_`."""
+"""The prunable groups of a model, with exact costs."""
 
 from __future__ import annotations
 
@@ -306,30 +306,6 @@ class ModelGraph:
         products = [shrinking(*use) for use in coupling.products]
         fixed = sum(times for times, sizes in products if not sizes)
         return WorkCost(tensors, ((fixed, ()), *(use for use in products if use[1])))
-
-
-def prune_(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Remove the channels that `plan` drops from `model`, in place, and return it.
-
-    Build optimizers afterwards: the parameters are new objects.
-
-    Raises:
-        PlanError: the plan was made for another network; the model is then untouched.
-    """
-    _graph_of(model, plan).apply_(plan)
-    return model
-
-
-def mask_(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Silence in place the channels that `plan` drops: same outputs as pruning, full size."""
-    _graph_of(model, plan).mask_(plan)
-    return model
-
-
-def _graph_of(model: nn.Module, plan: PruningPlan) -> ModelGraph:
-    return ModelGraph(
-        model, plan.input_size, probe=False, ties=plan.ties, whole_heads=plan.whole_heads
-    )
 
 
 def _numel(shape: Sequence[int]) -> int:

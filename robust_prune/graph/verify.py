@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import PlanError
-from robust_prune.graph.graph import mask_
+from robust_prune.graph.applying import mask_
 from robust_prune.graph.probing import RUN_ERRORS, TOLERANCES
 from robust_prune.modules import copied, device_of, difference, evaluating
 from robust_prune.types import PruningPlan

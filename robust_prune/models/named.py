@@ -49,6 +49,8 @@ class Given:
 def from_state(found: ModelFile, given: Given) -> tuple[ImageModel, tuple[str, ...]]:
     """Build the network that is asked for, or that the file names, and fill it."""
     path, content = found.path, found.content
+    if given.arch and given.cifar_stem:  # fails where the network has no such stem
+        build_model(resolve_spec(given.arch, given.kwargs, cifar_stem=True))
     with bounded(content):
         matched = identify(found, given.arch, given.kwargs)
         arch, kwargs = matched.candidate.arch, dict(matched.candidate.kwargs)

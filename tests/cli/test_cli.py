@@ -277,7 +277,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "ratio is no number": ([*GOOD[:3], "half"], 2, "'--ratio'"),
     "ratio out of reach": ([*GOOD[:3], "0.9999"], 5, "at most"),
     "unknown target": ([*GOOD, "--target", "flops"], 2, "macs, params, channels"),
-    "unknown rule": ([*GOOD, "--allocation", "best"], 2, "mrs, inverted, uniform"),
+    "unknown rule": ([*GOOD, "--allocation", "best"], 2, "curve, inverted, mrs, uniform"),
     "unknown option": ([*GOOD, "--fast"], 2, "--fast"),
     "unknown layer": ([*GOOD, "--protect", "layer9"], 2, "no layer is called 'layer9'"),
     "eps without a slash": ([*GOOD, "--eps", "8"], 2, "8/255"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,7 +156,8 @@ def test_fisher_adds_up_the_calls_of_a_layer_that_is_used_twice() -> None:
 def test_reconstruction_is_the_error_that_least_squares_can_not_mend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("robust_prune.criteria.scores.reconstruction.DAMPING", 0.0)
+    module = importlib.import_module("robust_prune.criteria.scores.reconstruction")
+    monkeypatch.setattr(module, "DAMPING", 0.0)
     torch.manual_seed(1)
     model = randomize_(OwnNet(width=8)).double().eval()
     model.hidden.bias.data += 1  # no unit is dead

@@ -16,7 +16,7 @@ from robust_prune.data import DataSplits, from_iterable, synthetic_images
 from robust_prune.errors import DataError
 from robust_prune.finetune import TrainingConfig, train_
 from robust_prune.modules import predict
-from robust_prune.pipeline import planning
+from robust_prune.pipeline import measuring
 from robust_prune.pipeline.effort import effort_with_data, effort_with_stand_ins
 from tests.conftest import tiny_resnet
 
@@ -79,7 +79,7 @@ def test_stand_ins_keep_what_noise_loses(
         return robust_accuracy(result.model, digits)
 
     on_stand_ins = pruned()
-    monkeypatch.setattr(planning, "stand_ins", noisy)
+    monkeypatch.setattr(measuring, "stand_ins", noisy)
     assert on_stand_ins > 0.38
     assert on_stand_ins > pruned() + 0.05
 

@@ -2,7 +2,8 @@
 
 from robust_prune.graph.tracing.adapters import adapted, adapter, find
 from robust_prune.graph.tracing.atoms import Atoms, compress
-from robust_prune.graph.tracing.coupling import Count, Coupling, Slot, couple
+from robust_prune.graph.tracing.coupling import couple
+from robust_prune.graph.tracing.groups import Count, Coupling, Slot
 from robust_prune.graph.tracing.products import work_of
 from robust_prune.graph.tracing.tracer import HEAD_NUMBERS, name_of
 from robust_prune.graph.tracing.training import train_mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,67 +16,11 @@ from robust_prune.graph.tracing import mixing as mixing
 from robust_prune.graph.tracing import moving as moving
 from robust_prune.graph.tracing.adapters import adapted
 from robust_prune.graph.tracing.atoms import FIXED
+from robust_prune.graph.tracing.groups import Count, Coupling, Slot, Times
 from robust_prune.graph.tracing.rules import RULES
 from robust_prune.graph.tracing.tracer import Labels, Tracer, following
 from robust_prune.graph.tracing.training import trace_training
 from robust_prune.modules import tensors_in
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a group's channels are stored: entry `indices[i]` along `dim` belongs to `units[i]`.
-
-    `role` is `out` or `in` for the weight of a layer that mixes channels (a convolution, a linear
-    layer), and `along` for what has a value per channel. `layer` is the module's dotted name.
-    """
-
-    tensor: str
-    dim: int
-    indices: Tensor
-    units: Tensor
-    role: str
-    layer: str
-
-
-@dataclass(frozen=True)
-class Count:
-    """A number in the forward of module `owner` that counts channels.
-
-    `where` lists (group, indices, units): which of the `value` channels belong to which unit;
-    those that always stay are not listed.
-    """
-
-    owner: str
-    value: int
-    where: tuple[tuple[int, Tensor, Tensor], ...]
-
-
-Times = tuple[int, tuple[Count, ...]]  # how often, and the sizes in it that are channels
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Groups of units, what they are stored in, and what else depends on how many there are.
-
-    `groups[g]` are the slots of group g, `sizes[g]` its number of units. `gates[g]` are slots of
-    rows whose product with other channels is what the group contributes (queries). `scaled` are
-    rows that make up for an attention's scale, which follows its head's width. `uses` lists
-    for each weight the positions of its calls, and which sizes among them are channels (it mixes
-    tokens, for each channel alike); `products` lists the same of the products between activations.
-    `trains` says that a pass in train mode does more than one in eval mode. `outputs` are the
-    groups that the network returns.
-    """
-
-    groups: tuple[tuple[Slot, ...], ...]
-    sizes: tuple[int, ...]
-    gates: tuple[tuple[Slot, ...], ...]
-    scaled: tuple[tuple[str, tuple[Slot, ...], int], ...]
-    counts: tuple[Count, ...]
-    uses: Mapping[str, tuple[Times, ...]]
-    products: tuple[Times, ...]
-    fixed: Mapping[str, str]
-    outputs: frozenset[int]
-    trains: bool = False
 
 
 def couple(
