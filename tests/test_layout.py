@@ -28,6 +28,7 @@ ORDER = (
     "data",
     "adversaries",
     "graph",
+    "costs",
     "repair",
     "criteria",
     "allocation",

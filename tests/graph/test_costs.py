@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import logging
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -396,3 +398,12 @@ def test_compress_tells_of_uncounted_work_and_of_older_counts() -> None:
     again = rp.compress(Odd().eval(), data, plan=old)
     assert again.plan.dense.macs == result.plan.dense.macs > old.dense.macs
     assert any("without products" in note for note in again.report["notes"])
+
+
+def test_the_old_place_of_costs_works_and_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = importlib.import_module("robust_prune.costs")
+    with pytest.warns(DeprecationWarning, match=r"now a part of robust_prune\.graph"):
+        importlib.reload(old)
+    assert old.count_cost is count_cost
