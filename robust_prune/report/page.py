@@ -13,7 +13,7 @@ from markupsafe import Markup
 from robust_prune.report import plots, rows, sentences
 from robust_prune.untrusted import readable
 
-SCHEMA = "robust-prune/report/1"
+SCHEMA = "robust-prune/report/2"  # 1 has the options of training as a part of their own
 MOST_ROWS_OPEN = 80  # of a picture; a longer one is folded away
 
 

@@ -273,3 +273,12 @@ def test_the_mrs_plot_is_a_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"plot{suffix}"
     report.save_mrs_plot(record("$\\frac{$")["sensitivity"], path)
     assert path.stat().st_size > 1000
+
+
+def test_records_of_the_first_schema_are_read() -> None:
+    old = record()
+    old["schema"] = "robust-prune/report/1"
+    old["settings"] = {"method": "first-order", "steps": 1, "training_options": {"ema": 0.875}}
+    page = to_html(old)
+    assert "training_options.ema" in page
+    assert "0.875" in page
