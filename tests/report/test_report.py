@@ -279,6 +279,6 @@ def test_records_of_the_first_schema_are_read() -> None:
     old = record()
     old["schema"] = "robust-prune/report/1"
     old["settings"] = {"method": "first-order", "steps": 1, "training_options": {"ema": 0.875}}
-    page = to_html(old)
+    page = report.to_html(old)
     assert "training_options.ema" in page
     assert "0.875" in page
