@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # workers of pytest-xdist share the cores: two threads each would wait for one another
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -71,6 +72,10 @@ class OwnNet(nn.Module):
         x = torch.relu(self.grouped(x)) + self.skip(x)
         x = nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
         return self.out(torch.relu(self.hidden(x)))
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs behind them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
