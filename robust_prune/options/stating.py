@@ -85,8 +85,13 @@ def stated(group: type[Options]) -> dict[str, Stated]:
 
 
 def hints(group: type[Options]) -> dict[str, Any]:
-    """Return the type of each option of a group, by its name."""
-    return typing.get_type_hints(group)
+    """Return the type of each option of a group, by its name; made once, since `--help` asks."""
+    if group not in _HINTS:
+        _HINTS[group] = typing.get_type_hints(group)
+    return _HINTS[group]
+
+
+_HINTS: dict[type[Options], dict[str, Any]] = {}
 
 
 def choices(hint: Any) -> tuple[str, ...]:
