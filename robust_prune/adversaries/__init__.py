@@ -6,14 +6,17 @@ from robust_prune.adversaries.adversarial_images import (
     adversarial_set,
 )
 from robust_prune.adversaries.autoattack import autoattack
+from robust_prune.adversaries.folding import Folded
 from robust_prune.adversaries.losses import Loss, kl_from
 from robust_prune.adversaries.pgd import pgd, pgd_correct, pgd_verdicts, survivors
 from robust_prune.adversaries.projections import project, random_start, steepest
+from robust_prune.adversaries.quick import quick
 
 __all__ = [
     "pgd_correct",
     "pgd_verdicts",
     "AdversarialSet",
+    "Folded",
     "Loss",
     "adversarial_loss",
     "adversarial_set",
@@ -21,6 +24,7 @@ __all__ = [
     "kl_from",
     "pgd",
     "project",
+    "quick",
     "random_start",
     "steepest",
     "survivors",

@@ -3,7 +3,6 @@
 from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.awp import awp
 from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
-from robust_prune.finetune.folding import Folded
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.loop import train_
 from robust_prune.finetune.methods import (
@@ -35,7 +34,6 @@ __all__ = [
     "Attack",
     "BETA",
     "EpochRecord",
-    "Folded",
     "History",
     "Method",
     "Progress",

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries import Loss, pgd, random_start, steepest
+from robust_prune.adversaries import Folded, Loss, pgd, random_start, steepest
 from robust_prune.modules import batch_statistics, evaluating, requires_grad
 from robust_prune.options import BatchNormMode
 from robust_prune.types import ThreatModel
-
-if TYPE_CHECKING:
-    from robust_prune.finetune.folding import Folded
 
 
 @dataclass(frozen=True)

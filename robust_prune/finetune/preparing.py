@@ -8,12 +8,12 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
+from robust_prune.adversaries import Folded
 from robust_prune.data import Split
 from robust_prune.distributed import Processes
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.config import TrainingConfig
-from robust_prune.finetune.folding import Folded
 from robust_prune.finetune.registry import bind, is_single_step, needs_teacher, resolve_method
 from robust_prune.modules import check_outputs, device_of, outputs_of
 

@@ -151,13 +151,16 @@ def small_problem(classes: int, n: int = 24) -> tuple[Small, torch.Tensor, torch
 def test_autoattack_gives_pyautoattacks_own_verdicts(norm: str) -> None:
     model, images, labels = small_problem(classes=10)
     threat = ThreatModel(norm, 0.03 if norm == "linf" else 0.12)
-    ours = autoattack(model, images, labels, threat=threat, seed=3, batch_size=12)
+    ours = autoattack(model, images, labels, threat=threat, seed=3, batch_size=12, stand_in=False)
+    quicker = autoattack(model, images, labels, threat=threat, seed=3, batch_size=12)
     theirs = pyautoattack.AutoAttack(
         model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=threat.eps, seed=3
     )
     x_adv, y_adv = theirs.run_standard_evaluation(images, labels, batch_size=12)
     assert torch.equal(ours.robust, y_adv == labels)
     assert torch.equal(ours.images, x_adv)
+    assert torch.equal(quicker.robust, ours.robust)
+    assert quicker.robust_after == ours.robust_after
     assert 0 < int(ours.robust.sum()) < len(images)
     assert min(ours.robust_after.values()) == int((y_adv == labels).sum())
 

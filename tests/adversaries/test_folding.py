@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
-from robust_prune.finetune import Attack, Folded
+from robust_prune.adversaries import Folded
+from robust_prune.finetune import Attack
 from robust_prune.modules import ImageModel
 from robust_prune.types import ModelSpec, ThreatModel
 from tests.conftest import randomize_, tiny_resnet
