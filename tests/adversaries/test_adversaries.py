@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from robust_prune.adversaries import autoattack, pgd, project, random_start, survivors
+from robust_prune.adversaries import (
+    autoattack,
+    pgd,
+    project,
+    quick,
+    random_start,
+    survivors,
+)
+from robust_prune.adversaries.quick import Quick
 from robust_prune.errors import AttackError
 from robust_prune.types import ThreatModel
 from tests.conftest import tiny_resnet
@@ -147,22 +155,32 @@ def small_problem(classes: int, n: int = 24) -> tuple[Small, torch.Tensor, torch
     return model, images, labels
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_autoattack_gives_pyautoattacks_own_verdicts(norm: str) -> None:
-    model, images, labels = small_problem(classes=10)
+@pytest.mark.parametrize(("norm", "batch_size"), [("linf", 8), ("l2", 12)])
+def test_autoattack_gives_pyautoattacks_own_verdicts(norm: str, batch_size: int) -> None:
+    model, images, labels = small_problem(classes=10, n=12)
     threat = ThreatModel(norm, 0.03 if norm == "linf" else 0.12)
-    ours = autoattack(model, images, labels, threat=threat, seed=3, batch_size=12, stand_in=False)
-    quicker = autoattack(model, images, labels, threat=threat, seed=3, batch_size=12)
+    ours = autoattack(
+        model, images, labels, threat=threat, seed=3, batch_size=batch_size, stand_in=False
+    )
     theirs = pyautoattack.AutoAttack(
         model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=threat.eps, seed=3
     )
-    x_adv, y_adv = theirs.run_standard_evaluation(images, labels, batch_size=12)
+    x_adv, y_adv = theirs.run_standard_evaluation(images, labels, batch_size=batch_size)
     assert torch.equal(ours.robust, y_adv == labels)
     assert torch.equal(ours.images, x_adv)
-    assert torch.equal(quicker.robust, ours.robust)
-    assert quicker.robust_after == ours.robust_after
-    assert 0 < int(ours.robust.sum()) < len(images)
+    assert 0 < int(ours.robust.sum()) < int((model(images).argmax(1) == labels).sum())
     assert min(ours.robust_after.values()) == int((y_adv == labels).sum())
+
+
+def test_autoattack_on_a_stand_in_gives_the_same_verdicts() -> None:
+    model, images, labels = small_problem(classes=10, n=12)
+    assert isinstance(quick(model, images), Quick)
+    exact, quicker = (
+        autoattack(model, images, labels, threat=ThreatModel.linf(0.03), seed=3, stand_in=stand_in)
+        for stand_in in (False, True)
+    )
+    assert torch.equal(quicker.robust, exact.robust)
+    assert quicker.robust_after == exact.robust_after
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
