@@ -64,7 +64,7 @@ ONE_IMPORTER = {
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "safetensors": {"files", "models"},
-    "msgspec": {"models"},
+    "msgspec": {"models", "finetune"},
     "accelerate": {"distributed"},
     "sklearn": {"data"},
     "torchvision": {"models", "data"},

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.errors import ModelError, UnsafeFileError, first_line
 from robust_prune.models.content import Content, content_of
 from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
 from robust_prune.models.values import STAND_INS
@@ -240,11 +240,6 @@ def _unpickle(path: Path) -> Any:
             f"{path}: can't be unpickled: {type(error).__name__}: {first_line(error)}; the code "
             "of its classes must be importable"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _short(value: Any) -> str:

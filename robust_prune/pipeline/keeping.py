@@ -81,10 +81,16 @@ def load_weights_(job: Job, name: str, model: nn.Module) -> None:
         RunError: there are none.
     """
     assert job.folder is not None
-    state = job.folder.state(name).load()
+    file = job.folder.state(name)
+    state = file.load()
     if state is None:
-        raise RunError(f"{job.folder.path}: {name}.pt is missing; start anew")
-    model.load_state_dict(state["model"])
+        raise RunError(f"{file.path} is missing; start anew")
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise RunError(
+            f"{file.path}: not the weights of this run ({str(error).splitlines()[0]}); start anew"
+        ) from None
 
 
 def saved(job: Job, name: str) -> StateFile | None:

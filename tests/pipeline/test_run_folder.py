@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def test_a_crash_right_after_a_part_was_kept_changes_nothing(
         mine, theirs = getattr(again, which), getattr(whole, which)
         assert [m.correct for m in mine.measurements] == [m.correct for m in theirs.measurements]
     assert again.report["notes"] == whole.report["notes"]
-    assert not list((tmp_path / "run").glob("*.pt"))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
     assert [line["epoch"] for line in RunFolder(tmp_path / "run").metrics("step 1")] == [0, 1]
 
 
@@ -225,15 +226,60 @@ class Evil:
 
 def test_a_state_never_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Evil()}, tmp_path / "tuned-1.pt")
+    path = tmp_path / "tuned-1.safetensors"
+    torch.save({"model": Evil()}, path)
     with pytest.raises(RunError, match="delete it"):
-        StateFile(tmp_path / "tuned-1.pt").load()
+        StateFile(path).load()
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps({"model": Evil()}, protocol))
+        with pytest.raises(RunError, match="delete it"):
+            StateFile(path).load()
     assert not (tmp_path / "evil").exists()
     for text in (b"", b"PK\x03\x04 cut"):
-        (tmp_path / "tuned-1.pt").write_bytes(text)
+        path.write_bytes(text)
         with pytest.raises(RunError, match="not a readable state"):
-            StateFile(tmp_path / "tuned-1.pt").load()
-    assert StateFile(tmp_path / "none.pt").load() is None
+            StateFile(path).load()
+    assert StateFile(tmp_path / "none.safetensors").load() is None
+
+
+def test_no_file_of_a_run_is_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on from a folder never unpickles, so that a stranger's folder runs nothing."""
+    options = {"allocation": "uniform", "finetune": "pgd-at", "epochs": 1, "attack_steps": 1}
+    original = RunFolder.keep
+
+    def keep(self: RunFolder, name: str, value: object) -> None:
+        original(self, name, value)
+        if name == "complete":
+            raise CrashError
+
+    monkeypatch.setattr(RunFolder, "keep", keep)
+    model, folder = tiny_resnet(num_classes=5), tmp_path / "run"
+    with pytest.raises(CrashError):
+        compress(model, own_data(), run_dir=folder, **options)
+    (folder / "complete.json").unlink()
+    states = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert states == ["pruned-1.safetensors", "tuned-1.safetensors"]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jsonl", ".safetensors"}
+    monkeypatch.setattr(RunFolder, "keep", original)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, never)
+    compress(model, own_data(), run_dir=folder, resume=True, **options)
+
+
+def test_a_run_of_an_earlier_version_is_one_line_and_may_be_begun_anew(tmp_path: Path) -> None:
+    model, folder = tiny_resnet(num_classes=5), tmp_path / "run"
+    compress(model, own_data(), allocation="uniform", run_dir=folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("robust-prune/run/2", "robust-prune/run/1"))
+    with pytest.raises(RunError, match="was written by an earlier version of robust-prune") as told:
+        compress(model, own_data(), allocation="uniform", run_dir=folder, resume=True)
+    assert "\n" not in str(told.value)
+    compress(model, own_data(), allocation="uniform", run_dir=folder)
+    assert RunFolder(folder).config()["schema"] == "robust-prune/run/2"
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -287,7 +333,7 @@ def test_a_run_whose_deletion_was_cut_off_is_begun_anew(
 def test_states_are_saved_as_seldom_as_they_are_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = StateFile(tmp_path / "s.pt", save_seconds=0.0)
+    state = StateFile(tmp_path / "s.safetensors", save_seconds=0.0)
     state.save({"x": torch.ones(3)})
     state._took = 10.0
     assert not state.due()
