@@ -77,7 +77,10 @@ def check_state(
     if [record.epoch for record in found.records] != list(range(len(found.records))):
         raise ValueError("its epochs are not numbered from 0")
     last = len(found.records) - 1
-    if max(found.best_epoch, found.peak_epoch, found.switched) > last or found.epoch > config.epochs + 1:
+    if (
+        max(found.best_epoch, found.peak_epoch, found.switched) > last
+        or found.epoch > config.epochs + 1
+    ):
         raise ValueError(f"it names an epoch that it does not hold; the last is {last}")
     peak = found.peak
     if not isinstance(peak, Tensor) or peak.shape != (images,) or peak.dtype != torch.bool:
