@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 
 from robust_prune.errors import RunError
-from robust_prune.files import read_state, write_state, write_text
+from robust_prune.files import locked, read_state, write_state, write_text
 from robust_prune.types import without_nan
+from robust_prune.untrusted import parse_json, read_json
 
 SCHEMA = "robust-prune/run/2"
 EARLIER = ("robust-prune/run/1",)  # whose states were pickles
@@ -43,6 +45,10 @@ class RunFolder:
     def config_path(self) -> Path:
         """Where it stands what was asked."""
         return self.path / "config.json"
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs out; raises a RunError where one is in there."""
+        return locked(self.path)
 
     def open(self, config: Mapping[str, Any], *, resume: bool) -> None:
         """Go on with the run that is there, or begin one; see `go_on` and `begin`."""
@@ -85,7 +91,7 @@ class RunFolder:
     def _asked(self, *, earlier: bool = False) -> dict[str, Any]:
         """Return what was asked, also by earlier versions where only that it is ours matters."""
         try:
-            found = json.loads(self.config_path.read_text(encoding="utf-8"))
+            found = read_json(self.config_path)
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path}: no run there (no config.json)") from None
         except (OSError, ValueError) as error:
@@ -93,7 +99,8 @@ class RunFolder:
         schema = found.get("schema") if isinstance(found, dict) else None
         if schema in EARLIER and not earlier:
             raise RunError(
-                f"{self.path}: the run was written by an earlier version of robust-prune; start anew"
+                f"{self.path}: the run was written by an earlier version of robust-prune; "
+                "start anew"
             )
         if not isinstance(found, dict) or schema not in (SCHEMA, *EARLIER):
             raise RunError(f"{self.config_path}: not a run of this version ({SCHEMA})")
@@ -131,8 +138,8 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return read_json(path)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{path}: can't be read: {error}; delete it to do its part again"
             ) from None
@@ -162,13 +169,16 @@ class RunFolder:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if not path.exists():
+            return
+        try:
             for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    raise RunError(f"{path}: a line is not JSON; delete it to go on") from None
+                line = parse_json(text)
+                if not isinstance(line, dict):
+                    raise ValueError("no object")
                 yield line
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: a line is not JSON ({error}); delete it to go on") from None
 
     def close(self) -> None:
         """Delete the tensors of a run that is complete; what was asked and measured stays."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ import torch
 from torch import nn
 
 from robust_prune import compress, load, save
-from robust_prune.errors import RunError
+from robust_prune.errors import ModelError, RunError
+from robust_prune.files import locked, write_tensors
 from robust_prune.pipeline import RunFolder, StateFile, fingerprint
 from robust_prune.types import PruningPlan
-from tests.cli.test_cli import run, train  # noqa: F401 - a fixture and a helper
+from tests.cli.test_cli import KWARGS, run, train  # noqa: F401 - a fixture and a helper
 from tests.conftest import tiny_resnet
 
 KILLS = 12  # `python -m tests.killing FOLDER 20` kills more often
@@ -452,3 +456,77 @@ def test_an_error_before_anything_was_pruned_leaves_nothing(
     code, _, err = run("compress", "m.safetensors", "--ratio", 0.9999)
     assert code == 5, err
     assert not Path("m-pruned").exists()
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from robust_prune.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_at_once(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+) -> None:
+    save(tiny_resnet(num_classes=5), "m.safetensors")
+    Path("m-pruned").mkdir()
+    new = ["train", "--arch", "resnet18", "--model-kwargs", KWARGS, "--cifar-stem"]
+    for folder, command in (
+        ("m-pruned/run", ["compress", "m.safetensors", "--ratio", 0.5]),
+        ("new.pt.run", [*new, "--data", "digits", "--input-size", "1,16,16", "--out", "new.pt"]),
+    ):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDING, folder], stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        code, _, err = run(*command)
+        assert code == 2, err
+        assert err.splitlines()[-1].endswith(
+            "another run is at work there; wait for its end, or name another"
+        )
+        with pytest.raises(RunError, match="another run is at work"):
+            compress(tiny_resnet(num_classes=5), own_data(), run_dir=folder)
+        assert not Path(folder).exists()
+        holder.kill()
+        holder.wait()
+        with locked(Path(folder)):  # a kill leaves the file, and no lock
+            pass
+        assert not list(Path(folder).parent.glob(".*.lock"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["fsync", "replace", "mkstemp"])
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, where: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"a": 1})
+    folder.keep("part", {"x": 1})
+    folder.state("tuned-1").save({"x": torch.zeros(3)})
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    place = {"fsync": os, "replace": Path, "mkstemp": tempfile}[where]
+    monkeypatch.setattr(place, where, fail)
+    for work in (
+        lambda: folder.keep("part", {"x": 2}),
+        lambda: folder.record("part", {"epoch": 1}),
+        lambda: folder.state("tuned-1").save({"x": torch.ones(3)}),
+        lambda: save(tiny_resnet(), folder.path / "m.safetensors"),
+        lambda: save(tiny_resnet(), folder.path / "m.pt"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(os.strerror(code))) as told:
+            work()
+        assert "\n" not in str(told.value)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_tensors_that_do_not_fit_are_an_error_of_the_disk() -> None:
+    with pytest.raises(OSError, match=r"\S"):
+        write_tensors({"x": torch.zeros(10**6)}, Path("/dev/full"))
