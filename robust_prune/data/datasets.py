@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
+from robust_prune.data.samples import sample_digits
 from robust_prune.errors import DataError
 
 Size = tuple[int, int, int]
@@ -152,9 +153,7 @@ def native_size(parts: Parts) -> Size:
 
 def read_digits() -> Parts:
     """scikit-learn's 1,797 handwritten digits; the last 500 are by other writers and test."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+    bunch = sample_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     items = [(Image.fromarray(p), int(y)) for p, y in zip(pixels, bunch.target, strict=True)]
     return Parts(items[:-500], items[-500:], classes=10, flip=False)
