@@ -239,7 +239,7 @@ def as_split(data: Any, labeller: nn.Module | None = None) -> Split:
     if isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = data
         arrays = isinstance(images, (Tensor, np.ndarray)) and hasattr(labels, "shape")
-        if arrays and images.ndim == 4 and len(images) == len(labels):
+        if arrays and images.ndim == 4 and tuple(labels.shape[:1]) == (len(images),):
             return _tensor_split(images, labels)
     if not isinstance(data, Iterable):
         raise DataError(
