@@ -18,6 +18,7 @@ from robust_prune.cli import main
 from robust_prune.errors import RobustPruneError
 from robust_prune.modules import ImageModel
 from tests.conftest import tiny_resnet
+from tests.data.test_pictures import KINDS, broken, image_folder
 from tests.hostile.inputs import (
     DATA,
     FOLDERS,
@@ -178,3 +179,35 @@ def test_folders_of_the_hub(name: str, refused: Refused) -> None:
     weights = {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     assert "hub" in refused(3, "info", "hub")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_pictures(
+    kind: str, pruned: tuple[bytes, str, bytes], refused: Refused, tmp_path: Path
+) -> None:
+    folder = image_folder(Path("data"), {str(k): 20 * k for k in range(10)})
+    (folder / "test" / "3" / "0.png").write_bytes(broken(kind, tmp_path))
+    Path("m.safetensors").write_bytes(pruned[2])
+    command = ["evaluate", "m.safetensors", "--data", "data", "--eval", "pgd", "--n-eval", "20"]
+    assert "data/test/3/0.png" in refused(4, *command)
+
+
+def test_damaged_pictures_are_counted_in_the_result(
+    pruned: tuple[bytes, str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = image_folder(Path("data"), {str(k): 20 * k for k in range(10)})
+    (folder / "test" / "3" / "0.png").write_bytes(b"")
+    Path("m.safetensors").write_bytes(pruned[2])
+    command = "--json evaluate m.safetensors --data data --eval pgd --skip-unreadable"
+    monkeypatch.setattr(sys, "argv", ["robust-prune", *command.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = capsys.readouterr()
+    assert not caught.value.code, told.err
+    assert "1 of 20 test pictures can't be read and were left out: data/test/3/0.png" in told.err
+    result = json.loads(told.out)
+    assert (result["n"], result["left_out"]) == (19, {"train": 0, "test": 1})
