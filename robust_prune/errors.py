@@ -63,3 +63,8 @@ class Interrupted(RobustPruneError):  # noqa: N818 - it is the user's decision, 
     """The user stopped the run; the message says what was kept."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,11 +8,40 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import msgspec
+
+from robust_prune.errors import first_line
+
+LARGEST_JSON = 2**26  # bytes; a plan of a large network has some hundred thousand
 
 # they turn around the text after them as well, without being seen
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _ISOLATE, _END = "\u2068", "\u2069"
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: it is larger than `LARGEST_JSON`, or not JSON; the message is one line.
+        OSError: it can't be read.
+    """
+    with path.open("rb") as stream:
+        text = stream.read(LARGEST_JSON + 1)  # of a device too, whose size nobody knows
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
+    return parse_json(text)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON text holds; raises ValueError with one line, also where it is too deep."""
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(first_line(error)) from None
 
 
 def readable(value: Any) -> Any:

@@ -117,7 +117,11 @@ def progress(folder: Path) -> str:
         return "evaluation"
     step = 2 if "planned-2.json" in parts else 1
     if f"pruned-{step}.json" in parts:
-        return f"fine-tuning {step}" if f"tuned-{step}.pt" in parts else f"after pruning {step}"
+        return (
+            f"fine-tuning {step}"
+            if f"tuned-{step}.safetensors" in parts
+            else f"after pruning {step}"
+        )
     return f"pruning {step}" if f"planned-{step}.json" in parts else f"sensitivity {step}"
 
 

@@ -35,6 +35,7 @@ from robust_prune.options import (
     ThreatOptions,
     chosen,
 )
+from robust_prune.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -273,20 +274,21 @@ def _evaluation(
 
 
 def _read_plan(path: Path) -> PruningPlan:
-    import json
-
     from robust_prune.errors import PlanError
     from robust_prune.types import PruningPlan
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise PlanError(f"{path}: no such plan or report") from None
     except OSError as error:
         raise PlanError(f"{path}: can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise PlanError(f"{path}: not JSON: {error}") from None
-    return PruningPlan.from_plain(data.get("plan", data) if isinstance(data, dict) else data)
+    try:
+        return PruningPlan.from_plain(data.get("plan", data) if isinstance(data, dict) else data)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
 
 
 def _stem(model: str) -> str:

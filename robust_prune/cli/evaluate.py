@@ -51,4 +51,7 @@ def evaluate(
         on_progress=lambda line: output.line(f"  {line}"),
     )
     show_evaluation(output, result, splits.name)
-    output.document(to_plain(result))
+    left_out = splits.source.get("left_out")
+    if left_out and left_out["test"]:
+        output.note(next(note for note in splits.notes if "test pictures can't be read" in note))
+    output.document({**to_plain(result), **({"left_out": left_out} if left_out else {})})

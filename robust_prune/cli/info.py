@@ -6,18 +6,25 @@ from robust_prune.cli.opening import ModelPath, open_model
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_groups, show_report
+from robust_prune.errors import ModelError, first_line
 from robust_prune.options import ModelOptions
 
 
 @takes_options()
 def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
     """Say what a model file is: architecture, cost, prunable groups, plan and results."""
+    from robust_prune import report
     from robust_prune.graph import ModelGraph
     from robust_prune.models import default_input_size
     from robust_prune.modules import ImageModel
     from robust_prune.types import to_plain
 
     module, record = open_model(model, opening)
+    if has_report := "plan" in record and "cost" in record:
+        try:
+            report.check_record(record)
+        except ValueError as error:
+            raise ModelError(f"{model}: its report is malformed: {first_line(error)}") from None
     size = opening.input_size
     if isinstance(module, ImageModel):
         spec = module.spec
@@ -36,7 +43,7 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
         output.line(line)
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
-    if "plan" in record and "cost" in record:
+    if has_report:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
         show_report(output, record)
     elif record:

@@ -88,7 +88,11 @@ def open_splits(
         if options.data is not None:
             raise UsageError("--calibration is for want of --data; leave one of them out")
         return open_pictures(
-            options.calibration, model, input_size=input_size, workers=options.workers
+            options.calibration,
+            model,
+            input_size=input_size,
+            workers=options.workers,
+            skip_unreadable=options.skip_unreadable,
         )
     recorded = record.get("data") or {}
     spec, root = options.data, options.data_root
@@ -104,6 +108,7 @@ def open_splits(
             data_root=root,
             download=options.download,
             workers=options.workers,
+            skip_unreadable=options.skip_unreadable,
             split_seed=int(recorded.get("split_seed", 0)),
         )
         return check_class_order(splits, recorded) if record else splits

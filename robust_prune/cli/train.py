@@ -195,6 +195,7 @@ def _model_and_data(
         data_root=data.data_root,
         download=data.download,
         workers=data.workers,
+        skip_unreadable=data.skip_unreadable,
     )
     channels = splits.input_size[0]
     kwargs = {"num_classes": splits.classes, **kwargs}

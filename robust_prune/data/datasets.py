@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
+from robust_prune.data.samples import sample_digits
 from robust_prune.errors import DataError
 
 Size = tuple[int, int, int]
@@ -81,7 +82,7 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         return tensor.contiguous(), int(label)
 
 
-class _Files(Dataset[tuple[Image.Image, int]]):
+class Files(Dataset[tuple[Image.Image, int]]):
     """Image files with labels."""
 
     def __init__(self, samples: list[tuple[Path, int]]) -> None:
@@ -152,9 +153,7 @@ def native_size(parts: Parts) -> Size:
 
 def read_digits() -> Parts:
     """scikit-learn's 1,797 handwritten digits; the last 500 are by other writers and test."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+    bunch = sample_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     items = [(Image.fromarray(p), int(y)) for p, y in zip(pixels, bunch.target, strict=True)]
     return Parts(items[:-500], items[-500:], classes=10, flip=False)
@@ -194,7 +193,7 @@ def read_image_folder(path: Path) -> Parts:
         raise DataError(f"{path / 'train'}: no class folders in it")
     if not there:
         return Parts(
-            _Files(_list_training(path, classes)),
+            Files(_list_training(path, classes)),
             (),
             classes=len(classes),
             notes=(
@@ -215,8 +214,8 @@ def read_image_folder(path: Path) -> Parts:
         warnings.warn(f"{path / testing}: no images of class {missing[0]!r}", stacklevel=2)
         notes += (f"{len(missing)} classes have no test images",)
     return Parts(
-        _Files(_list_training(path, classes)),
-        _Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
+        Files(_list_training(path, classes)),
+        Files(_list_files(path / testing, [c for c in classes if c in other], classes)),
         classes=len(classes),
         notes=(*notes, *order_note(classes)),
         class_names=tuple(classes),
@@ -241,7 +240,7 @@ def read_pictures(path: Path) -> Parts:
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{path}: no pictures in it ({suffixes})")
-    return Parts(_Files([(file, NO_LABEL) for file in files]), (), classes=0)
+    return Parts(Files([(file, NO_LABEL) for file in files]), (), classes=0)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -313,8 +312,8 @@ def read_tiny_imagenet(path: Path) -> Parts:
     train = _list_files(path / "train", sorted(wnids))
     notes = ("test images are the annotated val/ images; the original test/ has no labels",)
     return Parts(
-        _Files(train),
-        _Files(test),
+        Files(train),
+        Files(test),
         classes=len(wnids),
         notes=notes,
         class_names=tuple(sorted(wnids)),

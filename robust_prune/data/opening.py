@@ -25,6 +25,7 @@ from robust_prune.data.datasets import (
     read_torchvision,
 )
 from robust_prune.data.pictures import without_labels
+from robust_prune.data.skipping import without_unreadable
 from robust_prune.data.splits import (
     IN_MEMORY_BYTES,
     ITERABLE_BYTES,
@@ -49,6 +50,7 @@ def open_data(
     data_root: str | os.PathLike[str] | None = None,
     download: bool = False,
     workers: int | None = None,
+    skip_unreadable: bool = False,
     split_seed: int = 0,
 ) -> DataSplits:
     """Open a data set by name (`digits`, `cifar10`, `cifar100`, `svhn`) or by folder.
@@ -61,6 +63,8 @@ def open_data(
         data_root: where torchvision's data sets lie.
         download: let torchvision fetch a missing data set.
         workers: processes that decode large data sets; None: half the cores.
+        skip_unreadable: leave out pictures of a folder that can't be decoded, instead of raising;
+            `notes` and `source` say how many.
         split_seed: which training images become the validation split. It belongs to the data, not
             to a run, so that a model is never selected on what it was trained on before.
 
@@ -86,6 +90,8 @@ def open_data(
             read_tiny_imagenet(path) if (path / "wnids.txt").exists() else read_image_folder(path)
         )
         source = {"data": str(path.resolve())}
+        if skip_unreadable:
+            parts, source["left_out"] = without_unreadable(parts)
     if parts.class_names:
         source["class_names"] = list(parts.class_names)
     size = _size_of(parts, input_size, channels)
@@ -106,6 +112,7 @@ def open_pictures(
     *,
     input_size: Size | None = None,
     workers: int | None = None,
+    skip_unreadable: bool = False,
     split_seed: int = 0,
 ) -> DataSplits:
     """Open all pictures below a folder as images without labels, which the model then gives.
@@ -115,13 +122,16 @@ def open_pictures(
         model: whose verdicts become the labels.
         input_size: (channels, height, width), where the model does not tell.
         workers: processes that decode large numbers of them; None: half the cores.
+        skip_unreadable: leave out those that can't be decoded, and say how many.
         split_seed: which pictures are held out of training.
 
     Raises:
         DataError: no such folder, or no pictures in it.
     """
     path = Path(folder)
-    parts = read_pictures(path)
+    parts, left_out = read_pictures(path), None
+    if skip_unreadable:
+        parts, left_out = without_unreadable(parts)
     known = model.spec.input_size if isinstance(model, ImageModel) else None
     size = _size_of(parts, known or input_size, image_channels(model))
     workers = _workers(workers)
@@ -134,6 +144,7 @@ def open_pictures(
             "pictures": str(path.resolve()),
             "input_size": list(size),
             "split_seed": split_seed,
+            **({} if left_out is None else {"left_out": left_out}),
         },
         notes=parts.notes,
         origin="own pictures",
@@ -239,7 +250,7 @@ def as_split(data: Any, labeller: nn.Module | None = None) -> Split:
     if isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = data
         arrays = isinstance(images, (Tensor, np.ndarray)) and hasattr(labels, "shape")
-        if arrays and images.ndim == 4 and len(images) == len(labels):
+        if arrays and images.ndim == 4 and tuple(labels.shape[:1]) == (len(images),):
             return _tensor_split(images, labels)
     if not isinstance(data, Iterable):
         raise DataError(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from robust_prune.data.datasets import Size
+from robust_prune.data.samples import sample_photographs
 
 FEWEST_PIXELS = 32  # along a crop; fewer show nothing but a colour
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
@@ -23,9 +24,7 @@ def photographs() -> list[Tensor]:
     Two come with scikit-learn, which is always there; a third with matplotlib, unless whoever
     packed it left its sample data out.
     """
-    from sklearn.datasets import load_sample_images
-
-    found = [np.asarray(image) for image in load_sample_images().images]
+    found = sample_photographs()
     matplotlib = importlib.util.find_spec("matplotlib")  # located, not imported
     if matplotlib is not None and matplotlib.origin is not None:
         path = Path(matplotlib.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"

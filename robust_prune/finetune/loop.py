@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robust_prune.data import Augmentation, Split, mixed
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.errors import TrainingError
+from robust_prune.errors import TrainingError, first_line
 from robust_prune.finetune.attack import Attack
 from robust_prune.finetune.averaging import WeightAverage
 from robust_prune.finetune.choosing import Choice
@@ -22,7 +22,7 @@ from robust_prune.finetune.config import EpochRecord, History, Progress, Trainin
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.preparing import Prepared, optimizer_of, prepare
 from robust_prune.finetune.registry import resolve_method
-from robust_prune.finetune.saved import Saved
+from robust_prune.finetune.saved import STATE_ERRORS, Saved, check_state
 from robust_prune.finetune.validation import VALIDATION_STEPS, validate
 from robust_prune.modules import (
     float32_logits,
@@ -128,10 +128,10 @@ class _Run:
         if state is not None:
             try:
                 self._take_up(state)
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            except STATE_ERRORS as error:
                 raise TrainingError(
-                    f"the saved state does not fit this run ({str(error).splitlines()[0]}); delete "
-                    "it to train anew"
+                    f"the saved state does not fit this run ({first_line(error)}); delete it to "
+                    "train anew"
                 ) from None
         else:
             self.processes.share_(self.model)
@@ -282,6 +282,7 @@ class _Run:
         )
 
     def _take_up(self, state: dict[str, Any]) -> None:
+        check_state(state, self.model, self.optimizer, self.config, len(self.ready.labels))
         for name in self._COUNTERS:
             setattr(self, name, state[name])
         self.choice.take_up(state)

@@ -14,10 +14,11 @@ import msgspec
 import safetensors.torch
 from torch import Tensor
 
-from robust_prune.errors import ModelError, UsageError
+from robust_prune.errors import ModelError, UsageError, first_line
 from robust_prune.files import atomic, write_tensors
 from robust_prune.modules import Fields
 from robust_prune.types import ModelSpec, ThreatModel
+from robust_prune.untrusted import parse_json
 
 SCHEMA = "robust-prune/model/1"
 METADATA_KEY = "robust_prune"
@@ -81,7 +82,7 @@ def parse_manifest(path: Path, text: str) -> Manifest:
         ModelError: it is not JSON, of another version, or a field has another type or range.
     """
     try:
-        record = msgspec.json.decode(text)
+        record = parse_json(text)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
         if "schema" in record and record["schema"] != SCHEMA:
@@ -91,8 +92,7 @@ def parse_manifest(path: Path, text: str) -> Manifest:
         found = msgspec.convert(record, _Manifest)
         return Manifest(_spec(found.model), _fields(found.fields), _usable(found, record))
     except (ValueError, RecursionError, UsageError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{path}: its manifest is malformed: {line}") from None
+        raise ModelError(f"{path}: its manifest is malformed: {first_line(error)}") from None
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Tensor], manifest: Any) -> Path:

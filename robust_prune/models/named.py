@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from robust_prune.errors import ModelError
 from robust_prune.models.architecture import identify, infer_kwargs
 from robust_prune.models.bounds import bounded
 from robust_prune.models.builders import (
@@ -52,7 +53,12 @@ def from_state(found: ModelFile, given: Given) -> tuple[ImageModel, tuple[str, .
     if given.arch and given.cifar_stem:  # fails where the network has no such stem
         build_model(resolve_spec(given.arch, given.kwargs, cifar_stem=True))
     with bounded(content):
-        matched = identify(found, given.arch, given.kwargs)
+        try:
+            matched = identify(found, given.arch, given.kwargs)
+        except ModelError as error:
+            if given.arch or str(error).startswith(str(path)):
+                raise
+            raise ModelError(f"{path}: {error}") from None  # the name is the file's
         arch, kwargs = matched.candidate.arch, dict(matched.candidate.kwargs)
         weights = take(path, content, matched.wanted)
         kwargs = {**infer_kwargs(arch, kwargs, matched.wanted, weights.state), **kwargs}

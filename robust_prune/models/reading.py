@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -19,16 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from robust_prune.errors import ModelError, UnsafeFileError
+from robust_prune.errors import ModelError, UnsafeFileError, first_line
 from robust_prune.models.content import Content, content_of
 from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
 from robust_prune.models.values import STAND_INS
+from robust_prune.untrusted import read_json
 from robust_prune.user_code import importable_folder
 
 STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.bin")
 INDEX = ".index.json"  # beside weights in several files: which tensor is in which
-LARGEST_INDEX = 2**26
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,8 @@ def _read_shards(folder: Path, trust_pickle: bool) -> Content:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_INDEX:
-            raise ModelError(f"{path}: larger than {LARGEST_INDEX:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        found = read_json(path)
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: must hold a JSON object, not {_short(found)}")
@@ -240,11 +237,6 @@ def _unpickle(path: Path) -> Any:
             f"{path}: can't be unpickled: {type(error).__name__}: {first_line(error)}; the code "
             "of its classes must be importable"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _short(value: Any) -> str:

@@ -74,6 +74,7 @@ class DataOptions(Options):
     )
     data_root: Path | None = option(None, "Where torchvision's data sets lie.")
     download: bool = option(False, "Fetch a missing data set.")
+    skip_unreadable: bool = option(False, "Leave out, and count, pictures that can't be decoded.")
     workers: int | None = option(
         None, "Processes that decode large data sets.", within=Range(low=0)
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from robust_prune.errors import UsageError
+from robust_prune.untrusted import parse_json
 
 Size = tuple[int, int, int]
 
@@ -29,8 +29,8 @@ def image_size(text: str) -> Size:
 def builder_kwargs(text: str) -> dict[str, Any]:
     """Read the arguments of a builder, a JSON object."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise UsageError(
             f"--model-kwargs is not JSON ({error}); quote it as '{{\"channels\": [16, 32]}}'"
         ) from None

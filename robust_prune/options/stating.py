@@ -33,9 +33,9 @@ class Range:
         return above and (value < self.high if "high" in self.open else value <= self.high)
 
     def __str__(self) -> str:
-        """`1 or more`, `positive`, `in [0, 1)`."""
+        """`1 or more`, `positive and finite`, `in [0, 1)`."""
         if self.high == math.inf and self.low == 0 and "low" in self.open:
-            text = "positive"
+            text = "positive and finite" if "high" in self.open else "positive"
         elif self.high == math.inf:
             text = f"{self.low:g} or more"
         else:

@@ -79,7 +79,8 @@ def compress(
         BudgetError: the budget is out of reach; the message says what is possible.
         DataError: the data can't be read or does not fit the model.
         ModelError: the model's weights are not float32.
-        RunError: `resume`, and there is no run in `run_dir`, or one with other settings.
+        RunError: `resume`, and there is no run in `run_dir`, or one with other settings; or another
+            run is at work there.
         UsageError: an option is not known, or has a value that it can't have.
     """
     check_float32(model)
@@ -99,15 +100,16 @@ def compress(
     splits = open_for(model, data, test=test, input_size=settings.input_size)
     folder = None if run_dir is None else RunFolder(run_dir)
     all_processes = processes()
-    if folder is not None and all_processes.first:
+    if folder is None or not all_processes.first:
+        return run(model, splits, settings, folder=folder, processes=all_processes)
+    with folder.held():
         if not resume and folder.exists() and not folder.complete:
             raise RunError(
                 f"{folder.path} holds a run that is not complete; resume=True goes on with it, "
                 "or delete it"
             )
         folder.open(asked(model, splits, settings, all_processes), resume=resume)
-    result = run(model, splits, settings, folder=folder, processes=all_processes)
-    if folder is not None and all_processes.first:
+        result = run(model, splits, settings, folder=folder, processes=all_processes)
         folder.close()
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,28 +69,45 @@ def compress_file(
     made = not folder.exists()
     if processes.first:
         _make_folder(folder)
-        if state is not None:
-            config = asked(model, splits, settings, processes)
-            state.open({**config, "arguments": dict(arguments or {})}, resume=resume)
-            clear_drafts(folder)
-            if resume and paths["model"].exists():
-                written.append("that of the run before")
     heard = replace(events, saveable=write)
     try:
-        result = run(model, splits, settings, heard, folder=state, processes=processes)
+        with _held(state if processes.first else None):
+            if processes.first and state is not None:
+                config = asked(model, splits, settings, processes)
+                state.open({**config, "arguments": dict(arguments or {})}, resume=resume)
+                clear_drafts(folder)
+                if resume and paths["model"].exists():
+                    written.append("that of the run before")
+            with _forgetting(state if processes.first and not resume else None, written):
+                result = run(model, splits, settings, heard, folder=state, processes=processes)
+            if processes.first and state is not None:
+                state.close()
     except KeyboardInterrupt:
         if state is None and processes.first and made and not written:
-            _forget(folder, None)
+            _remove_empty(folder)
         told = _stopped(paths["model"], written)
         go_on = "" if state is None else f"; robust-prune compress --resume {folder} goes on"
         raise Interrupted(told + go_on) from None
     except Exception:
-        if processes.first and not resume and not written:
-            _forget(folder if made else None, state)
+        if processes.first and made and not resume and not written:
+            _remove_empty(folder)
         raise
-    if processes.first and state is not None:
-        state.close()
     return result, paths
+
+
+def _held(state: RunFolder | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if state is None else state.held()
+
+
+@contextlib.contextmanager
+def _forgetting(state: RunFolder | None, written: Sequence[str]) -> Iterator[None]:
+    """Leave no run behind that failed before anything was written."""
+    try:
+        yield
+    except Exception:
+        if state is not None and not written:
+            state.clear()
+        raise
 
 
 def _stopped(file: Path, written: Sequence[str]) -> str:
@@ -109,10 +126,6 @@ def _make_folder(folder: Path) -> None:
         raise UsageError(f"--out {folder}: {error.strerror}; name another folder") from None
 
 
-def _forget(folder: Path | None, state: RunFolder | None) -> None:
-    """Delete the run's state, and the folder where it is empty."""
-    if state is not None:
-        state.clear()
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from robust_prune.finetune import History
 from robust_prune.pipeline.record import Pruned, Record, Step
 from robust_prune.pipeline.settings import Events
@@ -60,16 +62,16 @@ class Journal:
         """
         self.record = replace(
             self.record,
-            notes=tuple(plain["notes"]),
-            seconds=dict(plain["seconds"]),
+            notes=msgspec.convert(plain["notes"], tuple[str, ...]),
+            seconds=msgspec.convert(plain["seconds"], dict[str, float]),
             pruned=Pruned.from_plain(plain["parts"]),
         )
 
     def count_seconds(self, plain: Mapping[str, Any]) -> None:
         """Let what a run before has worked count, station by station."""
         mine = self.record.seconds
-        before = plain["seconds"].items()
-        self._set_seconds({name: max(mine.get(name, 0.0), value) for name, value in before})
+        before = msgspec.convert(plain["seconds"], dict[str, float])
+        self._set_seconds({name: max(mine.get(name, 0.0), s) for name, s in before.items()})
 
     def _set_seconds(self, seconds: Mapping[str, float]) -> None:
         self.record = replace(self.record, seconds={**self.record.seconds, **seconds})

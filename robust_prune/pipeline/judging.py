@@ -9,7 +9,7 @@ from torch import nn
 from robust_prune import evaluation
 from robust_prune.evaluation import Attack
 from robust_prune.pipeline.job import Job, State
-from robust_prune.pipeline.keeping import keep, kept
+from robust_prune.pipeline.keeping import keep, kept, readable_part
 from robust_prune.pipeline.result import deliver
 from robust_prune.types import Evaluation, Measurement, to_plain
 
@@ -28,7 +28,12 @@ def evaluated(job: Job, model: nn.Module, attack: Attack, which: str) -> Evaluat
     """Measure a model; each attack that a run before has finished is taken from its folder."""
     part = f"measured-{which}"
     found = job.processes.from_first(kept(job, part)) or {}
-    done = [Measurement.from_plain(m) for m in found.get("measurements", ())]
+    done: list[Measurement] = []
+    if found:
+        with readable_part(job, part):
+            done = [Measurement.from_plain(m) for m in found["measurements"]]
+            if any(len(m.correct) != len(job.test_images.labels) for m in done):
+                raise ValueError("verdicts on other images")
 
     def on_measured(measurement: Measurement) -> None:
         done.append(measurement)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
 from robust_prune.distributed import Processes
-from robust_prune.errors import RunError
+from robust_prune.errors import RunError, first_line
 from robust_prune.finetune import EpochRecord
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.run_folder import RunFolder, StateFile
@@ -31,8 +32,9 @@ def once(job: Job, name: str, load: Callable[[Any], T], make: Callable[[], T]) -
     """
     found = kept(job, name)
     if found is not None:
-        part = load(found)
-        job.journal.restore(found["journal"])
+        with readable_part(job, name):
+            part = load(found)
+            job.journal.restore(found["journal"])
     else:
         part = make()
         keep(job, name, part)
@@ -50,8 +52,22 @@ def kept(job: Job, name: str) -> Any:
         return None
     found = job.folder.kept(name)
     if found is not None:
-        job.journal.count_seconds(found["journal"])
+        with readable_part(job, name):
+            job.journal.count_seconds(found["journal"])
     return found
+
+
+@contextlib.contextmanager
+def readable_part(job: Job, name: str) -> Iterator[None]:
+    """Raise a RunError where a part that was kept is not what this version keeps."""
+    place = job.folder.path / name if job.folder is not None else name
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RunError(
+            f"{place}.json: not a part of this run ({first_line(error)}); delete "
+            "it to do its part again"
+        ) from error
 
 
 def keep(job: Job, name: str, part: Any) -> None:
@@ -81,10 +97,16 @@ def load_weights_(job: Job, name: str, model: nn.Module) -> None:
         RunError: there are none.
     """
     assert job.folder is not None
-    state = job.folder.state(name).load()
+    file = job.folder.state(name)
+    state = file.load()
     if state is None:
-        raise RunError(f"{job.folder.path}: {name}.pt is missing; start anew")
-    model.load_state_dict(state["model"])
+        raise RunError(f"{file.path} is missing; start anew")
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise RunError(
+            f"{file.path}: not the weights of this run ({str(error).splitlines()[0]}); start anew"
+        ) from None
 
 
 def saved(job: Job, name: str) -> StateFile | None:

@@ -1,16 +1,17 @@
 """The folder of a run: what was asked, how far it has come, and what it measured.
 
 `config.json` says what was asked, `metrics.jsonl` has a line for each epoch, parts are JSON and
-states are torch's zip of plain tensors, read with weights_only. Every file is written whole or not
-at all, so that a run which is killed at any moment goes on from the last one.
+states safetensors with JSON in their headers: reading a stranger's folder runs nothing. Every file
+is written whole or not at all, so that a run which is killed at any moment goes on from the last
+one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,14 @@ import torch
 from torch import nn
 
 from robust_prune.errors import RunError
-from robust_prune.files import atomic, write_tensors, write_text
+from robust_prune.files import locked, read_state, write_state, write_text
 from robust_prune.types import without_nan
+from robust_prune.untrusted import parse_json, read_json
 
-SCHEMA = "robust-prune/run/1"
+SCHEMA = "robust-prune/run/2"
+EARLIER = ("robust-prune/run/1",)  # whose states were pickles
 DELETED = "deleted"  # in the file of what was asked, while the rest goes
+STATE_SUFFIX = ".safetensors"
 SAVE_SECONDS = 60.0
 SAVE_SHARE = 20  # a state takes at most this part of the time
 
@@ -41,6 +45,10 @@ class RunFolder:
     def config_path(self) -> Path:
         """Where it stands what was asked."""
         return self.path / "config.json"
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs out; raises a RunError where one is in there."""
+        return locked(self.path)
 
     def open(self, config: Mapping[str, Any], *, resume: bool) -> None:
         """Go on with the run that is there, or begin one; see `go_on` and `begin`."""
@@ -60,7 +68,7 @@ class RunFolder:
         if self.path.exists():
             clear_drafts(self.path)
             if any(self.path.iterdir()):
-                self._asked()  # what is not ours is not deleted
+                self._asked(earlier=True)  # what is not ours is not deleted
         self.clear()
         try:
             self.path.mkdir(parents=True)
@@ -80,20 +88,27 @@ class RunFolder:
             raise RunError(f"{self.path}: the run was being deleted; start anew")
         return asked
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self, *, earlier: bool = False) -> dict[str, Any]:
+        """Return what was asked, also by earlier versions where only that it is ours matters."""
         try:
-            found = json.loads(self.config_path.read_text(encoding="utf-8"))
+            found = read_json(self.config_path)
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path}: no run there (no config.json)") from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.config_path}: can't be read: {error}") from None
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema in EARLIER and not earlier:
+            raise RunError(
+                f"{self.path}: the run was written by an earlier version of robust-prune; "
+                "start anew"
+            )
+        if not isinstance(found, dict) or schema not in (SCHEMA, *EARLIER):
             raise RunError(f"{self.config_path}: not a run of this version ({SCHEMA})")
         return found
 
     def exists(self) -> bool:
         """Whether a run was begun here, and is not half deleted."""
-        return self.config_path.exists() and not self._asked().get(DELETED)
+        return self.config_path.exists() and not self._asked(earlier=True).get(DELETED)
 
     def go_on(self, config: Mapping[str, Any]) -> None:
         """Check that a run asked for the same, and clear what a kill left half-written.
@@ -123,8 +138,8 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return read_json(path)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{path}: can't be read: {error}; delete it to do its part again"
             ) from None
@@ -135,7 +150,7 @@ class RunFolder:
 
     def state(self, name: str) -> StateFile:
         """Return the file of tensors with this name."""
-        return StateFile(self.path / f"{name}.pt", self.save_seconds)
+        return StateFile(self.path / f"{name}{STATE_SUFFIX}", self.save_seconds)
 
     def metrics(self, part: str) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl` that belong to a part."""
@@ -154,18 +169,21 @@ class RunFolder:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if not path.exists():
+            return
+        try:
             for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    raise RunError(f"{path}: a line is not JSON; delete it to go on") from None
+                line = parse_json(text)
+                if not isinstance(line, dict):
+                    raise ValueError("no object")
                 yield line
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: a line is not JSON ({error}); delete it to go on") from None
 
     def close(self) -> None:
         """Delete the tensors of a run that is complete; what was asked and measured stays."""
         self.keep("complete", True)  # first: without its tensors a run can't go on
-        for path in self.path.glob("*.pt"):
+        for path in self.path.glob(f"*{STATE_SUFFIX}"):
             path.unlink(missing_ok=True)
 
     @property
@@ -202,24 +220,28 @@ class StateFile:
         """Return the state, None where none was saved.
 
         Raises:
-            RunError: the file is not a state, or would run code.
+            RunError: the file is not a state.
         """
         if not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return read_state(self.path)
+        except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.path}: not a readable state ({line}); delete it to do its part again"
+                f"{self.path}: not a readable state ({error}); delete it to do its part again"
             ) from None
-        return state
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, whole or not at all.
+
+        Raises:
+            RunError: it holds what a file can't, such as an optimizer's own objects.
+        """
         start = time.monotonic()
-        with atomic(self.path) as temporary:
-            write_tensors(dict(state), temporary)
+        try:
+            write_state(self.path, state)
+        except TypeError as error:
+            raise RunError(f"{self.path}: can't be kept: {error}") from None
         self._saved = time.monotonic()
         self._took = self._saved - start
 

@@ -99,40 +99,43 @@ def train_file(
         Interrupted: the user stopped the run before its first epoch ended; nothing is written.
         RunError: `resume`, and the run there is another one.
     """
-    folder = None
-    if arguments is not None and processes.first:
-        asked = asked_to_train(splits, start, teacher, processes)
-        folder = RunFolder(run_path(target))
-        folder.open({**asked, "arguments": dict(arguments)}, resume=resume)
-    with _forgetting(folder):
-        model, history = train_model(
-            spec,
-            splits,
-            config,
-            device=device,
-            pretrained=pretrained,
-            start=start,
-            teacher=teacher,
-            events=events,
-            folder=folder,
-            processes=processes,
-        )
-    if isinstance(model, ImageModel):
-        model.spec = spec
-    for line in history.notes:
-        events.note(line)
-    if history.interrupted and len(history.epochs) < 2:
-        raise Interrupted(f"stopped before the first epoch ended{go_on_text(target, arguments)}")
-    record = {
-        "data": dict(splits.source),
-        "threat": to_plain(config.threat),
-        "training": plain_history(history),
-        "status": "trained" if not history.interrupted else "training interrupted",
-    }
-    if processes.first:
-        save(model, target, record)
-    if folder is not None and not history.interrupted:
-        folder.clear()
+    kept = arguments is not None and processes.first
+    folder = RunFolder(run_path(target)) if kept else None
+    with contextlib.nullcontext() if folder is None else folder.held():
+        if folder is not None:
+            asked = asked_to_train(splits, start, teacher, processes)
+            folder.open({**asked, "arguments": dict(arguments or {})}, resume=resume)
+        with _forgetting(folder):
+            model, history = train_model(
+                spec,
+                splits,
+                config,
+                device=device,
+                pretrained=pretrained,
+                start=start,
+                teacher=teacher,
+                events=events,
+                folder=folder,
+                processes=processes,
+            )
+        if isinstance(model, ImageModel):
+            model.spec = spec
+        for line in history.notes:
+            events.note(line)
+        if history.interrupted and len(history.epochs) < 2:
+            raise Interrupted(
+                f"stopped before the first epoch ended{go_on_text(target, arguments)}"
+            )
+        record = {
+            "data": dict(splits.source),
+            "threat": to_plain(config.threat),
+            "training": plain_history(history),
+            "status": "trained" if not history.interrupted else "training interrupted",
+        }
+        if processes.first:
+            save(model, target, record)
+        if folder is not None and not history.interrupted:
+            folder.clear()
     return TrainResult(model, history, record)
 
 

@@ -1,5 +1,6 @@
 """A run's record as JSON, as one self-contained HTML page, as rows for a terminal, as a picture."""
 
+from robust_prune.report.checking import check_record
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
 from robust_prune.report.rows import accuracy_rows, cost_rows, percent
@@ -9,6 +10,7 @@ __all__ = [
     "SCHEMA",
     "accuracy_rows",
     "check_line",
+    "check_record",
     "cost_rows",
     "flags",
     "grade_line",

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robust_prune.errors import PlanError
+import msgspec
+
+from robust_prune.errors import PlanError, UsageError, first_line
 from robust_prune.types.budget import Budget
 from robust_prune.types.model import Cost, Unprunable
-from robust_prune.types.plain import three_integers, to_plain
+from robust_prune.types.plain import to_plain
+from robust_prune.types.plan_file import PlanFile
+from robust_prune.untrusted import parse_json
 
 PLAN_SCHEMA = "robust-prune/plan/1"
 
@@ -101,44 +105,38 @@ class PruningPlan:
     def from_json(cls, text: str) -> PruningPlan:
         """Read a plan back; raises PlanError for text that is not one."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"the plan is not JSON: {error}") from None
         return cls.from_plain(data)
 
     @classmethod
     def from_plain(cls, data: Any) -> PruningPlan:
-        """Build a plan from parsed JSON, checking every index."""
+        """Build a plan from parsed JSON, checking every field and index; PlanError says which."""
         schema = data.get("schema", PLAN_SCHEMA) if isinstance(data, dict) else None
         if schema != PLAN_SCHEMA:
-            raise PlanError(f"the plan's schema is {schema!r}; this version reads {PLAN_SCHEMA!r}")
-        try:
-            plan = cls(
-                budget=Budget(**data["budget"]),
-                allocation=str(data["allocation"]),
-                score=str(data["score"]),
-                seed=int(data["seed"]),
-                input_size=three_integers(data["input_size"]),
-                dense=Cost(**data["dense"]),
-                pruned=Cost(**data["pruned"]),
-                groups=tuple(
-                    GroupPlan(**{**group, "keep": tuple(int(i) for i in group["keep"])})
-                    for group in data["groups"]
-                ),
-                unprunable=tuple(Unprunable(**item) for item in data.get("unprunable", ())),
-                notes=tuple(data.get("notes", ())),
-                ties=tuple((str(a), str(b)) for a, b in data.get("ties", ())),
-                whole_heads=bool(data.get("whole_heads", False)),
+            raise PlanError(
+                f"the plan's schema is {str(schema)[:60]!r}; this version reads {PLAN_SCHEMA!r}"
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan is malformed: {type(error).__name__}: {error}") from None
-        for group in plan.groups:
-            keep = list(group.keep)
-            if keep != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= group.width:
-                raise PlanError(
-                    f"the plan's group {group.name!r} must keep 1 to {group.width} different "
-                    f"channels in rising order, each below {group.width}"
-                )
+        try:
+            found = msgspec.convert(data, PlanFile)
+            found.check()
+            plan = cls(
+                budget=Budget(found.budget.target, found.budget.prune_ratio),  # type: ignore[arg-type]
+                allocation=found.allocation,
+                score=found.score,
+                seed=found.seed,
+                input_size=found.input_size,
+                dense=Cost(**msgspec.structs.asdict(found.dense)),
+                pruned=Cost(**msgspec.structs.asdict(found.pruned)),
+                groups=tuple(GroupPlan(**msgspec.structs.asdict(g)) for g in found.groups),
+                unprunable=tuple(Unprunable(item.name, item.reason) for item in found.unprunable),
+                notes=found.notes,
+                ties=found.ties,
+                whole_heads=found.whole_heads,
+            )
+        except (ValueError, UsageError) as error:
+            raise PlanError(f"the plan is malformed: {first_line(error)}") from None
         return plan
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from robust_prune.types.threat import ThreatModel
 
 
@@ -47,15 +49,8 @@ class Sensitivity:
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """Build it from parsed JSON."""
-        return cls(
-            **{
-                **data,
-                "threat": ThreatModel(**data["threat"]),
-                "modules": tuple(ModuleSensitivity(**item) for item in data["modules"]),
-                "groups": tuple(GroupSensitivity(**item) for item in data["groups"]),
-            }
-        )
+        """Build it from parsed JSON; raises ValueError where a field has another type."""
+        return msgspec.convert(dict(data), cls)
 
     def of_groups(self) -> dict[str, float]:
         """Return MRS by group name."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_prune.data import as_split, check_class_order, open_data
+from robust_prune.data import as_split, check_class_order, open_data, open_pictures
 from robust_prune.errors import DataError
 
 Folder = Path
@@ -28,8 +28,8 @@ def image_folder(path: Path, classes: dict[str, int], size: int = 16) -> Path:
     return path
 
 
-def labels_by_level(path: Path) -> dict[int, int]:
-    images, labels = open_data(path).test.take(100, 0)
+def labels_by_level(path: Path, **more: bool) -> dict[int, int]:
+    images, labels = open_data(path, **more).test.take(100, 0)
     levels = [round(float(image.mean()) * 255) for image in images]
     return dict(zip(levels, labels.tolist(), strict=True))
 
@@ -81,13 +81,12 @@ def saved(image: Image.Image, path: Path, **more: object) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["bomb", "large", "cut", "damaged", "text", "empty", "header"])
-def test_a_picture_that_can_not_be_read_is_one_line_with_its_path(
-    tmp_path: Path, kind: str
-) -> None:
-    path = image_folder(tmp_path, {"a": 10, "b": 20})
+KINDS = ["bomb", "large", "cut", "damaged", "text", "empty", "header"]
+
+
+def broken(kind: str, folder: Path) -> bytes:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    whole = saved(noise, tmp_path / "x.png")
+    whole = saved(noise, folder / "x.png")
     contents = {
         "bomb": bomb(60_000),
         "large": bomb(11_000),
@@ -97,8 +96,16 @@ def test_a_picture_that_can_not_be_read_is_one_line_with_its_path(
         "empty": b"",
         "header": b"\x89PNG\r\n\x1a\n",
     }
+    return contents[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_can_not_be_read_is_one_line_with_its_path(
+    tmp_path: Path, kind: str
+) -> None:
+    path = image_folder(tmp_path, {"a": 10, "b": 20})
     file = path / "test" / "a" / "0.png"
-    file.write_bytes(contents[kind])
+    file.write_bytes(broken(kind, tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=r"0\.png: ") as caught:
@@ -154,3 +161,43 @@ def test_numpy_pairs_columns_and_one_hot_rows_are_labels(labels: object) -> None
 def test_soft_labels_are_refused() -> None:
     with pytest.raises(DataError, match="labels must be 3 integers"):
         as_split((np.zeros((3, 3, 8, 8), np.float32), np.full((3, 4), 0.25, np.float32)))
+
+
+def test_unreadable_pictures_are_left_out_and_counted_where_that_is_asked(tmp_path: Path) -> None:
+    path = image_folder(tmp_path, {"a": 10, "b": 20}, size=8)
+    for i, kind in enumerate(KINDS):
+        (path / "train" / "a" / f"bad{i}.png").write_bytes(broken(kind, tmp_path))
+    (path / "test" / "b" / "0.png").write_bytes(b"")
+    splits = open_data(path, skip_unreadable=True)
+    assert [len(splits.train), len(splits.test)] == [4, 3]
+    assert labels_by_level(path, skip_unreadable=True) == {10: 0, 20: 1}
+    assert splits.source["left_out"] == {"train": 7, "test": 1}
+    (training,) = (n for n in splits.notes if "training pictures" in n)
+    assert training.startswith("7 of 11 training pictures can't be read and were left out: ")
+    assert training.endswith("and 4 more")
+    assert str(path / "train" / "a" / "bad0.png") in training
+    (testing,) = (n for n in splits.notes if "test pictures" in n)
+    assert testing.startswith("1 of 4 test pictures can't be read")
+    with pytest.raises(DataError, match=r"bad0\.png: "):
+        open_data(path)
+    whole = open_data(image_folder(tmp_path / "whole", {"a": 1, "b": 2}), skip_unreadable=True)
+    assert whole.source["left_out"] == {"train": 0, "test": 0}
+    assert not [note for note in whole.notes if "left out" in note]
+
+
+def test_a_class_without_a_readable_picture_is_an_error_all_the_same(tmp_path: Path) -> None:
+    path = image_folder(tmp_path, {"a": 10, "b": 20})
+    for file in (path / "train" / "b").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no picture of its class can be read"):
+        open_data(path, skip_unreadable=True)
+
+
+def test_pictures_without_labels_are_left_out_too(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    splits = open_pictures(tmp_path, net, input_size=(3, 8, 8), skip_unreadable=True)
+    assert len(splits.train) == 3
+    assert splits.source["left_out"] == {"train": 1, "test": 0}

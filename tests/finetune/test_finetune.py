@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import signal
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import TrainingError, UsageError
+from robust_prune.files import read_state, write_state
 from robust_prune.finetune import (
     Attack,
     EpochRecord,
@@ -288,7 +291,7 @@ def test_a_collapse_is_treated_as_asked(
 
 
 class Memory:
-    """A saved state that lives in memory, written at every chance."""
+    """Saved states as files give them back, written at every chance."""
 
     def __init__(self, every_batch: bool = True) -> None:
         self.states: list[dict[str, object]] = []
@@ -299,10 +302,10 @@ class Memory:
         return self.first
 
     def save(self, state: dict[str, object]) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        buffer.seek(0)
-        self.states.append(torch.load(buffer, weights_only=True))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "s.safetensors"
+            write_state(path, state)
+            self.states.append(read_state(path))
 
     def due(self) -> bool:
         return self.every_batch
@@ -478,3 +481,52 @@ def test_a_run_stopped_by_ctrl_c_goes_on_where_it_was(digits: DataSplits) -> Non
     rest.first = memory.states[-1]
     assert not train_(again, few, digits.validation, config, saved=rest).interrupted
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+DAMAGED: dict[str, dict[str, object]] = {
+    "an epoch of text": {"epoch": "1"},
+    "an epoch of -5": {"epoch": -5},
+    "an epoch beyond the last": {"epoch": 9},
+    "a batch of -1": {"batch": -1},
+    "an unknown field": {"code": "import os"},
+    "no epochs": {"records": []},
+    "an epoch out of order": {"best_epoch": 3},
+    "verdicts as text": {"peak": "1111"},
+    "too few verdicts": {"peak": torch.zeros(1, dtype=torch.bool)},
+    "an average that was not asked for": {"average": {}},
+    "no weights": {"model": {}},
+    "weights as text": {"best": {"net.fc.weight": "x"}},
+    "no settings of the optimizer": {"optimizer": {"state": {}, "param_groups": []}},
+    "no generators": {"random": {}},
+    "a broken generator": {"random": {"python": (3, (1, 2), None), "numpy": [], "torch": 5}},
+}
+
+
+SHORT = TrainingConfig(
+    "pgd-at", epochs=2, threat=ROBUST, attack_steps=1, batch_size=32, validation_images=16
+)
+
+
+@pytest.fixture(scope="module")
+def kept_state(digits: DataSplits) -> dict[str, object]:
+    memory = Memory()
+    short = replace(SHORT, epochs=1)
+    train_(
+        small_digits_model(digits),
+        as_split(digits.train.take(32, 0)),
+        digits.validation,
+        short,
+        saved=memory,
+    )
+    return memory.states[0]
+
+
+@pytest.mark.parametrize("name", list(DAMAGED))
+def test_a_saved_state_is_checked_before_it_is_taken_up(
+    name: str, digits: DataSplits, kept_state: dict[str, object]
+) -> None:
+    few, memory = as_split(digits.train.take(32, 0)), Memory()
+    memory.first = {**kept_state, **DAMAGED[name]}
+    with pytest.raises(TrainingError, match="the saved state does not fit this run") as told:
+        train_(small_digits_model(digits), few, digits.validation, SHORT, saved=memory)
+    assert "\n" not in str(told.value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,11 @@ import torch
 from torch import nn
 
 from robust_prune import compress, load, save
-from robust_prune.errors import RunError
+from robust_prune.errors import ModelError, RunError
+from robust_prune.files import locked, write_tensors
 from robust_prune.pipeline import RunFolder, StateFile, fingerprint
 from robust_prune.types import PruningPlan
-from tests.cli.test_cli import run, train  # noqa: F401 - a fixture and a helper
+from tests.cli.test_cli import KWARGS, run, train  # noqa: F401 - a fixture and a helper
 from tests.conftest import tiny_resnet
 
 OWN_METHOD = "tests.pipeline.test_run_folder:own_method"
@@ -86,7 +91,7 @@ def test_a_crash_right_after_a_part_was_kept_changes_nothing(
         mine, theirs = getattr(again, which), getattr(whole, which)
         assert [m.correct for m in mine.measurements] == [m.correct for m in theirs.measurements]
     assert again.report["notes"] == whole.report["notes"]
-    assert not list((tmp_path / "run").glob("*.pt"))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
     assert [line["epoch"] for line in RunFolder(tmp_path / "run").metrics("step 1")] == [0, 1]
 
 
@@ -224,15 +229,60 @@ class Evil:
 
 def test_a_state_never_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Evil()}, tmp_path / "tuned-1.pt")
+    path = tmp_path / "tuned-1.safetensors"
+    torch.save({"model": Evil()}, path)
     with pytest.raises(RunError, match="delete it"):
-        StateFile(tmp_path / "tuned-1.pt").load()
+        StateFile(path).load()
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps({"model": Evil()}, protocol))
+        with pytest.raises(RunError, match="delete it"):
+            StateFile(path).load()
     assert not (tmp_path / "evil").exists()
     for text in (b"", b"PK\x03\x04 cut"):
-        (tmp_path / "tuned-1.pt").write_bytes(text)
+        path.write_bytes(text)
         with pytest.raises(RunError, match="not a readable state"):
-            StateFile(tmp_path / "tuned-1.pt").load()
-    assert StateFile(tmp_path / "none.pt").load() is None
+            StateFile(path).load()
+    assert StateFile(tmp_path / "none.safetensors").load() is None
+
+
+def test_no_file_of_a_run_is_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on from a folder never unpickles, so that a stranger's folder runs nothing."""
+    options = {"allocation": "uniform", "finetune": "pgd-at", "epochs": 1, "attack_steps": 1}
+    original = RunFolder.keep
+
+    def keep(self: RunFolder, name: str, value: object) -> None:
+        original(self, name, value)
+        if name == "complete":
+            raise CrashError
+
+    monkeypatch.setattr(RunFolder, "keep", keep)
+    model, folder = tiny_resnet(num_classes=5), tmp_path / "run"
+    with pytest.raises(CrashError):
+        compress(model, own_data(), run_dir=folder, **options)
+    (folder / "complete.json").unlink()
+    states = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert states == ["pruned-1.safetensors", "tuned-1.safetensors"]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jsonl", ".safetensors"}
+    monkeypatch.setattr(RunFolder, "keep", original)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, never)
+    compress(model, own_data(), run_dir=folder, resume=True, **options)
+
+
+def test_a_run_of_an_earlier_version_is_one_line_and_may_be_begun_anew(tmp_path: Path) -> None:
+    model, folder = tiny_resnet(num_classes=5), tmp_path / "run"
+    compress(model, own_data(), allocation="uniform", run_dir=folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("robust-prune/run/2", "robust-prune/run/1"))
+    with pytest.raises(RunError, match="was written by an earlier version of robust-prune") as told:
+        compress(model, own_data(), allocation="uniform", run_dir=folder, resume=True)
+    assert "\n" not in str(told.value)
+    compress(model, own_data(), allocation="uniform", run_dir=folder)
+    assert RunFolder(folder).config()["schema"] == "robust-prune/run/2"
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -286,7 +336,7 @@ def test_a_run_whose_deletion_was_cut_off_is_begun_anew(
 def test_states_are_saved_as_seldom_as_they_are_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = StateFile(tmp_path / "s.pt", save_seconds=0.0)
+    state = StateFile(tmp_path / "s.safetensors", save_seconds=0.0)
     state.save({"x": torch.ones(3)})
     state._took = 10.0
     assert not state.due()
@@ -405,3 +455,77 @@ def test_an_error_before_anything_was_pruned_leaves_nothing(
     code, _, err = run("compress", "m.safetensors", "--ratio", 0.9999)
     assert code == 5, err
     assert not Path("m-pruned").exists()
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from robust_prune.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_at_once(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+) -> None:
+    save(tiny_resnet(num_classes=5), "m.safetensors")
+    Path("m-pruned").mkdir()
+    new = ["train", "--arch", "resnet18", "--model-kwargs", KWARGS, "--cifar-stem"]
+    for folder, command in (
+        ("m-pruned/run", ["compress", "m.safetensors", "--ratio", 0.5]),
+        ("new.pt.run", [*new, "--data", "digits", "--input-size", "1,16,16", "--out", "new.pt"]),
+    ):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDING, folder], stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        code, _, err = run(*command)
+        assert code == 2, err
+        assert err.splitlines()[-1].endswith(
+            "another run is at work there; wait for its end, or name another"
+        )
+        with pytest.raises(RunError, match="another run is at work"):
+            compress(tiny_resnet(num_classes=5), own_data(), run_dir=folder)
+        assert not Path(folder).exists()
+        holder.kill()
+        holder.wait()
+        with locked(Path(folder)):  # a kill leaves the file, and no lock
+            pass
+        assert not list(Path(folder).parent.glob(".*.lock"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["fsync", "replace", "mkstemp"])
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, where: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"a": 1})
+    folder.keep("part", {"x": 1})
+    folder.state("tuned-1").save({"x": torch.zeros(3)})
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    place = {"fsync": os, "replace": Path, "mkstemp": tempfile}[where]
+    monkeypatch.setattr(place, where, fail)
+    for work in (
+        lambda: folder.keep("part", {"x": 2}),
+        lambda: folder.record("part", {"epoch": 1}),
+        lambda: folder.state("tuned-1").save({"x": torch.ones(3)}),
+        lambda: save(tiny_resnet(), folder.path / "m.safetensors"),
+        lambda: save(tiny_resnet(), folder.path / "m.pt"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(os.strerror(code))) as told:
+            work()
+        assert "\n" not in str(told.value)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_tensors_that_do_not_fit_are_an_error_of_the_disk() -> None:
+    with pytest.raises(OSError, match=r"\S"):
+        write_tensors({"x": torch.zeros(10**6)}, Path("/dev/full"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from robust_prune.errors import PlanError
 from robust_prune.graph.tracing import mixing as mixing
 from robust_prune.graph.tracing import moving as moving
 from robust_prune.graph.tracing.adapters import adapted
@@ -111,8 +112,11 @@ class _Book:
             self.labels.fix(self.axes[weight, dim], reason)
 
     def tie(self, first: str, second: str) -> None:
-        a, b = (self.axes.get(_axis(name)) for name in (first, second))
-        if a is not None and b is not None and a.shape == b.shape:
+        for name in (first, second):
+            if _axis(name) not in self.axes:
+                raise PlanError(f"the plan ties {name!r}, which this network does not have")
+        a, b = self.axes[_axis(first)], self.axes[_axis(second)]
+        if a.shape == b.shape:
             self.atoms.join(a, b)
 
     def close(self, outputs: Sequence[Tensor]) -> Coupling:

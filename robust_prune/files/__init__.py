@@ -1,0 +1,7 @@
+"""Files written whole or not at all, and read without running anything."""
+
+from robust_prune.files.locking import locked
+from robust_prune.files.states import read_state, write_state
+from robust_prune.files.writing import atomic, write_tensors, write_text
+
+__all__ = ["atomic", "locked", "read_state", "write_state", "write_tensors", "write_text"]
