@@ -57,7 +57,7 @@ def couple(
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return replace(book.close(outputs), trains=trains)
+    return replace(book.close(outputs), trains=trains, whole_heads=whole_heads)
 
 
 class _Book:
