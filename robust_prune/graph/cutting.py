@@ -173,7 +173,9 @@ class Remaining:
             widths.setdefault(count.value, set()).add(left)
         known = {old: new.pop() for old, new in widths.items() if len(new) == 1}
         module = self._modules[owner]
-        by_shape = [n for kind, names in BY_SHAPE.items() if isinstance(module, kind) for n in names]
+        by_shape = [
+            n for kind, names in BY_SHAPE.items() if isinstance(module, kind) for n in names
+        ]
         found = {
             name: value
             for name, value in self._traced(owner).items()

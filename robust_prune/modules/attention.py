@@ -77,7 +77,7 @@ def heads_of(
             F.pad(x, (0, 0, 0, 1)) + F.pad(more.expand(len(x), 1, -1), (0, 0, x.shape[1], 0))
             for x, more in ((k, module.bias_k), (v, module.bias_v))
         )
-    q, k, v = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.view(*x.shape[:2], module.num_heads, -1).transpose(1, 2) for x in (q, k, v))
     if module.add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return q, k, v
@@ -130,7 +130,7 @@ def _additive(
     found: Tensor | None = None
     if attn_mask is not None:
         found = _numbers(attn_mask, q)
-        found = found.unflatten(0, (len(q), -1)) if found.ndim == 3 else found
+        found = found.view(len(q), -1, *found.shape[1:]) if found.ndim == 3 else found
     if key_padding_mask is not None:
         padding = _numbers(key_padding_mask, q).view(len(q), 1, 1, -1)
         found = padding if found is None else found + padding

@@ -127,7 +127,6 @@ def _multi_head_attention(
         return out
     q, k, v = heads_of(module, query, key, value)
     q = q + v.mean(-2, keepdim=True)
-    k = k + v.mean(-2, keepdim=True)
     asked = {**dict(zip(NEXT, args, strict=False)), **kwargs}
     weights = None
     if asked.get("need_weights", True):

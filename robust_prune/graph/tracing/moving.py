@@ -186,11 +186,11 @@ def _whole_pieces(tracer: Tracer, pieces: Sequence[Tensor]) -> None:
 @rule("chunk", "split", "tensor_split", "split_with_sizes")
 def _pieces(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
     dim = argument(args, kwargs, 2, "dim", default=0)
-    if name == "chunk" and dim == 0 and tracer.is_parameter(args[0]) and args[0].ndim == 2:
-        if len({len(piece) for piece in out}) == 1:
-            for i, piece in enumerate(out):
-                mark_piece(piece, args[0], i * len(piece))
-            return
+    of_weight = tracer.is_parameter(args[0]) and args[0].ndim == 2 and dim == 0
+    if name == "chunk" and of_weight and len({len(piece) for piece in out}) == 1:
+        for i, piece in enumerate(out):
+            mark_piece(piece, args[0], i * len(piece))
+        return
     label = full(tracer, args[0])
     parts = torch.split(label, [piece.shape[dim] for piece in out], dim)
     parts = tuple(compress(part) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import zeros
@@ -49,7 +50,7 @@ def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
     atoms.join(rows, first)  # pieces are equally large
     _join_bias(tracer, bias, rows)
     label = tracer.label(x)
-    if label.ndim > 1 and len(label.unique()) == label.numel() == x.numel():
+    if label.ndim > 1 and len(torch.unique(label)) == label.numel() == x.numel():
         # a bare parameter, such as learned queries: each row has the same channels
         flat = label.reshape(-1, label.shape[-1])
         atoms.join(flat, flat[:1])
