@@ -75,15 +75,25 @@ def on_our_graph(arch: str, criterion: str, enliven_: Any) -> dict[str, Any]:
 
 
 def half(model: nn.Module, size: tuple[int, int, int], groups: Any) -> float:
-    """Return the ratio by which local pruning of all groups halves the multiply-adds."""
+    """Return the ratio by which local pruning of all groups comes nearest to half the work.
+
+    A group that a ratio leaves nothing of is skipped by the pruner and stays whole.
+    """
     costs = ModelGraph(model, size, probe=False, ties=groups.ties)
     dense = costs.cost().macs
+    limit = 1 - 1 / min(g.units for g in groups.groups)
+
+    def left(ratio: float) -> float:
+        widths = {g.name: max(1, int(g.units * (1 - ratio))) * g.blocks for g in groups.groups}
+        return costs.cost(widths).macs / dense
+
     low, high = 0.0, 1.0
     for _ in range(14):
         ratio = (low + high) / 2
-        widths = {g.name: max(1, int(g.units * (1 - ratio))) * g.blocks for g in groups.groups}
-        low, high = (ratio, high) if costs.cost(widths).macs > RATIO * dense else (low, ratio)
-    return ratio
+        low, high = (ratio, high) if left(ratio) > RATIO else (low, ratio)
+    if left(high) > RATIO:  # out of reach
+        return limit
+    return min(low, high, key=lambda ratio: abs(left(ratio) - RATIO))
 
 
 @torch.no_grad()

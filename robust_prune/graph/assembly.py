@@ -144,6 +144,13 @@ class Assembly:
             if slot.role == "out" and is_mixing(self._modules[slot.layer]):
                 yield slot
 
+    def layers(self, group: str) -> Iterator[Slot]:
+        """Yield the slots of layers that make a group's channels, then of those that read them."""
+        yield from self.makers(group)
+        for slot in self._wiring.slots[group]:
+            if slot.role == "in" and is_mixing(self._modules[slot.layer]):
+                yield slot
+
     def channels(self, group: str, slot: Slot, units: Mapping[str, Tensor]) -> list[int]:
         """Return where a slot of a group holds some of its units now, in rising order."""
         chosen = torch.searchsorted(self._remaining.units(group), units[group])

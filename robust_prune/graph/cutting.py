@@ -21,6 +21,8 @@ NO_WIDTH = re.compile(
     "num|heads|groups|window|kernel|stride|padding|patch|image|img|grid|dilat|depth|ratio|index|"
     "resolution|pool|radix|shift|scale_factor|factor|level|feat_size|output_size|training"
 )
+# numbers that follow the shapes of a module's parameters, whatever its heads are as wide as
+BY_SHAPE = {nn.MultiheadAttention: ("embed_dim", "kdim", "vdim")}
 STANDARD = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 Axis = tuple[str, int]  # a tensor's name and one of its dimensions
@@ -170,12 +172,25 @@ class Remaining:
             left = int(self._wiring.kept(count, self.gone).sum())
             widths.setdefault(count.value, set()).add(left)
         known = {old: new.pop() for old, new in widths.items() if len(new) == 1}
-        return {
-            name: _follow(value, known)
+        module = self._modules[owner]
+        by_shape = [
+            n for kind, names in BY_SHAPE.items() if isinstance(module, kind) for n in names
+        ]
+        found = {
+            name: value
             for name, value in self._traced(owner).items()
             if not name.startswith("_")
+            and name not in by_shape
             and type(value) is not float
             and (name in HEAD_NUMBERS or not NO_WIDTH.search(name))
+        }
+        ambiguous = {found[n] for n in HEAD_NUMBERS if n in found}
+        ambiguous &= {v for n, v in found.items() if n not in HEAD_NUMBERS and type(v) is int}
+        heads = self._wiring.coupling.whole_heads
+        return {
+            name: _follow(value, known)
+            for name, value in found.items()
+            if type(value) is not int or value not in ambiguous or (name in HEAD_NUMBERS) == heads
         }
 
     def _head_width(self, owner: str, g: int) -> int:

@@ -283,7 +283,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         target, fn = group[0].dep.target.module, group[0].dep.handler
         idxs = list(group[0].idxs)
         if isinstance(target, (Units, nn.Parameter)):
-            name, slot = next((n, s) for n in group.units for s in self._assembly.makers(n))
+            name, slot = next((n, s) for n in group.units for s in self._assembly.layers(n))
             target = self._modules[slot.layer]
             fn, idxs = handler_of(target, slot), self._assembly.channels(name, slot, group.units)
         return [self._module2name[target], self._side(fn) == "out", idxs]

@@ -79,7 +79,8 @@ class ModelGraph:
             weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
         names = [name for name, _ in net.named_modules() if name]
         matched = _match(protect, names)
-        protected = {n: f"protected: {n}" for n in layers if n in matched}
+        heads = [n for n, m in net.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        protected = {n: f"protected: {n}" for n in (*layers, *heads) if n in matched}
         self.whole_heads = whole_heads
         with checked(input_size), evaluating(net):
             wiring, self.ties = wired(

@@ -143,6 +143,8 @@ def _layer_root(slots: tuple[Slot, ...], modules: Mapping[str, nn.Module]) -> Ro
         module = modules[slot.layer]
         if slot.role != "out" or not isinstance(module, (ops.TORCH_CONV, ops.TORCH_LINEAR)):
             continue
+        if kind_of(module) == KIND.DEPTHWISE_CONV:
+            continue  # importances don't read it, and take the next item's length for the root's
         if module.weight.shape[slot.dim] != len(slot.units):
             continue  # some of its channels are other groups', or stay
         units = int(slot.units.max()) + 1

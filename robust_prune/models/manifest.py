@@ -37,7 +37,7 @@ class _Model(msgspec.Struct, forbid_unknown_fields=True):
     arch: Name
     kwargs: dict[str, Any] = {}
     cifar_stem: bool = False
-    num_classes: Count = 0
+    num_classes: Count | msgspec.UnsetType = msgspec.UNSET  # 0: it ends before a classifier
     input_size: tuple[Pixels, Pixels, Pixels] | None = None
     mean: PerChannel = []
     std: PerChannel = []
@@ -116,8 +116,8 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Tensor], manifest: A
 
 
 def _spec(model: _Model) -> ModelSpec:
-    if model.source != "custom" and model.num_classes < 1:
-        raise ValueError(f"a network of {model.num_classes} classes - at `$.model.num_classes`")
+    if model.source != "custom" and model.num_classes is msgspec.UNSET:
+        raise ValueError("no number of classes - at `$.model.num_classes`")
     if model.kwargs.get("num_classes", model.num_classes) != model.num_classes:
         raise ValueError("not the number of classes in kwargs - at `$.model.num_classes`")
     if len(model.mean) != len(model.std):

@@ -1,5 +1,10 @@
 """Modules on images: normalisation inside, checks, contexts, resizing in place."""
 
+from robust_prune.modules.attention import (
+    NarrowAttention,
+    heads_of,
+    joined,
+)
 from robust_prune.modules.checks import check_float32, check_outputs
 from robust_prune.modules.contexts import (
     batch_statistics,
@@ -28,6 +33,7 @@ __all__ = [
     "tensors_in",
     "Fields",
     "ImageModel",
+    "NarrowAttention",
     "batch_statistics",
     "check_float32",
     "check_outputs",
@@ -38,7 +44,9 @@ __all__ = [
     "fields_of",
     "fit_",
     "float32_logits",
+    "heads_of",
     "image_channels",
+    "joined",
     "make_contiguous_",
     "narrow_",
     "network_of",

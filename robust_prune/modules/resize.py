@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from robust_prune.errors import ModelError
+from robust_prune.modules.attention import narrow_attention_
 from robust_prune.modules.layout import plain_layout
 
 Fields = dict[str, dict[str, Any]]
@@ -147,6 +148,8 @@ def _set_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], depthw
     weight = shapes.get("weight", ())
     if isinstance(module, _ConvNd) and weight:
         _set_convolution(module, weight, depthwise)
+    elif isinstance(module, nn.MultiheadAttention):
+        narrow_attention_(module)
     elif isinstance(module, nn.Linear) and weight:
         module.out_features, module.in_features = weight
     elif isinstance(module, _NormBase) or (hasattr(module, "num_features") and len(weight) == 1):

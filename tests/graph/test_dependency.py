@@ -292,6 +292,19 @@ def test_what_has_to_stay_is_refused_with_the_reason() -> None:
     assert net(images).shape == (4, 8)
 
 
+def test_no_depthwise_convolution_is_the_root_whose_scores_importances_read() -> None:
+    torch.manual_seed(0)
+    net, images = timm.create_model("mambaout_femto", depths=(1, 1, 1, 1)), torch.rand(1, 3, 64, 64)
+    dense = copy.deepcopy(net)
+    with rp.dependency_graph():
+        pruner = tp.pruner.BasePruner(
+            net, images, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5
+        )
+    pruner.step()
+    assert net.stages[0].blocks[0].conv.weight.shape[0] == 24
+    assert_masked(dense.eval(), net, pruner.DG, images)
+
+
 def test_channels_of_a_convolution_with_groups_go_with_their_twins() -> None:
     torch.manual_seed(0)
     net = randomize_(OwnNet(12)).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from robust_prune import load, save
 from robust_prune.errors import ModelError
@@ -55,6 +56,11 @@ def nested(levels: int) -> Any:
     return [nested(levels - 1)] if levels else 1
 
 
+def without_classes(manifest: dict[str, Any]) -> None:
+    del manifest["model"]["num_classes"]
+    manifest["model"]["kwargs"].pop("num_classes", None)
+
+
 WRONG: dict[str, Change] = {
     "another schema": top(schema="robust-prune/model/2"),
     "no schema": lambda manifest: manifest.pop("schema") and None,
@@ -66,6 +72,7 @@ WRONG: dict[str, Change] = {
     "a name of megabytes": model(arch="x" * 10**6),
     "an unknown field": model(code="import os"),
     "no classes": model(num_classes=0),
+    "no number of classes": without_classes,
     "other classes than in kwargs": model(num_classes=11),
     "10^12 classes": model(num_classes=10**12),
     "classes as text": model(num_classes="ten"),
@@ -137,3 +144,11 @@ def test_what_a_report_holds_besides_is_kept(good: bytes, tmp_path: Path) -> Non
     _, record = open_model(with_manifest(good, change, tmp_path / "m.safetensors"))
     assert record["anything"] == {"deep": [1, 2, {"a": None}]}
     assert record["threat"]["eps"] == 0.03
+
+
+def test_a_network_that_ends_before_a_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny_resnet(num_classes=0)
+    again = load(save(model, tmp_path / "m.safetensors"))
+    assert again.spec.num_classes == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])

@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_prune.modules import NarrowAttention, heads_of, joined
+
 Forward = Callable[..., Any]
 _BY_CLASS: dict[type[nn.Module], Forward] = {}
 _BY_NAME: dict[str, Forward] = {}
@@ -111,3 +113,27 @@ def _norm_of_maps(module: Any, x: Tensor) -> Tensor:
 def _simple_norm(module: Any, x: Tensor) -> Tensor:
     """A norm without mean, put together from a variance."""
     return F.layer_norm(x, x.shape[-1:], module.weight)
+
+
+@adapter(nn.MultiheadAttention)
+def _multi_head_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """torch's attention is one function, which hides its heads; it has one width for all three."""
+    if type(module) not in (nn.MultiheadAttention, NarrowAttention):  # whose forward is its own
+        out: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, query, key, value, *args, **kwargs
+        )
+        return out
+    q, k, v = heads_of(module, query, key, value)
+    q = q + v.mean(-2, keepdim=True)
+    asked = {**dict(zip(NEXT, args, strict=False)), **kwargs}
+    weights = None
+    if asked.get("need_weights", True):
+        heads = () if asked.get("average_attn_weights", True) else (module.num_heads,)
+        weights = query.new_zeros(len(q), *heads, q.shape[-2], k.shape[-2])
+        weights = weights if query.ndim == 3 else weights[0]
+    return joined(module, F.scaled_dot_product_attention(q, k, v), query), weights
+
+
+NEXT = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")

@@ -58,7 +58,7 @@ def couple(
         book.protect(name, reason)
     for first, second in ties:
         book.tie(first, second)
-    return replace(book.close(outputs), trains=trains)
+    return replace(book.close(outputs), trains=trains, whole_heads=whole_heads)
 
 
 class _Book:
@@ -106,10 +106,9 @@ class _Book:
                 return
 
     def protect(self, layer: str, reason: str) -> None:
-        weight = f"{layer}.weight"
-        dim = _out_dim(self.modules[layer])
-        if (weight, dim) in self.axes:
-            self.labels.fix(self.axes[weight, dim], reason)
+        for axis in self.out_dims.items():
+            if axis[0].rpartition(".")[0] == layer and axis in self.axes:
+                self.labels.fix(self.axes[axis], reason)
 
     def tie(self, first: str, second: str) -> None:
         for name in (first, second):
@@ -207,17 +206,20 @@ class _Book:
     def _where(self) -> dict[int, tuple[tuple[str, int], int]]:
         """Return where each raw atom of a layer's weight is stored."""
         if self.where is None:
+            biases = set(self.labels.biases.values())
             self.where = {
                 atom: (key, i)
                 for key, atoms in self.axes.items()
-                if key[0].endswith("weight") or key[0] in self.out_dims
                 for i, atom in enumerate(atoms.tolist())
+                if key[0].endswith("weight") or key[0] in self.out_dims or atom in biases
             }
         return self.where
 
     def _rows(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> dict[int, list[Slot]]:
         """Return by group the slots in which raw atoms are stored."""
-        where = self._where()
+        where, biases = self._where(), self.labels.biases
+        beside = [biases[atom] for atom in atoms.tolist() if atom in biases]
+        atoms = torch.cat([atoms.reshape(-1), torch.tensor(beside, dtype=torch.long)])
         found: dict[tuple[int, tuple[str, int]], list[tuple[int, int]]] = {}
         for atom, root in zip(
             atoms.tolist(), self.atoms.find(atoms.contiguous()).tolist(), strict=True
@@ -292,6 +294,8 @@ class _Book:
 
     def _makes_channels(self, layer: str, leaf: str, dim: int) -> bool:
         module = self.modules[layer]
+        if isinstance(module, nn.MultiheadAttention):
+            return self.out_dims.get(f"{layer}.{leaf}") == dim
         known = isinstance(module, (_ConvNd, nn.Linear)) and leaf == "weight"
         return known and dim == _out_dim(module)
 

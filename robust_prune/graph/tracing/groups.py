@@ -49,6 +49,7 @@ class Coupling:
     rows that make up for an attention's scale, which follows its head's width. `uses` lists
     for each weight the positions of its calls, and which sizes among them are channels (it mixes
     tokens, for each channel alike); `products` lists the same of the products between activations.
+    `whole_heads` says that attentions lose whole heads, not dims of every head.
     `trains` says that a pass in train mode does more than one in eval mode. `outputs` are the
     groups that the network returns.
     """
@@ -63,3 +64,4 @@ class Coupling:
     fixed: Mapping[str, str]
     outputs: frozenset[int]
     trains: bool = False
+    whole_heads: bool = False

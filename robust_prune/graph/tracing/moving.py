@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import compress
 from robust_prune.graph.tracing.rules import Args, Kwargs, full, meet, note_site, rule, words
-from robust_prune.graph.tracing.tracer import Tracer, UntraceableError
+from robust_prune.graph.tracing.tracer import Tracer, UntraceableError, mark_piece
 from robust_prune.graph.tracing.uses import argument
 from robust_prune.modules import tensors_in
 
@@ -186,6 +186,11 @@ def _whole_pieces(tracer: Tracer, pieces: Sequence[Tensor]) -> None:
 @rule("chunk", "split", "tensor_split", "split_with_sizes")
 def _pieces(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
     dim = argument(args, kwargs, 2, "dim", default=0)
+    of_weight = tracer.is_parameter(args[0]) and args[0].ndim == 2 and dim == 0
+    if name == "chunk" and of_weight and len({len(piece) for piece in out}) == 1:
+        for i, piece in enumerate(out):
+            mark_piece(piece, args[0], i * len(piece))
+        return
     label = full(tracer, args[0])
     parts = torch.split(label, [piece.shape[dim] for piece in out], dim)
     parts = tuple(compress(part) for part in parts)

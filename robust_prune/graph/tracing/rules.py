@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import zeros
-from robust_prune.graph.tracing.tracer import Rule, Site, Tracer, UntraceableError
+from robust_prune.graph.tracing.tracer import Rule, Site, Tracer, UntraceableError, piece_of
 from robust_prune.graph.tracing.uses import argument
 from robust_prune.modules import tensors_in
 
@@ -39,12 +40,20 @@ def full(tracer: Tracer, tensor: Tensor) -> Tensor:
 
 @rule("linear")
 def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    x, weight, bias = _operands(tracer, args, kwargs)
+    piece = piece_of(_given(args, kwargs)[1])
+    x, weight, bias = _operands(tracer, args, kwargs) if piece is None else _given(args, kwargs)
+    whole, start = (weight, 0) if piece is None else piece
     labels, atoms = tracer.labels, tracer.labels.atoms
-    labels.out_dims[id(weight)] = 0
-    rows, columns = labels.axis(weight, 0), labels.axis(weight, 1)
+    labels.out_dims[id(whole)] = 0
+    rows, columns = (labels.axis(whole, dim) for dim in (0, 1))
+    rows, first = rows[start : start + len(weight)], rows[: len(weight)]
+    atoms.join(rows, first)  # pieces are equally large
     _join_bias(tracer, bias, rows)
     label = tracer.label(x)
+    if label.ndim > 1 and len(torch.unique(label)) == label.numel() == x.numel():
+        # a bare parameter, such as learned queries: each row has the same channels
+        flat = label.reshape(-1, label.shape[-1])
+        atoms.join(flat, flat[:1])
     elsewhere = [d for d in tracer.varies(label) if d != label.ndim - 1]
     if elsewhere:
         # it mixes tokens: their number stays, the channels pass
@@ -95,11 +104,16 @@ def _conv_transpose(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: 
 
 
 def _operands(tracer: Tracer, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = _given(args, kwargs)
+    if id(weight) not in tracer.parameters:
+        raise UntraceableError("a weight that is no parameter")
+    return x, weight, bias
+
+
+def _given(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor, Tensor | None]:
     x, weight, bias = (
         argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias"))
     )
-    if id(weight) not in tracer.parameters:
-        raise UntraceableError("a weight that is no parameter")
     return x, weight, bias
 
 
@@ -108,8 +122,10 @@ def _join_bias(tracer: Tracer, bias: Tensor | None, rows: Tensor) -> None:
         return
     if id(bias) in tracer.parameters:
         tracer.labels.atoms.join(tracer.labels.axis(bias, 0), rows)
-    else:  # put together from several parameters
-        tracer.labels.atoms.join(tracer.vector(tracer.label(bias), 0, len(rows)), rows)
+    else:  # put together from several parameters, or a part of one
+        atoms = tracer.vector(tracer.label(bias), 0, len(rows))
+        tracer.labels.atoms.join(atoms, rows)
+        tracer.labels.biases.update(zip(rows.tolist(), atoms.tolist(), strict=True))
 
 
 @rule("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")

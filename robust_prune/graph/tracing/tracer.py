@@ -53,7 +53,10 @@ class Site:
 
 @dataclass
 class Labels:
-    """What a trace collects."""
+    """What a trace collects.
+
+    `biases` has, by the atom of a weight's row, that of its bias where this is a part of another.
+    """
 
     atoms: Atoms = field(default_factory=Atoms)
     axes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Labels:
     scaled: list[tuple[str, Tensor]] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
     reasons: list[tuple[Tensor, str]] = field(default_factory=list)
+    biases: dict[int, int] = field(default_factory=dict)
 
     def axis(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the atoms [size] along one dimension of a parameter or buffer."""
@@ -151,7 +155,8 @@ class Tracer(TorchFunctionMode):
     def _channels(self, places: Sequence[Place]) -> Tensor | None:
         """Return the atoms along the first of these dimensions that channels lie along."""
         for tensor, dim in places:
-            if self.is_parameter(tensor) and id(tensor) not in self.labels.entries:
+            whole = (piece_of(tensor) or (tensor, 0))[0]
+            if self.is_parameter(whole) and id(whole) not in self.labels.entries:
                 continue
             label = self.label(tensor)
             varies = self.varies(label)
@@ -165,6 +170,12 @@ class Tracer(TorchFunctionMode):
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
         if id(tensor) in self.parameters:
             return self._entries(tensor)
+        piece = piece_of(tensor)
+        if piece is not None:
+            entries = self._entries(piece[0])
+            rows = entries[piece[1] : piece[1] + len(tensor)]
+            self.labels.atoms.join(rows, entries[: len(tensor)])
+            return rows
         found: Tensor | None = getattr(tensor, "_atoms", None)
         if found is None or id(tensor) in self.buffers:
             return zeros(tensor.ndim)
@@ -196,6 +207,7 @@ class Tracer(TorchFunctionMode):
     def fix(self, reason: str, *values: Any) -> None:
         """Make the channels of all tensors among the values stay, and remember why."""
         for tensor in tensors_in(values):
+            tensor = (piece_of(tensor) or (tensor, 0))[0]
             if id(tensor) in self.parameters:
                 label = self.labels.entries.setdefault(id(tensor), zeros(tensor.ndim))
             else:
@@ -227,6 +239,17 @@ class Tracer(TorchFunctionMode):
                 parameter.shape
             )
         return self.labels.entries[key]
+
+
+def mark_piece(piece: Tensor, parameter: Tensor, start: int) -> None:
+    """Remember that a tensor is some rows of a parameter, all pieces of which are equally large."""
+    piece._piece = parameter, start  # type: ignore[attr-defined]
+
+
+def piece_of(tensor: Any) -> tuple[Tensor, int] | None:
+    """Return of which parameter a tensor is a piece, and its first row; None if of none."""
+    found: tuple[Tensor, int] | None = getattr(tensor, "_piece", None)
+    return found
 
 
 def name_of(func: Any) -> str:

@@ -87,6 +87,7 @@ def trace_training(
     if calls.found <= tracer.calls:
         return False
     labels = tracer.labels
+    made = set(labels.out_dims)
     uses = {key: list(times) for key, times in labels.uses.items()}
     gates, scaled = list(labels.gates), list(labels.scaled)
     tracer.follow(twin)
@@ -95,7 +96,7 @@ def trace_training(
     for tensor in tensors_in((out,)) if outputs_stay else ():
         labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
     for key, dim in labels.out_dims.items():
-        if key not in uses:
+        if key not in uses and key not in made:
             labels.fix(labels.axes[key, dim], REASON)
     labels.uses, labels.gates, labels.scaled = uses, gates, scaled
     return True
