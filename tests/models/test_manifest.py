@@ -14,6 +14,7 @@ import torch
 from robust_prune import load, save
 from robust_prune.errors import ModelError
 from robust_prune.graph import ModelGraph, prune_
+from robust_prune.models.fitting import check_classes, check_runs
 from tests.conftest import tiny_resnet
 from tests.graph.test_graph import random_plan
 
@@ -152,3 +153,12 @@ def test_a_network_that_ends_before_a_classifier_is_saved_and_loaded(tmp_path: P
     assert again.spec.num_classes == 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_network_without_a_classifier_has_to_run_and_no_more() -> None:
+    model = tiny_resnet(num_classes=0)
+    check_runs(model)
+    check_classes(model)
+    model.net.layer1 = torch.nn.Conv2d(7, 7, 1)
+    with pytest.raises(ModelError):
+        check_runs(model)
