@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 		--data digits --input-size 1,16,16 --eps 0.1 \
 		--epochs 10 --clean-epochs 3 --batch-size 32 --attack-steps 5 --out digits.safetensors
 	cd demo && ../$(BIN)/robust-prune compress digits.safetensors --ratio 0.5 \
-		--batch-size 32 --n-eval 100
+		--batch-size 32 --n-eval 50
 	@echo "the report is demo/digits-pruned/report.html"
 
 test: $(VENV)/installed
