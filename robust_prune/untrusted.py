@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from robust_prune.errors import first_line
 
 LARGEST_JSON = 2**26  # bytes; a plan of a large network has some hundred thousand
@@ -38,6 +36,8 @@ def read_json(path: Path) -> Any:
 
 def parse_json(text: str | bytes) -> Any:
     """Return what JSON text holds; raises ValueError with one line, also where it is too deep."""
+    import msgspec  # as in `types`: its first import costs --help 10 ms
+
     try:
         return msgspec.json.decode(text)
     except (ValueError, RecursionError) as error:

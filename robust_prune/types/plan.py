@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from robust_prune.errors import PlanError, UsageError, first_line
 from robust_prune.types.budget import Budget
 from robust_prune.types.model import Cost, Unprunable
 from robust_prune.types.plain import to_plain
-from robust_prune.types.plan_file import PlanFile
 from robust_prune.untrusted import parse_json
 
 PLAN_SCHEMA = "robust-prune/plan/1"
@@ -113,6 +110,10 @@ class PruningPlan:
     @classmethod
     def from_plain(cls, data: Any) -> PruningPlan:
         """Build a plan from parsed JSON, checking every field and index; PlanError says which."""
+        import msgspec
+
+        from robust_prune.types.plan_file import PlanFile
+
         schema = data.get("schema", PLAN_SCHEMA) if isinstance(data, dict) else None
         if schema != PLAN_SCHEMA:
             raise PlanError(

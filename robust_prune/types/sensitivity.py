@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from robust_prune.types.threat import ThreatModel
 
 
@@ -50,6 +48,8 @@ class Sensitivity:
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Sensitivity:
         """Build it from parsed JSON; raises ValueError where a field has another type."""
+        import msgspec
+
         return msgspec.convert(dict(data), cls)
 
     def of_groups(self) -> dict[str, float]:
