@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -216,7 +217,9 @@ def work(engine: str, arch: str) -> None:
     try:
         row = run(engine, arch)
     except Exception as error:  # noqa: BLE001 (a row for every failure)
-        line = (str(error).splitlines() or [""])[0][:200]
+        # the record names no folder of the machine that made it
+        text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/", "", str(error))
+        line = (text.splitlines() or [""])[0][:200]
         row = {"pass": False, "error": f"{type(error).__name__}: {line}"}
     row["seconds"] = time.perf_counter() - start
     row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

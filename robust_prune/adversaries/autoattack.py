@@ -63,8 +63,8 @@ def autoattack(
     With K classes at most K - 1 targets exist; below 4 classes the targeted DLR loss is not
     defined and targeted APGD is left out. Both are said in `flags`.
 
-    In the end the model itself judges: an image is robust where it is right on it as it was, and
-    as it was returned, and no attack counted it as fooled.
+    In the end the model itself judges: an image is robust where no attack counted it as fooled,
+    which is then returned as it was, and the model is right on it.
 
     Raises:
         AttackError: fewer than two classes, logits that are not finite, or images too small.
@@ -91,12 +91,8 @@ def autoattack(
         adversarial, predicted = attack.run_standard_evaluation(
             images, labels, batch_size=batch_size
         )
-        again = torch.cat(
-            [model(part.to(device)).argmax(1).cpu() for part in adversarial.split(batch_size)]
-        )
-        clean = predict(model, images, batch_size).cpu()
-    labels = labels.cpu()
-    robust = (predicted.cpu() == labels) & (again == labels) & (clean == labels)
+        again = predict(model, adversarial, batch_size)
+    robust = (predicted.cpu() == labels.cpu()) & (again == labels.cpu())
     return AutoAttackResult(
         robust=robust,
         images=adversarial,

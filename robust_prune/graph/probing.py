@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import ModelError
+from robust_prune.errors import ModelError, first_line
 from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
@@ -53,7 +53,7 @@ class _Trial:
             silence_(masked, self.wiring, dropped)
             error = difference(found, self.example.run(masked))
         except RUN_ERRORS as fault:
-            line = (str(fault).splitlines() or [type(fault).__name__])[0][:120]
+            line = first_line(fault)[:120]
             return f"the model does not run when it is pruned: {line}"
         if not error < TOLERANCES[self.example.dtype]:
             return f"pruning it is not the same as masking it (by {error:.1g})"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import ModelError
+from robust_prune.errors import ModelError, first_line
 from robust_prune.models.builders import default_input_size
 from robust_prune.models.matching import needed
 from robust_prune.modules import Fields, ImageModel, evaluating, fit_, set_fields_
@@ -125,7 +125,7 @@ def check_runs(model: ImageModel) -> None:
         with evaluating(model), torch.no_grad():
             logits = model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
     except RUN_ERRORS as error:
-        raise ModelError((str(error).splitlines() or [type(error).__name__])[0][:120]) from None
+        raise ModelError(first_line(error)[:120]) from None
     if model.spec.num_classes == 0:
         return
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, model.spec.num_classes):

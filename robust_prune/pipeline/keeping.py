@@ -105,7 +105,7 @@ def load_weights_(job: Job, name: str, model: nn.Module) -> None:
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(
-            f"{file.path}: not the weights of this run ({str(error).splitlines()[0]}); start anew"
+            f"{file.path}: not the weights of this run ({first_line(error)}); start anew"
         ) from None
 
 

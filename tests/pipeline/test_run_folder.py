@@ -56,6 +56,20 @@ class CrashError(Exception):
     pass
 
 
+def fail_after(
+    part: str, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = CrashError
+) -> None:
+    """Let every run end right after it has kept a part, until the patch is undone."""
+    original = RunFolder.keep
+
+    def keep(self: RunFolder, name: str, value: object) -> None:
+        original(self, name, value)
+        if name == part:
+            raise error
+
+    monkeypatch.setattr(RunFolder, "keep", keep)
+
+
 @pytest.mark.parametrize("part", ["planned-1", "pruned-1", "measured-before", "measured-pruned"])
 def test_a_crash_right_after_a_part_was_kept_changes_nothing(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -73,13 +87,7 @@ def test_a_crash_right_after_a_part_was_kept_changes_nothing(
     model = tiny_resnet(num_classes=5)
     whole = compress(model, own_data(), **options)
     original = RunFolder.keep
-
-    def keep(self: RunFolder, name: str, value: object) -> None:
-        original(self, name, value)
-        if name == part:
-            raise CrashError
-
-    monkeypatch.setattr(RunFolder, "keep", keep)
+    fail_after(part, monkeypatch)
     with pytest.raises(CrashError):
         compress(model, own_data(), run_dir=tmp_path / "run", **options)
     monkeypatch.setattr(RunFolder, "keep", original)
@@ -249,13 +257,7 @@ def test_no_file_of_a_run_is_a_pickle(tmp_path: Path, monkeypatch: pytest.Monkey
     """What goes on from a folder never unpickles, so that a stranger's folder runs nothing."""
     options = {"allocation": "uniform", "finetune": "pgd-at", "epochs": 1, "attack_steps": 1}
     original = RunFolder.keep
-
-    def keep(self: RunFolder, name: str, value: object) -> None:
-        original(self, name, value)
-        if name == "complete":
-            raise CrashError
-
-    monkeypatch.setattr(RunFolder, "keep", keep)
+    fail_after("complete", monkeypatch)
     model, folder = tiny_resnet(num_classes=5), tmp_path / "run"
     with pytest.raises(CrashError):
         compress(model, own_data(), run_dir=folder, **options)
@@ -396,13 +398,7 @@ def test_the_command_goes_on_with_what_it_was_asked(
     code, _, err = run(*asked, "--out", "whole")
     assert code == 0, err
     original = RunFolder.keep
-
-    def keep(self: RunFolder, name: str, value: object) -> None:
-        original(self, name, value)
-        if name == "measured-before":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "keep", keep)
+    fail_after("measured-before", monkeypatch, KeyboardInterrupt)
     code, _, err = run(*asked, "--out", "stopped")
     assert code == 130
     assert "status is 'pruned'" in err

@@ -41,7 +41,7 @@ from robust_prune.pipeline.settings import Settings
 from robust_prune.repair import Fit
 from robust_prune.types import Curve, ThreatModel
 from tests.conftest import tiny_resnet
-from tests.pipeline.test_run_folder import CrashError, own_data
+from tests.pipeline.test_run_folder import CrashError, fail_after, own_data
 
 PRUNED = Pruned(
     reachable=0.75,
@@ -171,15 +171,8 @@ OPTIONS: dict[str, Any] = {
 
 def stop_after(part: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends right after it has kept a part."""
-    original = RunFolder.keep
-
-    def keep(self: RunFolder, name: str, value: object) -> None:
-        original(self, name, value)
-        if name == part:
-            raise CrashError
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "keep", keep)
+        fail_after(part, patch)
         with pytest.raises(CrashError):
             compress(tiny_resnet(num_classes=5), own_data(), run_dir=folder, **OPTIONS)
 
