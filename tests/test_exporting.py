@@ -22,7 +22,14 @@ from tests.graph.test_graph import random_plan
 from tests.graph.test_tracing import build
 
 
-@pytest.fixture(scope="module", params=["mobilevit_xxs", "mobilevitv2_050", "vit_tiny_patch16_224"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("mobilevit_xxs", marks=pytest.mark.slow),
+        "mobilevitv2_050",
+        "vit_tiny_patch16_224",
+    ],
+)
 def pruned(request: pytest.FixtureRequest) -> tuple[ImageModel, tuple[int, int, int]]:
     model, size = build(request.param)
     prune_(model, random_plan(ModelGraph(model, size), 0.5))
@@ -134,7 +141,7 @@ def test_missing_packages_say_what_to_install(
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
-    model, size = build("mobilevitv2_050")
+    model, size = build("vit_tiny_patch16_224")
     graph = ModelGraph(model, size)
     graph.apply_(random_plan(graph, 0.5))
     monkeypatch.chdir(tmp_path)

@@ -111,8 +111,8 @@ def test_train_then_the_bare_command(run: Callable[..., tuple[int, str, str]]) -
 
 
 def test_a_timm_checkpoint_without_data(run: Callable[..., tuple[int, str, str]]) -> None:
-    net = timm.create_model("mobilenetv3_small_050", num_classes=10)
-    torch.save({"arch": "mobilenetv3_small_050", "state_dict": net.state_dict()}, "model.pt")
+    net = timm.create_model("lcnet_035", num_classes=10)
+    torch.save({"arch": "lcnet_035", "state_dict": net.state_dict()}, "model.pt")
     code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--calibration-images", 8)
     assert code == 0, err
     assert "stand-in photographs" in out
@@ -128,7 +128,7 @@ def test_a_timm_checkpoint_without_data(run: Callable[..., tuple[int, str, str]]
 def test_a_pickled_module_is_refused_in_one_line_then_compressed(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:
-    torch.save(timm.create_model("mobilenetv3_small_050", num_classes=4), "model.pt")
+    torch.save(timm.create_model("lcnet_035", num_classes=4), "model.pt")
     code, out, err = run("compress", "model.pt", "--ratio", 0.5)
     assert (code, out) == (3, "")
     assert err.count("\n") == 1

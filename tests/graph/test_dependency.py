@@ -146,8 +146,14 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("arch", list(ALONE))
+LOCAL_AND_GLOBAL = [
+    pytest.param(arch, everywhere, marks=pytest.mark.slow if everywhere and heavy else ())
+    for arch, heavy in zip(ALONE, (False, True, False, True, True), strict=True)
+    for everywhere in (False, True)
+]
+
+
+@pytest.mark.parametrize(("arch", "everywhere"), LOCAL_AND_GLOBAL)
 def test_where_torch_pruning_alone_is_right_groups_scores_and_weights_are_its_own(
     arch: str, everywhere: bool
 ) -> None:

@@ -90,8 +90,13 @@ def test_random_plans_prune_as_masking_does_at_exactly_the_predicted_cost(
         assert_close(pruned(images), masked(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16_bn", "vgg16"])
-@pytest.mark.parametrize("size", [32, 224])
+SPINE = ("resnet18", "resnet50", "vgg16_bn", "vgg16")
+LARGE = [
+    pytest.param(arch, 224, marks=() if arch == "resnet18" else pytest.mark.slow) for arch in SPINE
+]
+
+
+@pytest.mark.parametrize(("arch", "size"), [*((arch, 32) for arch in SPINE), *LARGE])
 def test_the_families_of_the_spine(arch: str, size: int) -> None:
     kwargs = {"mlp_ratio": 0.125} if arch.startswith("vgg") else {}
     torch.manual_seed(0)
@@ -109,7 +114,14 @@ def test_the_families_of_the_spine(arch: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnext50_32x4d", "seresnet50", "wide_resnet50_2", "resnet26t", "densenet121"]
+    "arch",
+    [
+        "resnext50_32x4d",
+        "seresnet50",
+        pytest.param("wide_resnet50_2", marks=pytest.mark.slow),
+        "resnet26t",
+        "densenet121",
+    ],
 )
 def test_relatives_with_groups_gates_and_concatenation(arch: str) -> None:
     torch.manual_seed(0)
