@@ -1,10 +1,10 @@
 """Kills a compression at given moments, and goes on with it: run as a process of its own.
 
-    python -m tests.killing FOLDER KILLS
+    python -m tests.killing FOLDER KILLS [--short]
 
 Everything is imported once; each run is a fork, which one thread makes safe. Prints one JSON
 document: the seconds of a run without a break, and for each kill how far the run had come and
-whether its end was that of the run without a break.
+whether its end was that of the run without a break. `--short` cuts AutoAttack's steps.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from robust_prune.data import as_split, open_data
 from robust_prune.modules import seeded
 from robust_prune.pipeline import RunFolder, fingerprint
 from tests.conftest import tiny_resnet
+from tests.shortened import OURS, Shortened
 
 DIGITS = open_data("digits", input_size=(1, 16, 16))
 STATIONS = "sensitivity", "fine-tuning", "evaluation", "fine-tuning 2"
@@ -137,6 +138,8 @@ def main() -> None:
     """
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
+    if "--short" in sys.argv:
+        OURS.AutoAttack = Shortened  # type: ignore[attr-defined]
     with seeded(0):
         save(tiny_resnet(in_chans=1), root / "model.safetensors")
     begun = time.perf_counter()

@@ -20,6 +20,7 @@ from robust_prune.statistics import Proportion
 from robust_prune.types import Measurement, ThreatModel, to_plain
 from tests.conftest import OwnNet, tiny_resnet
 from tests.oracles import linear_classifier, near_middle
+from tests.shortened import shorten
 
 
 def test_robust_accuracy_of_a_plane_is_the_share_out_of_reach() -> None:
@@ -230,7 +231,8 @@ def test_a_model_without_gradients_is_one_line() -> None:
         evaluate(model, (images, model(images).argmax(1)), n=4)
 
 
-def test_autoattacks_warnings_are_listed_once() -> None:
+def test_autoattacks_warnings_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
     torch.manual_seed(0)
     model = Rounding(OwnNet()).eval()
     images = torch.rand(8, 3, 8, 8)

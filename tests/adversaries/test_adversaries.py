@@ -23,6 +23,7 @@ from robust_prune.errors import AttackError
 from robust_prune.types import ThreatModel
 from tests.conftest import tiny_resnet
 from tests.oracles import linear_classifier, near_middle
+from tests.shortened import shorten
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -155,20 +156,6 @@ def small_problem(classes: int, n: int = 24) -> tuple[Small, torch.Tensor, torch
     return model, images, labels
 
 
-class Shortened(pyautoattack.AutoAttack):
-    """The same attacks in fewer steps: what they are given and give back can be compared."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 20
-        self.square.n_queries = 500
-
-
-def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyautoattack, "AutoAttack", Shortened)
-    monkeypatch.setattr(sys.modules[autoattack.__module__], "AutoAttack", Shortened)
-
-
 @pytest.mark.parametrize(("norm", "batch_size"), [("linf", 8), ("l2", 12)])
 def test_autoattack_gives_pyautoattacks_own_verdicts(
     norm: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
@@ -203,14 +190,18 @@ def test_autoattack_on_a_stand_in_gives_the_same_verdicts(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_autoattack_runs_with_few_classes_and_says_what_it_left_out(classes: int) -> None:
+def test_autoattack_runs_with_few_classes_and_says_what_it_left_out(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
     model, images, labels = small_problem(classes, n=8)
     result = autoattack(model, images, labels, threat=ThreatModel.linf(0.02), seed=0)
     assert any(f"aim at {classes - 1} classes" in flag for flag in result.flags)
     assert ("apgd-t" in result.attacks) == (classes >= 4)
 
 
-def test_autoattack_restores_random_state_trace_and_mode() -> None:
+def test_autoattack_restores_random_state_trace_and_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
     model, images, labels = small_problem(classes=4, n=4)
     model.train()
     torch.manual_seed(11)
@@ -249,7 +240,9 @@ def test_autoattack_refuses_images_too_small_for_its_l2_square() -> None:
         autoattack(model, images[..., :4], labels, threat=ThreatModel.l2(0.1), seed=0)
 
 
-def test_autoattack_shows_its_own_warnings() -> None:
+def test_autoattack_shows_its_own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+
     class Probabilities(Small):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return super().forward(images).softmax(1)

@@ -119,7 +119,7 @@ def test_every_allocation_is_another_plan() -> None:
 
 def test_without_data_it_says_so_and_still_delivers() -> None:
     model = tiny_resnet()
-    result = compress(model, None)
+    result = compress(model, None, calibration_images=16)
     assert any("stand-in photographs" in note for note in result.report["notes"])
     assert result.report["data"] is None
     assert result.report["calibration"]["source"] == "stand-in photographs"
@@ -278,6 +278,7 @@ def test_stopping_at_any_station_leaves_a_usable_file_or_none(tmp_path: Path) ->
         batch_size=8,
         evaluation="pgd",
         n_eval=8,
+        calibration_images=8,
     )
     model = tiny_resnet()
 
