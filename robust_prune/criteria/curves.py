@@ -49,11 +49,15 @@ def structural_curves(
         shares: of the units to remove, rising; every other one where images would get few.
         passes: images times forward passes, over all points.
         fewest: images that every point takes, whatever `passes` say.
-        quick: pass channels last where the model takes that; the same up to rounding.
+        quick: pass channels last where the model takes that, which is the same up to rounding, and
+            leave the largest share out where `passes` do not suffice for `fewest` images.
     """
     points = max(len(graph.groups) * len(shares), 1)
     if passes // points < FEW_IMAGES and len(shares) > 1:
         shares = shares[1::2]
+        points = max(len(graph.groups) * len(shares), 1)
+    if quick and passes // points < fewest and len(shares) > 2:
+        shares = shares[:-1]
         points = max(len(graph.groups) * len(shares), 1)
     n = max(fewest, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)

@@ -14,14 +14,14 @@ SEARCH_IMAGES = 16, 256  # at least, at most
 # Stand-ins tell less than data does, however many: some ten seconds of one core for each of three
 # parts (attack, curves, candidates). Beside its multiply-adds a pass costs time for each pixel.
 STAND_IN_MACS = 3 * 10**11
-MACS_OF_A_PIXEL = 10**4
+MACS_OF_A_PIXEL = 2 * 10**4
 STAND_IN_STEPS = 3
 STAND_IN_IMAGES = 16, 256
 STAND_IN_SEARCH = 8, 128
 # Free curves may cut what stand-ins have no use for, and data has: a network for digits lost its
 # last layer that way.
 STAND_IN_CAPS = CAPS[:2]
-BATCH_PIXELS = 1 << 19
+BATCH_PIXELS = 1 << 18  # larger batches are no faster
 
 
 @dataclass(frozen=True)
