@@ -21,17 +21,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.criteria import peers
 from benchmarks.criteria.dense import CACHE, dense_model, digest
+from benchmarks.criteria.peers import Peer, prune
 from benchmarks.without_data.networks import SUBJECTS, Subject
 from benchmarks.without_data.variants import VARIANTS
-from robust_prune.adversaries import pgd_correct
+from robust_prune.adversaries import adversarial_set, pgd_correct
 from robust_prune.data import DataSplits, from_iterable, open_data
 from robust_prune.models import library_versions
-from robust_prune.modules import ImageModel, predict
+from robust_prune.modules import ImageModel, predict, seeded
 from robust_prune.pipeline import Settings, hardware, run
+from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.types import Budget
 
 TRAINING_IMAGES = 1000
+PEER_IMAGES = 512  # that torch-pruning's criteria take gradients on
+PEERS = {peer.name: peer for peer in peers.PEERS}
 STEPS = 20
 
 
@@ -68,13 +73,27 @@ class Bench:
         start = time.perf_counter()
         name, threat = self.subject.network.name, self.subject.threat
         model = self.model
-        if arm != "dense":
+        if arm in PEERS:
+            model = self._by_torch_pruning(PEERS[arm], ratio, seed)
+        elif arm != "dense":
             settings = Settings(budget=Budget("macs", ratio), threat=threat, seed=seed)
             model = run(self.model, self._images_of(arm, seed), settings).model  # type: ignore[assignment]
         seconds = time.perf_counter() - start
         pgd = pgd_correct(model, self.images, self.labels, threat=threat, steps=STEPS, seed=0)
         clean = predict(model, self.images) == self.labels
         return Cell(name, arm, ratio, seed, bits(pgd), bits(clean), round(seconds, 1))
+
+    def _by_torch_pruning(self, peer: Peer, ratio: float, seed: int) -> ImageModel:
+        """Prune by a criterion of torch-pruning's that has the data, and renew batch norms."""
+        images, labels = self.splits.train.take(PEER_IMAGES, seed)
+        attacked = adversarial_set(
+            self.model, images, labels, threat=self.subject.threat, seed=seed
+        )
+        size = self.splits.input_size
+        with seeded(seed):
+            model = prune(self.model, peer, ratio, size, attacked, images, seed)
+        recalibrate_batchnorm_(model, self.splits.train.batches(64, seed=seed, limit=2048))
+        return model
 
     def _images_of(self, arm: str, seed: int) -> DataSplits | None:
         """Return what an arm sees; None for what `compress` does without data."""
@@ -188,7 +207,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where trained models are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    arms = ["dense", "data", "unlabelled", "stand-ins", *VARIANTS]
+    arms = ["dense", "data", "unlabelled", "stand-ins", *VARIANTS, *PEERS]
     parser.add_argument("--arms", nargs="+", default=["data", "stand-ins"], choices=arms)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
