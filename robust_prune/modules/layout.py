@@ -68,11 +68,11 @@ def channels_last(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     layers = [m for m in model.modules() if wanted and _has_maps(m)]
     try:
         for layer in layers:
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)  # type: ignore[operator,union-attr]
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
         yield
     finally:
         for layer in layers:
-            layer.weight.data = plain_layout(layer.weight.data)  # type: ignore[arg-type,union-attr]
+            layer.weight.data = plain_layout(layer.weight.data)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
