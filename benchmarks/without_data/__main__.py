@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from benchmarks.criteria import peers
 from benchmarks.criteria.dense import CACHE, dense_model, digest
 from benchmarks.criteria.peers import Peer, prune
+from benchmarks.without_data.cells import Cell, paired_table, read, table
 from benchmarks.without_data.networks import SUBJECTS, Subject
 from benchmarks.without_data.variants import VARIANTS
 from robust_prune.adversaries import adversarial_set, pgd_correct
@@ -38,24 +38,6 @@ TRAINING_IMAGES = 1000
 PEER_IMAGES = 512  # that torch-pruning's criteria take gradients on
 PEERS = {peer.name: peer for peer in peers.PEERS}
 STEPS = 20
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pruned model: PGD-20 and clean verdicts as strings of 0 and 1, one per test image."""
-
-    network: str
-    arm: str
-    ratio: float
-    seed: int
-    pgd: str
-    clean: str
-    prune_seconds: float
-
-    @property
-    def key(self) -> tuple[str, str, float, int]:
-        """What makes a cell the same when a run is taken up again."""
-        return self.network, self.arm, self.ratio, self.seed
 
 
 @dataclass(frozen=True)
@@ -129,30 +111,6 @@ def open_bench(subject: Subject, options: argparse.Namespace, tell: Callable[[st
     return Bench(subject, model, splits, images, labels)
 
 
-def read(path: Path) -> Iterator[Cell]:
-    """Yield the cells of a record."""
-    if path.exists():
-        yield from (Cell(**json.loads(line)) for line in path.read_text().splitlines())
-
-
-def table(cells: list[Cell]) -> str:
-    """Return PGD-20 and clean accuracy by network, share removed and arm, in percent."""
-    lines = [
-        "| network | removed | arm | PGD-20, mean (seeds) | clean | n |",
-        "|---|---|---|---|---|---|",
-    ]
-    for network, ratio, arm in dict.fromkeys((c.network, c.ratio, c.arm) for c in cells):
-        found = [c for c in cells if (c.network, c.ratio, c.arm) == (network, ratio, arm)]
-        robust = [100 * c.pgd.count("1") / len(c.pgd) for c in found]
-        clean = [100 * c.clean.count("1") / len(c.clean) for c in found]
-        seeds = ", ".join(f"{value:.1f}" for value in robust)
-        lines.append(
-            f"| {network} | {100 * ratio:.0f} % | {arm} | {statistics.mean(robust):.1f} ({seeds}) "
-            f"| {statistics.mean(clean):.1f} | {len(found[0].pgd)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure what is missing, and print the table."""
     options = _options()
@@ -178,7 +136,8 @@ def main() -> None:
                         file.write(json.dumps(asdict(cell)) + "\n")
                     robust = 100 * cell.pgd.count("1") / len(cell.pgd)
                     tell(f"{name} {arm} {ratio} seed {seed}: PGD-20 {robust:.1f}")
-    text = table(list(read(cells_path)))
+    cells = list(read(cells_path))
+    text = f"{table(cells)}\n{paired_table(cells)}"
     (options.out / "summary.md").write_text(text)
     print(text)
 
