@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.criteria import peers
 from benchmarks.criteria.dense import CACHE, dense_model, digest
 from benchmarks.criteria.peers import Peer, prune
-from benchmarks.without_data.cells import Cell, paired_table, read, table
+from benchmarks.without_data.cells import Cell, paired_table, points, read, short_table, table
 from benchmarks.without_data.networks import SUBJECTS, Subject
 from benchmarks.without_data.variants import VARIANTS
 from robust_prune.adversaries import adversarial_set, pgd_correct
@@ -137,7 +137,11 @@ def main() -> None:
                     robust = 100 * cell.pgd.count("1") / len(cell.pgd)
                     tell(f"{name} {arm} {ratio} seed {seed}: PGD-20 {robust:.1f}")
     cells = list(read(cells_path))
-    text = f"{table(cells)}\n{paired_table(cells)}"
+    half, beyond = points(cells, beyond_half=False), points(cells, beyond_half=True)
+    text = (
+        f"{table(cells)}\n{short_table(cells)}\n{paired_table(cells)}\n"
+        f"Stand-ins cost at most {half} points up to half, {beyond} beyond (95 %).\n"
+    )
     (options.out / "summary.md").write_text(text)
     print(text)
 

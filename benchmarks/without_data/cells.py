@@ -72,6 +72,22 @@ def points(cells: list[Cell], beyond_half: bool) -> int:
     return math.ceil(max(found, default=0.0))
 
 
+def short_table(cells: list[Cell]) -> str:
+    """Return PGD-20 with data and without, as the pages show it: means of the seeds of both."""
+    lines = ["| network | removed | with data | without data | seeds |", "|---|---|---|---|---|"]
+    found = pairs(cells, "stand-ins")
+    for network, ratio in dict.fromkeys((p.cell.network, p.cell.ratio) for p in found):
+        own = [p for p in found if (p.cell.network, p.cell.ratio) == (network, ratio)]
+        means = [
+            statistics.mean(100 * c.pgd.count("1") / len(c.pgd) for c in arm)
+            for arm in ([p.with_data for p in own], [p.cell for p in own])
+        ]
+        lines.append(
+            f"| {network} | {100 * ratio:.0f} % | {means[0]:.1f} | {means[1]:.1f} | {len(own)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def paired_table(cells: list[Cell]) -> str:
     """Return what stand-ins and unlabelled images lose against labelled ones, cell by cell."""
     lines = [
