@@ -140,7 +140,7 @@ def main() -> None:
     half, beyond = points(cells, beyond_half=False), points(cells, beyond_half=True)
     text = (
         f"{table(cells)}\n{short_table(cells)}\n{paired_table(cells)}\n"
-        f"Stand-ins cost at most {half} points up to half, {beyond} beyond (95 %).\n"
+        f"The most that stand-ins cost: {half} points up to half, {beyond} beyond.\n"
     )
     (options.out / "summary.md").write_text(text)
     print(text)

@@ -66,9 +66,9 @@ def pairs(cells: list[Cell], arm: str) -> list[Pair]:
     return [Pair(cell, other) for cell, other in found if other is not None]
 
 
-def points(cells: list[Cell], beyond_half: bool) -> int:
-    """Return how many points stand-ins may cost: the largest `at_most` of a cell, rounded up."""
-    found = [p.at_most for p in pairs(cells, "stand-ins") if (p.cell.ratio > 0.5) == beyond_half]
+def points(cells: list[Cell], *, beyond_half: bool) -> int:
+    """Return how many points stand-ins may cost: the most that a cell lost, rounded up."""
+    found = [p.lost for p in pairs(cells, "stand-ins") if (p.cell.ratio > 0.5) == beyond_half]
     return math.ceil(max(found, default=0.0))
 
 
