@@ -11,46 +11,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.criteria import peers
 from benchmarks.criteria.dense import CACHE, dense_model, digest
+from benchmarks.criteria.peers import Peer, prune
+from benchmarks.without_data.cells import Cell, paired_table, points, read, short_table, table
 from benchmarks.without_data.networks import SUBJECTS, Subject
 from benchmarks.without_data.variants import VARIANTS
-from robust_prune.adversaries import pgd_correct
+from robust_prune.adversaries import adversarial_set, pgd_correct
 from robust_prune.data import DataSplits, from_iterable, open_data
 from robust_prune.models import library_versions
-from robust_prune.modules import ImageModel, predict
+from robust_prune.modules import ImageModel, predict, seeded
 from robust_prune.pipeline import Settings, hardware, run
+from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.types import Budget
 
 TRAINING_IMAGES = 1000
+PEER_IMAGES = 512  # that torch-pruning's criteria take gradients on
+PEERS = {peer.name: peer for peer in peers.PEERS}
 STEPS = 20
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pruned model: PGD-20 and clean verdicts as strings of 0 and 1, one per test image."""
-
-    network: str
-    arm: str
-    ratio: float
-    seed: int
-    pgd: str
-    clean: str
-    prune_seconds: float
-
-    @property
-    def key(self) -> tuple[str, str, float, int]:
-        """What makes a cell the same when a run is taken up again."""
-        return self.network, self.arm, self.ratio, self.seed
 
 
 @dataclass(frozen=True)
@@ -68,13 +55,27 @@ class Bench:
         start = time.perf_counter()
         name, threat = self.subject.network.name, self.subject.threat
         model = self.model
-        if arm != "dense":
+        if arm in PEERS:
+            model = self._by_torch_pruning(PEERS[arm], ratio, seed)
+        elif arm != "dense":
             settings = Settings(budget=Budget("macs", ratio), threat=threat, seed=seed)
             model = run(self.model, self._images_of(arm, seed), settings).model  # type: ignore[assignment]
         seconds = time.perf_counter() - start
         pgd = pgd_correct(model, self.images, self.labels, threat=threat, steps=STEPS, seed=0)
         clean = predict(model, self.images) == self.labels
         return Cell(name, arm, ratio, seed, bits(pgd), bits(clean), round(seconds, 1))
+
+    def _by_torch_pruning(self, peer: Peer, ratio: float, seed: int) -> ImageModel:
+        """Prune by a criterion of torch-pruning's that has the data, and renew batch norms."""
+        images, labels = self.splits.train.take(PEER_IMAGES, seed)
+        attacked = adversarial_set(
+            self.model, images, labels, threat=self.subject.threat, seed=seed
+        )
+        size = self.splits.input_size
+        with seeded(seed):
+            model = prune(self.model, peer, ratio, size, attacked, images, seed)
+        recalibrate_batchnorm_(model, self.splits.train.batches(64, seed=seed, limit=2048))
+        return model
 
     def _images_of(self, arm: str, seed: int) -> DataSplits | None:
         """Return what an arm sees; None for what `compress` does without data."""
@@ -110,30 +111,6 @@ def open_bench(subject: Subject, options: argparse.Namespace, tell: Callable[[st
     return Bench(subject, model, splits, images, labels)
 
 
-def read(path: Path) -> Iterator[Cell]:
-    """Yield the cells of a record."""
-    if path.exists():
-        yield from (Cell(**json.loads(line)) for line in path.read_text().splitlines())
-
-
-def table(cells: list[Cell]) -> str:
-    """Return PGD-20 and clean accuracy by network, share removed and arm, in percent."""
-    lines = [
-        "| network | removed | arm | PGD-20, mean (seeds) | clean | n |",
-        "|---|---|---|---|---|---|",
-    ]
-    for network, ratio, arm in dict.fromkeys((c.network, c.ratio, c.arm) for c in cells):
-        found = [c for c in cells if (c.network, c.ratio, c.arm) == (network, ratio, arm)]
-        robust = [100 * c.pgd.count("1") / len(c.pgd) for c in found]
-        clean = [100 * c.clean.count("1") / len(c.clean) for c in found]
-        seeds = ", ".join(f"{value:.1f}" for value in robust)
-        lines.append(
-            f"| {network} | {100 * ratio:.0f} % | {arm} | {statistics.mean(robust):.1f} ({seeds}) "
-            f"| {statistics.mean(clean):.1f} | {len(found[0].pgd)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure what is missing, and print the table."""
     options = _options()
@@ -159,7 +136,12 @@ def main() -> None:
                         file.write(json.dumps(asdict(cell)) + "\n")
                     robust = 100 * cell.pgd.count("1") / len(cell.pgd)
                     tell(f"{name} {arm} {ratio} seed {seed}: PGD-20 {robust:.1f}")
-    text = table(list(read(cells_path)))
+    cells = list(read(cells_path))
+    half, beyond = points(cells, beyond_half=False), points(cells, beyond_half=True)
+    text = (
+        f"{table(cells)}\n{short_table(cells)}\n{paired_table(cells)}\n"
+        f"The most that stand-ins cost: {half} points up to half, {beyond} beyond.\n"
+    )
     (options.out / "summary.md").write_text(text)
     print(text)
 
@@ -188,7 +170,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where trained models are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    arms = ["dense", "data", "unlabelled", "stand-ins", *VARIANTS]
+    arms = ["dense", "data", "unlabelled", "stand-ins", *VARIANTS, *PEERS]
     parser.add_argument("--arms", nargs="+", default=["data", "stand-ins"], choices=arms)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -72,6 +72,24 @@ def lenet(classes: int) -> nn.Module:
     )
 
 
+def conv_digits(classes: int) -> nn.Module:
+    """Three convolutions with batch norm on grey images of 16x16."""
+
+    def block(width: int, out: int) -> list[nn.Module]:
+        return [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, 16),
+        nn.MaxPool2d(2),
+        *block(16, 32),
+        nn.MaxPool2d(2),
+        *block(32, 32),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
 def mobilevit(classes: int) -> nn.Module:
     """MobileViT xxs as it is, for images of 64x64 and more."""
     net: nn.Module = timm.create_model("mobilevit_xxs", num_classes=classes)
@@ -120,6 +138,18 @@ SUBJECTS = {
         "digits",
         (1, 28, 28),
         ThreatModel.linf("0.15"),
+    ),
+    "conv-digits": Subject(
+        Network(
+            "conv-digits",
+            conv_digits,
+            {"method": "pgd-at", "epochs": 6, "attack_steps": 3, "batch_size": 32, "lr": 0.1},
+            mean=(0.0,),
+            std=(1.0,),
+        ),
+        "digits",
+        (1, 16, 16),
+        ThreatModel.linf("0.1"),
     ),
     "mobilevit": Subject(
         Network("mobilevit", mobilevit, {**FAST, "epochs": 6, "lr": 0.1}),

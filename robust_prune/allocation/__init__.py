@@ -4,7 +4,7 @@ from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
-from robust_prune.allocation.search import CAPS, PASSES, STEPS, best_composed, candidate_widths
+from robust_prune.allocation.search import CAPS, STEPS, best_composed, candidate_widths, passes_of
 from robust_prune.allocation.widths import (
     EVEN,
     RULES,
@@ -23,7 +23,6 @@ __all__ = [
     "CostOf",
     "EVEN",
     "MAX_PRUNE_RATIO",
-    "PASSES",
     "Problem",
     "RULES",
     "SPREAD",
@@ -36,5 +35,6 @@ __all__ = [
     "candidate_widths",
     "make_plan",
     "group_weights",
+    "passes_of",
     "ratio_for",
 ]

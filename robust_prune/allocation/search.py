@@ -18,7 +18,11 @@ from robust_prune.types import Curve, PruningPlan, ThreatModel
 
 CAPS = (0.0, 1 / 3, 2 / 3, 1.0)
 STEPS = 5
-PASSES = 3 * STEPS + 1  # forward passes for an image, a backward one counted as two
+
+
+def passes_of(steps: int) -> int:
+    """Return what judging an image costs in forward passes, a backward one counted as two."""
+    return 3 * steps + 1
 
 
 def candidate_widths(
@@ -62,12 +66,14 @@ def best_composed(
     *,
     threat: ThreatModel,
     seed: int,
+    steps: int = STEPS,
     batch_size: int = 64,
     repair_: Callable[[nn.Module, PruningPlan], None] = lambda pruned, plan: None,
+    on_best: Callable[[PruningPlan], None] = lambda plan: None,
 ) -> tuple[int, list[float]]:
     """Prune a copy by each plan and attack it; return the index of the best, and all losses.
 
-    The loss is the mean cross-entropy, in nats, under PGD-5 on the pruned copy: attacks made on the
+    The loss is the mean cross-entropy, in nats, under PGD on the pruned copy: attacks made on the
     dense model say too little about a model that has changed as a whole.
     Source: candidates judged by an adapted, not yet fine-tuned model, as in Li et al., "EagleEye",
     ECCV 2020; ours: the adversarial loss.
@@ -79,11 +85,15 @@ def best_composed(
         labels: [N].
         threat: norm and eps.
         seed: of the attack's random start.
+        steps: of PGD.
         batch_size: images at a time.
         repair_: what a pruned copy gets before it is judged (reconstruction, batch norm).
+        on_best: called with every plan that is better than all before it, while it is the last
+            that was repaired.
     """
-    losses = []
-    for plan in plans:
+    losses: list[float] = []
+    best = 0
+    for i, plan in enumerate(plans):
         pruned = graph.pruned(plan)
         repair_(pruned, plan)
         attacked = adversarial_set(
@@ -91,11 +101,14 @@ def best_composed(
             images,
             labels,
             threat=threat,
-            steps=STEPS,
+            steps=steps,
             step_size=threat.eps / 2,
             seed=seed,
             batch_size=batch_size,
         )
         with evaluating(pruned):
             losses.append(adversarial_loss(pruned, attacked))
-    return min(range(len(plans)), key=lambda i: losses[i]), losses
+        if i == 0 or losses[i] < losses[best]:
+            best = i
+            on_best(plan)
+    return best, losses

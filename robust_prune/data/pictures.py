@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robust_prune.data.datasets import NO_LABEL, Size
 from robust_prune.data.photographs import crops
 from robust_prune.data.splits import ITERABLE_BYTES, DataSplits, Split, check_batch, plain_loader
 from robust_prune.errors import DataError
-from robust_prune.modules import predict
 
 
 class Unlabelled(Dataset[tuple[Tensor, int]]):
@@ -34,16 +33,15 @@ def stand_ins(model: nn.Module, size: Size, n: int, seed: int) -> DataSplits:
     """Return photographs in place of data, labelled by the model itself.
 
     Args:
-        model: whose verdicts become the labels.
+        model: whose verdicts become the labels, at the time they are read.
         size: (channels, height, width) that it takes.
         n: how many images.
         seed: of every draw.
     """
     images = crops(n, size, seed)
-    dataset = TensorDataset(images, predict(model, images, 64))
     return DataSplits(
         name="stand-in photographs",
-        train=Split(dataset, in_memory=True),
+        train=Split(Unlabelled(images), in_memory=True, labeller=model),
         validation=None,
         test=None,
         classes=0,

@@ -100,11 +100,14 @@ class Split:
                 labels = predict(self.labeller, images, LABELLED_AT_ONCE)
             yield images, labels
 
-    def take(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement."""
+    def take(self, n: int, seed: int, *, verdicts: bool = True) -> tuple[Tensor, Tensor]:
+        """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement.
+
+        `verdicts` as `batches` has it.
+        """
         if len(self) == 0:
             raise DataError("the split holds no images")
-        batches = list(self.batches(256, seed=seed, limit=n))
+        batches = list(self.batches(256, seed=seed, limit=n, verdicts=verdicts))
         return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
 
     def _from_memory(

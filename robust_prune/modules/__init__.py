@@ -17,7 +17,14 @@ from robust_prune.modules.contexts import (
 )
 from robust_prune.modules.copying import copied
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
-from robust_prune.modules.layout import contiguous, device_of, make_contiguous_, plain_layout
+from robust_prune.modules.layout import (
+    channels_last,
+    contiguous,
+    device_of,
+    make_contiguous_,
+    plain_layout,
+    takes_channels_last,
+)
 from robust_prune.modules.outputs import (
     difference,
     outputs_of,
@@ -35,6 +42,7 @@ __all__ = [
     "ImageModel",
     "NarrowAttention",
     "batch_statistics",
+    "channels_last",
     "check_float32",
     "check_outputs",
     "contiguous",
@@ -58,4 +66,5 @@ __all__ = [
     "running_statistics",
     "seeded",
     "set_fields_",
+    "takes_channels_last",
 ]

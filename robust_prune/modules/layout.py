@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from robust_prune.modules.contexts import evaluating
 from robust_prune.modules.copying import copied
+
+ROUNDING = 1e-4  # relative to the largest logit; float32 through some hundred layers stays below
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -50,3 +56,40 @@ def plain_layout(tensor: Tensor) -> Tensor:
     if tensor.stride() == tuple(reversed(canonical)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def channels_last(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Run a CPU model's convolutions channels last, in about 0.6 of their time.
+
+    For passes without a gradient: see `plain_layout`. Afterwards weights lie contiguous again, with
+    the values that they have then.
+    """
+    layers = [m for m in model.modules() if wanted and _has_maps(m)]
+    try:
+        for layer in layers:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+        yield
+    finally:
+        for layer in layers:
+            layer.weight.data = plain_layout(layer.weight.data)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def takes_channels_last(model: nn.Module, image: Tensor) -> bool:
+    """Whether a model is the same channels last on an image [1, C, H, W], and has use for that."""
+    if device_of(model).type != "cpu" or not any(_has_maps(m) for m in model.modules()):
+        return False
+    with evaluating(model):
+        expected: Tensor = model(image)
+        try:
+            with channels_last(model):
+                found: Tensor = model(image)
+        except Exception:  # noqa: BLE001 - a user's module may raise anything; it then stays
+            return False
+    return bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())
+
+
+def _has_maps(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return type(module) is nn.Conv2d and weight is not None and weight.device.type == "cpu"

@@ -119,6 +119,6 @@ def cut_(job: Job, observed: Observed, plan: PruningPlan, settings: Settings, wh
     with journal.timed("prune"):
         graph.apply_(plan)
     prove(job, whole, model, plan)
-    repair_(job, model, observed, rows, settings)
+    repair_(job, model, observed, plan, rows, settings)
     for line in plan.notes:
         journal.note(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robust_prune.allocation import CAPS
+from robust_prune.allocation import CAPS, STEPS
 from robust_prune.criteria import FEWEST_IMAGES, IMAGE_PASSES
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES
 
@@ -14,15 +14,14 @@ SEARCH_IMAGES = 16, 256  # at least, at most
 # Stand-ins tell less than data does, however many: some ten seconds of one core for each of three
 # parts (attack, curves, candidates). Beside its multiply-adds a pass costs time for each pixel.
 STAND_IN_MACS = 3 * 10**11
-MACS_OF_A_PIXEL = 10**4
-STAND_IN_STEPS = 4
+MACS_OF_A_PIXEL = 2 * 10**4
+STAND_IN_STEPS = 3
 STAND_IN_IMAGES = 16, 256
 STAND_IN_SEARCH = 8, 128
 # Free curves may cut what stand-ins have no use for, and data has: a network for digits lost its
 # last layer that way.
 STAND_IN_CAPS = CAPS[:2]
-FEWEST_CLEAN = 48
-BATCH_PIXELS = 1 << 19
+BATCH_PIXELS = 1 << 18  # larger batches are no faster
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Effort:
         passes: images times forward passes that curves, and the search, may each take.
         fewest: images that a point of a curve takes at least.
         search_images: at least and at most, that candidates are attacked on.
+        search_steps: of PGD, on candidates.
         caps: how free the curves are, by candidate; see `candidate_widths`.
         batch_size: images at a time, at most.
         cut_short: whether `images` are fewer than the default, for the sake of time.
@@ -49,6 +49,7 @@ class Effort:
     passes: int
     fewest: int
     search_images: tuple[int, int]
+    search_steps: int
     caps: tuple[float, ...]
     batch_size: int
     cut_short: bool
@@ -74,6 +75,7 @@ def effort_with_data(asked: int | None, macs: int, cpu: bool) -> Effort:
         passes=min(IMAGE_PASSES, CPU_MACS // max(macs, 1)) if cpu else IMAGE_PASSES,
         fewest=FEWEST_IMAGES,
         search_images=SEARCH_IMAGES,
+        search_steps=STEPS,
         caps=CAPS,
         batch_size=64,
         cut_short=asked is None and images < CALIBRATION_IMAGES,
@@ -96,10 +98,11 @@ def effort_with_stand_ins(asked: int | None, macs: int, pixels: int) -> Effort:
         images=images,
         attack_steps=STAND_IN_STEPS,
         step_share=1 / 2,
-        clean=max(images, FEWEST_CLEAN),
+        clean=images,
         passes=min(IMAGE_PASSES, STAND_IN_MACS // work),
         fewest=4,
         search_images=STAND_IN_SEARCH,
+        search_steps=STAND_IN_STEPS,
         caps=STAND_IN_CAPS,
         batch_size=max(4, min(64, BATCH_PIXELS // pixels)),
         cut_short=False,

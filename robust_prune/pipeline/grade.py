@@ -7,9 +7,9 @@ from typing import Any
 from robust_prune.data import DataSplits
 
 # PGD-20 before fine-tuning, difference to the same with data, in points, where up to half, and
-# where more, is removed. Measured on one network: 0 at half, 3 at three quarters; 5 at 60 % on
-# another in a trial (benchmarks/records/2026-11-25_without-data).
-POINTS_AT_HALF, POINTS_BEYOND = 3, 8
+# where more, is removed: the most that any network and seed lost, rounded up
+# (benchmarks/records/2026-11-25_without-data, `points` of benchmarks.without_data.cells).
+POINTS_AT_HALF, POINTS_BEYOND = 5, 11
 GIVE_DATA = (
     "give training images with --data DIR (train/<class>/), or unlabelled pictures of their kind "
     "with --calibration DIR"

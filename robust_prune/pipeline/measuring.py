@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
 from robust_prune.registry import ALLOCATIONS
-from robust_prune.repair import Reconstruction
+from robust_prune.repair import Reconstruction, Repaired
 from robust_prune.types import Curve, Sensitivity
 
 Size = tuple[int, int, int]
@@ -43,6 +43,7 @@ class Observed:
         adversarial: the same images, attacked.
         reconstruction: what its layers give, for fitting the pruned ones; None where it is not
             asked for.
+        repaired: by digest of its plan, the candidate that won, so that it is not fitted twice.
     """
 
     graph: ModelGraph
@@ -52,6 +53,7 @@ class Observed:
     labels: Tensor
     adversarial: AdversarialSet
     reconstruction: Reconstruction | None
+    repaired: dict[str, Repaired] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
                     adversarial,
                     passes=effort.passes,
                     fewest=effort.fewest,
+                    quick=not observed.splits.in_distribution,
                 )
             journal.tell(curves=tuple(curves.values()))
     with journal.timed("sensitivity"):
@@ -169,9 +172,14 @@ def _reconstruction(
     with journal.timed("reconstruction"):
         known = splits.in_distribution
         n = len(adversarial) if known else effort.clean
-        clean, _ = splits.train.take(min(n, len(splits.train)), settings.seed + 1)
+        few = min(n, len(splits.train))
+        clean, _ = splits.train.take(few, settings.seed + 1, verdicts=False)
         clean = clean.to(device_of(model))
         pairs = zip(adversarial.images, clean, strict=False)
         more = clean[len(adversarial) :]
         images = torch.stack([*(image for pair in pairs for image in pair), *more])
-        return Reconstruction.of(model, images, anchored=not known)
+        return (
+            Reconstruction.of(model, images)
+            if known
+            else Reconstruction.of_stand_ins(model, images)
+        )

@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 
 from robust_prune.allocation import (
-    PASSES,
-    STEPS,
     Evidence,
     Problem,
     allocations,
     best_composed,
     make_plan,
+    passes_of,
 )
 from robust_prune.graph import ModelGraph
 from robust_prune.pipeline.job import Job
@@ -23,7 +22,7 @@ from robust_prune.pipeline.measuring import Measured, Observed
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
 from robust_prune.registry import ALLOCATIONS
-from robust_prune.repair import kept_rows, recalibrate_batchnorm_
+from robust_prune.repair import Repaired, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
 
 
@@ -125,17 +124,25 @@ def _best(
     graph, splits, effort = observed.graph, observed.splits, observed.effort
     job.journal.stage(f"attacking {len(plans)} candidates")
     few, many = effort.search_images
-    n = max(few, min(many, effort.passes // (PASSES * len(plans))))
+    n = max(few, min(many, effort.passes // (passes_of(effort.search_steps) * len(plans))))
     images, labels = observed.images[:n], observed.labels[:n]
+
+    latest: list[Repaired] = []
 
     def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
         if observed.reconstruction is not None:
-            observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
+            fits = observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
+            latest[:] = [Repaired.of(pruned, fits)]
         if splits.in_distribution:
             batches = splits.train.batches(
                 64, seed=settings.seed, limit=2 * len(labels), verdicts=False
             )
             recalibrate_batchnorm_(pruned, batches)
+
+    def keep(plan: PruningPlan) -> None:
+        observed.repaired.clear()
+        if latest:
+            observed.repaired[plan.digest] = latest[0]
 
     best, losses = best_composed(
         graph,
@@ -143,13 +150,15 @@ def _best(
         images,
         labels,
         threat=settings.threat,
+        steps=effort.search_steps,
         seed=settings.seed,
         batch_size=min(effort.batch_size, settings.batch_size),
         repair_=repair_,
+        on_best=keep,
     )
     candidates = tuple(
         Candidate(loss, plan.pruned.params, tuple(g.keep_width for g in plan.groups))
         for loss, plan in zip(losses, plans, strict=True)
     )
-    job.journal.tell(search=Search(f"PGD-{STEPS}", len(labels), best, candidates))
+    job.journal.tell(search=Search(f"PGD-{effort.search_steps}", len(labels), best, candidates))
     return plans[best]

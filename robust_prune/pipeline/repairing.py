@@ -38,7 +38,12 @@ def prove(job: Job, whole: nn.Module, pruned: nn.Module, plan: PruningPlan) -> N
 
 
 def repair_(
-    job: Job, model: nn.Module, observed: Observed, rows: Mapping[str, Rows], settings: Settings
+    job: Job,
+    model: nn.Module,
+    observed: Observed,
+    plan: PruningPlan,
+    rows: Mapping[str, Rows],
+    settings: Settings,
 ) -> None:
     """Fit the weights that are left to what the whole layers gave, and renew batch norms.
 
@@ -46,13 +51,19 @@ def repair_(
         job: the run.
         model: pruned; changed in place.
         observed: of the model before the cut.
+        plan: that was applied.
         rows: `kept_rows` of the plan, made before the cut.
         settings: of this pruning step.
     """
     journal = job.journal
     if observed.reconstruction is not None:
         with journal.timed("reconstruction"):
-            fits = observed.reconstruction.apply_(model, rows)
+            known = observed.repaired.pop(plan.digest, None)
+            if known is None:
+                fits = observed.reconstruction.apply_(model, rows)
+            else:
+                known.put_into_(model)
+                fits = known.fits
         journal.tell(reconstruction=Fitted(len(observed.reconstruction.images), fits))
     if job.splits is None:
         return

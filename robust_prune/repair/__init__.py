@@ -4,6 +4,7 @@ from robust_prune.repair.batchnorm import recalibrate_batchnorm_
 from robust_prune.repair.reconstruction import (
     Fit,
     Reconstruction,
+    Repaired,
     Rows,
     dense_moments,
     kept_rows,
@@ -13,6 +14,7 @@ from robust_prune.repair.reconstruction import (
 __all__ = [
     "Fit",
     "Reconstruction",
+    "Repaired",
     "Rows",
     "dense_moments",
     "kept_rows",

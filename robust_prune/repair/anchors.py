@@ -54,10 +54,17 @@ def anchors_of(model: nn.Module) -> Iterator[dict[str, Anchor]]:
     def note(name: str, norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
-            dims = [d for d in range(x.ndim) if d != 1]
             found[name] = Anchor(
-                norm.running_mean.clone(), norm.running_var.clone(), x.mean(dims), x.var(dims)
+                norm.running_mean.clone(), norm.running_var.clone(), *mean_and_variance(x)
             )
 
     with watching(batch_norms(model), before=note):
         yield found
+
+
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [channels] each of x [N, channels, ...]; `var` takes two to six times as long."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    mean = x.mean(dims, keepdim=True)
+    count = x.numel() // x.shape[1]
+    return mean.flatten(), (x - mean).square_().sum(dims) / max(count - 1, 1)

@@ -57,6 +57,9 @@ def inputs_at(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
         x = _tokens(x)
         x = x if positions is None else x[:, positions]
         return x.reshape(-1, x.shape[-1])
+    assert isinstance(layer, nn.Conv2d)
+    if positions is not None:
+        return _patches_at(layer, x, positions)
     parts = []
     patch_bytes = 4 * x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
     for part in torch.split(x, max(1, PATCH_BYTES // patch_bytes)):
@@ -67,9 +70,26 @@ def inputs_at(layer: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
             padding=layer.padding,  # type: ignore[arg-type]
             stride=layer.stride,
         )
-        patches = patches if positions is None else patches[:, :, positions]
         parts.append(patches.transpose(1, 2).reshape(-1, patches.shape[1]))
     return torch.cat(parts)
+
+
+def _patches_at(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows of `F.unfold` at a few places, without unfolding the others."""
+    up, left = (int(padding) for padding in layer.padding)
+    x = F.pad(x, (left, left, up, up))
+    (high, wide), (down, across) = layer.kernel_size, layer.stride
+    places_across = (x.shape[3] - layer.dilation[1] * (wide - 1) - 1) // across + 1
+    first = torch.stack([positions // places_across * down, positions % places_across * across])
+    rows = first[0].view(-1, 1, 1) + layer.dilation[0] * _counted(high, x).view(1, -1, 1)
+    columns = first[1].view(-1, 1, 1) + layer.dilation[1] * _counted(wide, x).view(1, 1, -1)
+    places = (rows * x.shape[3] + columns).flatten()
+    patches = x.flatten(2).index_select(2, places).view(*x.shape[:2], len(positions), -1)
+    return patches.transpose(1, 2).reshape(-1, x.shape[1] * high * wide)
+
+
+def _counted(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import device_of, evaluating, network_of
-from robust_prune.repair.anchors import Anchor, anchors_of
+from robust_prune.modules import (
+    channels_last,
+    device_of,
+    evaluating,
+    network_of,
+    takes_channels_last,
+)
+from robust_prune.repair.anchors import Anchor, anchors_of, mean_and_variance
 from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
+from robust_prune.repair.solving import Solver, solved, solved_by_fewer
 from robust_prune.repair.watching import batch_norms, watching
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
 POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
+STAND_IN_ROWS = 2048  # for a layer, where its maps have as many positions
 ACTIVATION_BYTES = 1 << 30
 Rows = tuple[Tensor, Tensor]  # indices of outputs, and the factor of each
 
@@ -50,13 +58,16 @@ class Moments:
 
 
 @torch.no_grad()
-def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> dict[str, Moments]:
+def dense_moments(
+    model: nn.Module, images: Tensor, *, grams: bool = False, most: int = POSITIONS
+) -> dict[str, Moments]:
     """Run the dense model once and keep by layer what `reconstruct_` aims at.
 
     Args:
         model: left as it was.
         images: [N, C, H, W] in [0, 1]; adversarial and clean ones.
         grams: keep second moments of inputs, too.
+        most: positions of each image, drawn at random; all where there are fewer.
 
     Returns:
         Layers that one call with plain weights computes: no grouped convolutions, no weights
@@ -72,8 +83,8 @@ def dense_moments(model: nn.Module, images: Tensor, *, grams: bool = False) -> d
         calls[name] = calls.get(name, 0) + 1
         places = places_of(layer, y)
         positions = None
-        if places > POSITIONS:
-            drawn = torch.randperm(places, generator=generator)[:POSITIONS]
+        if places > most:
+            drawn = torch.randperm(places, generator=generator)[:most]
             positions = drawn.sort().values.to(y.device)
         gram = y.new_empty(0)
         if grams:
@@ -113,6 +124,7 @@ def reconstruct_(
     *,
     ridge: float = RIDGE,
     anchors: Mapping[str, Anchor] | None = None,
+    quick: bool = False,
 ) -> tuple[Fit, ...]:
     """Fit the weights of a pruned model, in place, to the dense model's activations.
 
@@ -137,12 +149,14 @@ def reconstruct_(
         ridge: how strongly weights stay; larger for fewer images.
         anchors: statistics of the dense model's batch norms, for images of another kind than it
             was trained on; statistics move from there as they move on these images.
+        quick: solve in the form with fewer unknowns; the same up to rounding.
 
     Returns:
         The relative squared errors of every layer that was fitted, in forward order.
     """
     fits: list[Fit] = []
     layers = {n: m for n, m in fittable(model).items() if n in dense}
+    solve = solved_by_fewer if quick else solved
 
     def fit(name: str, layer: nn.Module, x: Tensor) -> None:
         target, y = dense[name], dense[name].outputs
@@ -152,16 +166,17 @@ def reconstruct_(
         if isinstance(layer, nn.Linear) and places_of(layer, x) != target.places:
             return  # its rows are channels that are gone: it mixes tokens
         x = inputs_at(layer, x, target.positions)
-        fits.append(_fit_(name, layer, x, y, ridge, target.free))
+        fits.append(_fit_(name, layer, x, y, ridge, target.free, solve))
 
     def renew(name: str, norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
-            dims = [d for d in range(x.ndim) if d != 1]
-            mean, variance = x.mean(dims), x.var(dims)
-            if anchors is not None:
+            if anchors is None:
+                dims = [d for d in range(x.ndim) if d != 1]
+                mean, variance = x.mean(dims), x.var(dims)
+            else:
                 kept = rows[name][0] if name in rows else None
-                mean, variance = anchors[name].moved(mean, variance, kept, norm.eps)
+                mean, variance = anchors[name].moved(*mean_and_variance(x), kept, norm.eps)
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
 
@@ -179,25 +194,64 @@ class Reconstruction:
     """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer.
 
     `anchors` are there where the images are of another kind than those the model was trained on.
+    `quick` fits as `reconstruct_` says, in passes channels last where the model takes them.
     """
 
     images: Tensor
     dense: Mapping[str, Moments]
     anchors: Mapping[str, Anchor] | None = None
+    quick: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, *, anchored: bool = False) -> Reconstruction:
+    def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
         images = images[: images_that_fit(model, images[:1], len(images))]
-        if not anchored:
-            return cls(images, dense_moments(model, images))
-        with anchors_of(model) as anchors:
-            dense = dense_moments(model, images)
-        return cls(images, dense, anchors)
+        return cls(images, dense_moments(model, images))
+
+    @classmethod
+    def of_stand_ins(cls, model: nn.Module, images: Tensor) -> Reconstruction:
+        """Do so on few images of another kind, with more positions of each."""
+        images = images[: images_that_fit(model, images[:1], len(images))]
+        quick = takes_channels_last(model, images[:1])
+        most = max(POSITIONS, STAND_IN_ROWS // len(images))
+        with anchors_of(model) as anchors, channels_last(model, quick):
+            dense = dense_moments(model, images, most=most)
+        return cls(images, dense, anchors, quick)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
-        return reconstruct_(pruned, self.dense, rows, self.images, anchors=self.anchors)
+        with channels_last(pruned, self.quick):
+            return reconstruct_(
+                pruned,
+                self.dense,
+                rows,
+                self.images,
+                anchors=self.anchors,
+                quick=self.anchors is not None,
+            )
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a pruned model holds once its layers are fitted: tensors by name, and the fits."""
+
+    tensors: Mapping[str, Tensor]
+    fits: tuple[Fit, ...]
+
+    @classmethod
+    def of(cls, pruned: nn.Module, fits: tuple[Fit, ...]) -> Repaired:
+        """Keep a copy of parameters and buffers as they are now."""
+        return cls({name: t.detach().clone() for name, t in _tensors(pruned).items()}, fits)
+
+    @torch.no_grad()
+    def put_into_(self, pruned: nn.Module) -> None:
+        """Give them to a model that the same plan was applied to."""
+        for name, tensor in _tensors(pruned).items():
+            tensor.copy_(self.tensors[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
@@ -238,20 +292,17 @@ def images_that_fit(model: nn.Module, image: Tensor, most: int) -> int:
     return max(1, min(most, ACTIVATION_BYTES // (4 * largest[0])))
 
 
-def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool) -> Fit:
+def _fit_(
+    name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool, solve: Solver
+) -> Fit:
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     old = layer.weight.flatten(1)
     x_mean, y_mean = x.mean(0), y.mean(0)
     if free:
         x, y = x - x_mean, y - y_mean
-    n = len(x)
-    gram, cross = (x.T @ x / n).double(), (y.T @ x / n).double()
     energy = float(y.square().mean(0).sum()) or 1.0
-    strength = ridge * float(gram.diagonal().mean())
-    system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    before = float((y - x @ old.T).square().mean(0).sum())
-    if strength > 0:
-        new = torch.linalg.solve(system, (cross + strength * old.double()).T).T.to(old)
+    before, new = solve(x, y, old, ridge)
+    if new is not None:
         layer.weight.copy_(new.view_as(layer.weight))
     after = float((y - x @ layer.weight.flatten(1).T).square().mean(0).sum())
     if layer.bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from robust_prune.data import from_iterable, open_data, open_for, open_pictures, stand_ins
 from robust_prune.data.photographs import crops, photographs
+from robust_prune.data.samples import sample_photographs
 from robust_prune.errors import DataError
 from robust_prune.modules import predict
 from tests.conftest import tiny_resnet
@@ -56,6 +59,17 @@ def test_a_crop_is_found_in_a_photograph() -> None:
     means = [p.mean((1, 2)) for p in photographs()]
     assert image.shape == (3, whole, whole)
     assert min(float((image.mean((1, 2)) - mean).abs().max()) for mean in means) < 0.35
+
+
+def test_photographs_are_read_without_scikit_learn_as_it_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = load_sample_images().images
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn.datasets", None)  # importing it fails
+        found = sample_photographs()
+    assert len(found) == len(expected) == 2
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_stand_ins_have_the_verdicts_of_the_model() -> None:
