@@ -206,8 +206,11 @@ def _announce(
 
     budget = settings.budget
     tuning = f"{settings.finetune}, {settings.epochs} epochs" if settings.finetune else "none"
+    asked = ", ".join(
+        f"{100 * b.prune_ratio:g} % of the {b.target}" for b in (budget, *settings.also_budgets)
+    )
     output.line(
-        f"remove {100 * budget.prune_ratio:g} % of the {budget.target}; allocation "
+        f"remove {asked}; allocation "
         f"{settings.allocation}, score {settings.score}, MRS {settings.estimator}; threat "
         f"{settings.threat}; fine-tuning {tuning}; seed {settings.seed}"
     )

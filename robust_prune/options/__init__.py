@@ -4,7 +4,6 @@ from robust_prune.options.groups import (
     FINE_TUNING_EPOCHS,
     FINE_TUNING_METHOD,
     BatchNormMode,
-    BudgetOptions,
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
@@ -15,13 +14,14 @@ from robust_prune.options.groups import (
     NewTrainingOptions,
     OnCollapse,
     OutputOptions,
-    PlanningOptions,
     RunOptions,
     Schedule,
     SensitivityOptions,
     ThreatOptions,
     TrainingOptions,
 )
+from robust_prune.options.parsing import shares
+from robust_prune.options.planning import BudgetOptions, PlanningOptions
 from robust_prune.options.reference import reference
 from robust_prune.options.stating import (
     Options,
@@ -64,6 +64,7 @@ __all__ = [
     "option",
     "other_default",
     "reference",
+    "shares",
     "stated",
     "takes",
 ]

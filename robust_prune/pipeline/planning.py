@@ -16,8 +16,10 @@ from robust_prune.allocation import (
     allocations,
     best_composed,
     make_plan,
+    width_after,
 )
 from robust_prune.graph import ModelGraph
+from robust_prune.options import shares
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.measuring import Measured, Observed
 from robust_prune.pipeline.record import Candidate, Search
@@ -60,8 +62,19 @@ def plan(job: Job, observed: Observed, measured: Measured, settings: Settings) -
 
 def problem_of(graph: ModelGraph, settings: Settings) -> Problem:
     """Return what an allocation has to solve."""
+    ratios = graph.ratios_by_group(shares(settings.ratio_of, "--ratio-of"))
     return Problem(
-        graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to
+        graph.groups,
+        graph.cost,
+        settings.budget,
+        settings.max_prune_ratio,
+        settings.round_to,
+        also=settings.also_budgets,
+        fixed={
+            g.name: width_after(g, ratio, settings.round_to) if ratio else g.width
+            for g in graph.groups
+            if (ratio := ratios.get(g.name)) is not None
+        },
     )
 
 

@@ -26,12 +26,14 @@ from robust_prune.options import (
     RunOptions,
     chosen,
     other_default,
+    shares,
 )
 from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
 from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, ThreatModel
 
 CALIBRATION_IMAGES = 512
 EVAL_IMAGES = {"cpu": 200, "cuda": 1000}
+PARTS = ("ratio_of", "also", "measured")  # options of plans that are made in one step
 LINF_8 = ThreatModel.linf("8/255")
 
 
@@ -61,6 +63,7 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
+        self._check_parts()
         if self.plan is None:
             ALLOCATIONS.find(self.allocation)
             SCORES.find(self.score)
@@ -73,6 +76,24 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
                 raise UsageError(
                     f"{self.epochs} epochs are too few for {self.prune_steps} steps; each needs one"
                 )
+
+    def _check_parts(self) -> None:
+        """Raise where what is asked of single layers, or of several targets, can't be done."""
+        given = [f"--{n.replace('_', '-')}" for n in PARTS if getattr(self, n)]
+        if given and self.plan is not None:
+            raise UsageError(f"{given[0]}: a plan that is replayed decides that; leave out one")
+        if given and self.prune_steps > 1:
+            raise UsageError(f"{given[0]}: not with {self.prune_steps} pruning steps")
+        if any(budget.target == self.budget.target for budget in self.also_budgets):
+            raise UsageError(f"--also {self.budget.target}: that is what --ratio is about")
+
+    @property
+    def also_budgets(self) -> tuple[Budget, ...]:
+        """What `also` asks for."""
+        return tuple(
+            Budget(target, ratio)  # type: ignore[arg-type]
+            for target, ratio in shares(self.also, "--also").items()
+        )
 
     def epochs_of(self, step: int) -> int:
         """Return the epochs of a pruning step: half of all before the last, shared out equally."""
