@@ -28,6 +28,7 @@ ORDER = (
     "data",
     "adversaries",
     "graph",
+    "latency",
     "costs",
     "repair",
     "criteria",

@@ -44,14 +44,17 @@ def make_plan(
         whole_heads: heads of attentions go as a whole.
     """
     budget = problem.budget
+    dense, pruned = problem.cost({}), problem.cost(widths)
+    if problem.price is not None:  # a plan records what can be counted, the report what was timed
+        budget = Budget("macs", 1 - pruned.macs / dense.macs)
     plan = PruningPlan(
         budget=budget,
         allocation=allocation,
         score=score,
         seed=seed,
         input_size=input_size,
-        dense=problem.cost({}),
-        pruned=problem.cost(widths),
+        dense=dense,
+        pruned=pruned,
         groups=tuple(
             GroupPlan(
                 name=group.name,

@@ -29,6 +29,8 @@ class Problem:
         also: further budgets that must hold too. Costs are then those of the target that is
             furthest from its goal, in units of the first.
         fixed: widths that are decided, by group.
+        price: what the model takes at given widths, in milliseconds, where the budget is about
+            that.
     """
 
     groups: Sequence[ChannelGroup]
@@ -38,6 +40,7 @@ class Problem:
     round_to: int = 1
     also: tuple[Budget, ...] = ()
     fixed: Mapping[str, int] = field(default_factory=dict)
+    price: Callable[[Mapping[str, int]], float] | None = None
 
     @cached_property
     def dense(self) -> float:
@@ -47,6 +50,8 @@ class Problem:
     @cached_property
     def goal(self) -> float:
         """What the budget leaves of it."""
+        if self.price is not None:
+            return self.dense * (1 - self.budget.prune_ratio)
         return self._goals[self.budget]
 
     @cached_property
@@ -66,6 +71,8 @@ class Problem:
 
     def cost_at(self, widths: Mapping[str, int]) -> float:
         """Return the cost at these widths, in units of the budget's target."""
+        if self.price is not None:
+            return self.price(widths)
         cost = self.cost(widths)
         if not self.also:
             return cost.of(self.budget.target)
@@ -105,6 +112,9 @@ class Problem:
 
     def check_reach(self, narrowest: Mapping[str, int]) -> None:
         """Raise BudgetError if even these widths cost more than the budget leaves."""
+        if self.price is not None:
+            self._check_price(narrowest)
+            return
         dense, least = self.cost({}), self.cost(narrowest)
         for budget in self._goals:
             most = 1 - least.of(budget.target) / dense.of(budget.target)
@@ -117,6 +127,15 @@ class Problem:
                     f"minimum and protected layers stay; use {flag}{possible} or less, or protect "
                     "fewer layers"
                 )
+
+    def _check_price(self, narrowest: Mapping[str, int]) -> None:
+        most = 1 - self.cost_at(narrowest) / self.dense
+        if most < self.budget.prune_ratio:
+            raise BudgetError(
+                f"{100 * self.budget.prune_ratio:.1f} % less time is out of reach: about "
+                f"{100 * most:.1f} % can go by removing channels; use --ratio "
+                f"{math.floor(1000 * max(most, 0)) / 1000:g} or less"
+            )
 
     @cached_property
     def _goals(self) -> dict[Budget, float]:

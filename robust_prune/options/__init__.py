@@ -21,7 +21,7 @@ from robust_prune.options.groups import (
     TrainingOptions,
 )
 from robust_prune.options.parsing import shares
-from robust_prune.options.planning import BudgetOptions, PlanningOptions
+from robust_prune.options.planning import BudgetOptions, LatencyOptions, PlanningOptions
 from robust_prune.options.reference import reference
 from robust_prune.options.stating import (
     Options,
@@ -45,6 +45,7 @@ __all__ = [
     "FineTuningOptions",
     "Judge",
     "JudgingOptions",
+    "LatencyOptions",
     "ModelOptions",
     "NewOutputOptions",
     "NewTrainingOptions",

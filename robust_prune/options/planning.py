@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from robust_prune.errors import UsageError
 from robust_prune.options.parsing import shares
 from robust_prune.options.stating import Options, Range, option
 from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
-from robust_prune.types import TARGETS, Target
+from robust_prune.types import TARGETS
+
+AskedTarget = Literal["macs", "params", "channels", "latency"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,22 @@ class BudgetOptions(Options):
         within=Range(0, 1, "low high", "0.5 removes half: between 0 and 1, both excluded"),
         required=True,
     )
-    target: Target = option("macs", "macs, params or channels.")
+    target: AskedTarget = option(
+        "macs", "macs, params, channels, or latency: measured milliseconds on this device."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions(Options):
+    """What milliseconds are measured with, for `--target latency` and `info --latency`."""
+
+    panel = "Pruning"
+
+    latency_batch: int = option(1, "Images at a time.", within=Range(low=1))
+    latency_threads: int | None = option(
+        None, "Threads of a CPU; default those that torch uses.", within=Range(low=1)
+    )
+    latency_precision: Precision = option("float32", "Number format.")
 
 
 @dataclass(frozen=True, kw_only=True)

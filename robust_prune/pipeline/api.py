@@ -22,6 +22,7 @@ from robust_prune.options import (
     BudgetOptions,
     EvaluationOptions,
     FineTuningOptions,
+    LatencyOptions,
     PlanningOptions,
     RunOptions,
     SensitivityOptions,
@@ -30,8 +31,8 @@ from robust_prune.options import (
 from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.describing import asked
 from robust_prune.pipeline.run_folder import RunFolder
-from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, eval_images
-from robust_prune.types import Budget, PruningPlan, Sensitivity, ThreatModel
+from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, budget_of, eval_images
+from robust_prune.types import PruningPlan, Sensitivity, ThreatModel
 
 REPEATED = ("protect", "only", "ratio_of", "also")  # several texts, or one; shares by name
 
@@ -39,6 +40,7 @@ REPEATED = ("protect", "only", "ratio_of", "also")  # several texts, or one; sha
 @takes(
     BudgetOptions,
     PlanningOptions,
+    LatencyOptions,
     FineTuningOptions,
     EvaluationOptions,
     renamed={"method": "estimator", "steps": "prune_steps", "training_options": None},
@@ -96,7 +98,7 @@ def compress(
         options["measured"] = Path(options["measured"])
     options["n_eval"] = eval_images(options.get("n_eval"), device_of(model))
     settings = Settings(
-        budget=Budget(budget.target, budget.prune_ratio) if plan is None else plan.budget,
+        **(budget_of(budget) if plan is None else {"budget": plan.budget}),
         threat=threat,
         plan=plan,
         input_size=input_size,

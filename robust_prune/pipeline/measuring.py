@@ -18,6 +18,7 @@ from robust_prune.criteria import (
 )
 from robust_prune.data import DataSplits, stand_ins
 from robust_prune.graph import ModelGraph
+from robust_prune.latency import LatencyModel
 from robust_prune.modules import device_of
 from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
 from robust_prune.pipeline.grade import grade_of
@@ -25,6 +26,7 @@ from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
 from robust_prune.pipeline.stored import Stored, key_of, store, stored
+from robust_prune.pipeline.timing import latency_of
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Reconstruction
 from robust_prune.types import Curve, Sensitivity
@@ -47,6 +49,7 @@ class Observed:
             asked for.
         key: what a stored measurement must agree with; None where none is asked for.
         stored: what was measured before.
+        latency: what the model takes as a function of its widths, where the budget is about that.
     """
 
     graph: ModelGraph
@@ -58,6 +61,7 @@ class Observed:
     reconstruction: Reconstruction | None
     key: Mapping[str, Any] | None = None
     stored: Stored | None = None
+    latency: LatencyModel | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         quiet: do not note again how many images there are.
     """
     model, journal = graph.model, job.journal
+    latency = latency_of(job, graph, settings)
     effort = effort_of(settings, graph, job.input_size, with_data=job.splits is not None)
     splits = job.splits
     if splits is None:
@@ -113,7 +118,9 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         key, before = _measured_before(journal, graph, settings, effort, images, labels)
         adversarial = _attacked(model, settings, effort, images, labels, before)
     reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
-    return Observed(graph, splits, effort, images, labels, adversarial, reconstruction, key, before)
+    return Observed(
+        graph, splits, effort, images, labels, adversarial, reconstruction, key, before, latency
+    )
 
 
 def _measured_before(

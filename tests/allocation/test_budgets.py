@@ -101,7 +101,7 @@ def test_decided_widths_may_take_more_than_the_budget(graph: ModelGraph) -> None
 def test_a_share_of_single_layers() -> None:
     result = rp.compress(
         tiny_resnet(),
-        None,
+        data(),
         prune_ratio=0.4,
         allocation="uniform",
         ratio_of={"layer3.*": 0.5, "conv1.0": 0.0},
@@ -115,7 +115,7 @@ def test_a_share_of_single_layers() -> None:
 
 def test_only_some_layers_lose_channels() -> None:
     small = rp.compress(
-        tiny_resnet(), None, prune_ratio=0.15, allocation="uniform", only="layer3.*", **TRYING
+        tiny_resnet(), data(), prune_ratio=0.15, allocation="uniform", only="layer3.*", **TRYING
     )
     assert {group.name.split(".")[0] for group in small.plan.groups} == {"layer3"}
     assert any("not among those to prune" in item.reason for item in small.plan.unprunable)
@@ -141,7 +141,7 @@ def test_only_some_layers_lose_channels() -> None:
 )
 def test_what_cant_be_asked_is_one_line(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
-        rp.compress(tiny_resnet(), None, prune_ratio=0.2, **asked, **TRYING)
+        rp.compress(tiny_resnet(), data(), prune_ratio=0.2, **asked, **TRYING)
     assert "\n" not in str(caught.value)
 
 
