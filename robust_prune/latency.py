@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import platform
 import statistics
@@ -15,11 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from robust_prune.files import write_text
 from robust_prune.graph import ModelGraph
@@ -27,6 +28,9 @@ from robust_prune.modules import copied, device_of, evaluating, network_of
 from robust_prune.options import LatencyOptions
 from robust_prune.types import ChannelGroup
 from robust_prune.untrusted import read_json
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 SHARES = (0.1, 0.4, 0.7, 1.0)  # of a layer's channels that are timed
 BLOCK_MS, BLOCKS = 2.0, 5  # how long a block of calls takes, and how many there are of a layer
@@ -342,8 +346,22 @@ def _call(model: nn.Module, images: Tensor, conditions: Conditions) -> Callable[
 
 
 def _timer(call: Callable[[], Tensor], conditions: Conditions) -> Timer:
+    timer = _timer_class()
     more: dict[str, Any] = {"timer": time.thread_time} if conditions.threads == 1 else {}
-    return Timer("call()", globals={"call": call}, num_threads=max(conditions.threads, 1), **more)
+    return timer("call()", globals={"call": call}, num_threads=max(conditions.threads, 1), **more)
+
+
+@functools.cache
+def _timer_class() -> type[Timer]:
+    """Import torch's timer when something is timed: it says on stderr that there is no CUDA."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 def _number(timer: Timer, block_ms: float) -> int:
