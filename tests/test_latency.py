@@ -15,7 +15,14 @@ from robust_prune import latency, report
 from robust_prune.cli import app
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
-from robust_prune.latency import Conditions, LatencyModel, Table, alternating, latency_model
+from robust_prune.latency import (
+    Conditions,
+    LatencyModel,
+    Table,
+    alternating,
+    latency_model,
+    measuring,
+)
 from robust_prune.modules import network_of
 from robust_prune.pipeline import timing
 from tests.allocation.test_budgets import data
@@ -29,15 +36,15 @@ ONE = Conditions(2, 1, "float32", "a device")
 def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Layers that take a microsecond for each product of outputs and inputs, and a cache here."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(latency, "PAIR_MS", 1.0)
-    monkeypatch.setattr(latency, "PAIRS", 2)
+    monkeypatch.setattr(measuring, "PAIR_MS", 1.0)
+    monkeypatch.setattr(measuring, "PAIRS", 2)
     asked: list[tuple[str, int, int]] = []
 
     def time(layer: Any, outputs: int, inputs: int, *more: Any) -> float:
         asked.append((layer.name, outputs, inputs))
         return outputs * inputs / 1000
 
-    monkeypatch.setattr(latency, "_time", time)
+    monkeypatch.setattr(measuring, "_time", time)
     return asked
 
 
