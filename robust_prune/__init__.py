@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from robust_prune.evaluation import evaluate
     from robust_prune.exporting import export
     from robust_prune.graph import DependencyGraph, adapter, dependency_graph, prune_
+    from robust_prune.hub import from_pretrained, push_to_hub, save_pretrained
     from robust_prune.importance import MRSImportance
     from robust_prune.models import load, save
     from robust_prune.pipeline import CompressResult, compress, sensitivity
@@ -29,9 +30,12 @@ _HOMES = {
     "compress": "pipeline",
     "dependency_graph": "graph",
     "evaluate": "evaluation",
+    "from_pretrained": "hub",
     "load": "models",
     "prune_": "graph",
+    "push_to_hub": "hub",
     "save": "models",
+    "save_pretrained": "hub",
     "sensitivity": "pipeline",
 }
 
@@ -49,9 +53,12 @@ __all__ = [
     "compress",
     "dependency_graph",
     "evaluate",
+    "from_pretrained",
     "load",
     "prune_",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "sensitivity",
 ]
 

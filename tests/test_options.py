@@ -72,7 +72,7 @@ main()
 def test_a_new_option_is_one_line_and_every_reader_has_it(tmp_path: Path) -> None:
     copy = tmp_path / "robust_prune"
     shutil.copytree(Path(robust_prune.__file__).parent, copy)
-    groups = copy / "options" / "groups.py"
+    groups = copy / "options" / "planning.py"
     line = '    glitter: int = option(3, "How much it shines.", within=Range(0, 5))\n'
     text = groups.read_text()
     before = "    allocation: str = option("

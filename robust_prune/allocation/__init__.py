@@ -3,7 +3,7 @@
 from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
-from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem
+from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem, width_after
 from robust_prune.allocation.search import CAPS, STEPS, best_composed, candidate_widths, passes_of
 from robust_prune.allocation.widths import (
     EVEN,
@@ -37,4 +37,5 @@ __all__ = [
     "group_weights",
     "passes_of",
     "ratio_for",
+    "width_after",
 ]

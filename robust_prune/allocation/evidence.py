@@ -45,9 +45,12 @@ def allocations(name: str, problem: Problem, evidence: Evidence) -> list[Widths]
     for widths in several or [{}]:
         for group in problem.groups:
             width = widths.get(group.name)
-            if not isinstance(width, int) or not group.min_width <= width <= group.width:
+            least, most = group.min_width, group.width
+            if group.name in problem.fixed:
+                least = most = problem.fixed[group.name]
+            if not isinstance(width, int) or not least <= width <= most:
                 raise UsageError(
                     f"allocation {name!r} gives group {group.name!r} the width {width!r}; it must "
-                    f"be {group.min_width} to {group.width}"
+                    f"be {f'{least} to {most}' if least < most else f'{least}, as asked'}"
                 )
     return [dict(widths) for widths in several]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from robust_prune.allocation.problem import Problem, width_after
 from robust_prune.allocation.widths import TOLERANCE
-from robust_prune.types import ChannelGroup, GroupPlan, PruningPlan, Unprunable
+from robust_prune.types import Budget, ChannelGroup, GroupPlan, PruningPlan, Unprunable
 
 
 def make_plan(
@@ -44,21 +44,24 @@ def make_plan(
         whole_heads: heads of attentions go as a whole.
     """
     budget = problem.budget
+    dense, pruned = problem.cost({}), problem.cost(widths)
+    if problem.price is not None:  # a plan records what can be counted, the report what was timed
+        budget = Budget("macs", 1 - pruned.macs / dense.macs)
     plan = PruningPlan(
         budget=budget,
         allocation=allocation,
         score=score,
         seed=seed,
         input_size=input_size,
-        dense=problem.cost({}),
-        pruned=problem.cost(widths),
+        dense=dense,
+        pruned=pruned,
         groups=tuple(
             GroupPlan(
                 name=group.name,
                 width=group.width,
                 keep=_keep(group, widths[group.name] // group.blocks, scores[group.name]),
                 mrs=(mrs or {}).get(group.name),
-                note=_note(group, widths[group.name], problem.max_prune_ratio),
+                note=_note(problem, group, widths[group.name]),
             )
             for group in problem.groups
         ),
@@ -67,14 +70,30 @@ def make_plan(
         ties=tuple(ties),
         whole_heads=whole_heads,
     )
+    lines = [_asked_too(plan, other) for other in problem.also]
     miss = plan.reached - budget.prune_ratio
     if abs(miss) > TOLERANCE:
-        line = (
+        lines.append(
             f"asked to remove {100 * budget.prune_ratio:.1f} % of the {budget.target}, "
-            f"{100 * plan.reached:.1f} % are removed: the groups are too narrow for a closer fit"
+            f"{100 * plan.reached:.1f} % are removed: {_why_missed(problem, miss)}"
         )
-        plan = replace(plan, notes=(*plan.notes, line))
-    return plan
+    return replace(plan, notes=(*plan.notes, *lines))
+
+
+def _asked_too(plan: PruningPlan, budget: Budget) -> str:
+    reached = 1 - plan.pruned.of(budget.target) / plan.dense.of(budget.target)
+    return (
+        f"asked to remove {100 * budget.prune_ratio:.1f} % of the {budget.target} too, "
+        f"{100 * reached:.1f} % are removed"
+    )
+
+
+def _why_missed(problem: Problem, miss: float) -> str:
+    if miss > 0 and problem.also:
+        return f"the {' or '.join(b.target for b in problem.also)} asked for take more"
+    if miss > 0 and problem.cost_at(problem.widest) < problem.goal:
+        return "the shares asked for of single layers take more"
+    return "the groups are too narrow for a closer fit"
 
 
 def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int, ...]:
@@ -83,9 +102,12 @@ def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int
     return tuple(i for i in range(group.width) if group.unit(i) in kept)
 
 
-def _note(group: ChannelGroup, width: int, max_prune_ratio: float) -> str:
+def _note(problem: Problem, group: ChannelGroup, width: int) -> str:
+    if group.name in problem.fixed:
+        gone = 1 - width / group.width
+        return f"{100 * gone:.1f} % gone, as asked of its layers"
     if group.width > width == group.min_units * group.blocks:
         return "at its minimum width"
-    if group.width > width == width_after(group, max_prune_ratio):
-        return f"at the most that may go, {100 * max_prune_ratio:g} %"
+    if group.width > width == width_after(group, problem.max_prune_ratio):
+        return f"at the most that may go, {100 * problem.max_prune_ratio:g} %"
     return ""

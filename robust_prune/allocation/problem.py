@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from robust_prune.errors import BudgetError
@@ -26,6 +26,11 @@ class Problem:
         budget: what to remove.
         max_prune_ratio: share of a group that may go at most, in (0, 1).
         round_to: widths become multiples of this, where a group is wide enough for one.
+        also: further budgets that must hold too. Costs are then those of the target that is
+            furthest from its goal, in units of the first.
+        fixed: widths that are decided, by group.
+        price: what the model takes at given widths, in milliseconds, where the budget is about
+            that.
     """
 
     groups: Sequence[ChannelGroup]
@@ -33,29 +38,69 @@ class Problem:
     budget: Budget
     max_prune_ratio: float = MAX_PRUNE_RATIO
     round_to: int = 1
+    also: tuple[Budget, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    price: Callable[[Mapping[str, int]], float] | None = None
 
     @cached_property
-    def dense(self) -> int:
+    def dense(self) -> float:
         """What the whole model costs, in units of the budget's target."""
         return self.cost_at({})
 
     @cached_property
     def goal(self) -> float:
         """What the budget leaves of it."""
-        return self.dense * (1 - self.budget.prune_ratio)
+        if self.price is not None:
+            return self.dense * (1 - self.budget.prune_ratio)
+        return self._goals[self.budget]
 
     @cached_property
     def narrowest(self) -> Widths:
         """The least width that each group may keep."""
         return {g.name: self.width(g, self.max_prune_ratio) for g in self.groups}
 
-    def cost_at(self, widths: Mapping[str, int]) -> int:
+    @cached_property
+    def widest(self) -> Widths:
+        """The most that each group may keep."""
+        return {g.name: self.fixed.get(g.name, g.width) for g in self.groups}
+
+    @cached_property
+    def free(self) -> tuple[ChannelGroup, ...]:
+        """Groups whose widths are not decided."""
+        return tuple(g for g in self.groups if g.name not in self.fixed)
+
+    def cost_at(self, widths: Mapping[str, int]) -> float:
         """Return the cost at these widths, in units of the budget's target."""
-        return self.cost(widths).of(self.budget.target)
+        if self.price is not None:
+            return self.price(widths)
+        cost = self.cost(widths)
+        if not self.also:
+            return cost.of(self.budget.target)
+        return self.goal * max(cost.of(b.target) / goal for b, goal in self._goals.items())
+
+    def spent(self, widths: Mapping[str, int]) -> float:
+        """Return what a step is to save of: the cost, of several budgets what is above their goals.
+
+        Those add up, each in shares of its goal, so that a step is worth something as long as it
+        saves any that is not reached. `enough` is what may be spent.
+        """
+        if not self.also:
+            return self.cost_at(widths)
+        cost = self.cost(widths)
+        return sum(max(cost.of(b.target) / goal - 1, 0) for b, goal in self._goals.items())
+
+    @property
+    def enough(self) -> float:
+        """What may be `spent` once every budget holds."""
+        return 0.0 if self.also else self.goal
 
     def miss(self, widths: Mapping[str, int]) -> float:
-        """Return how far the cost at these widths is from the goal."""
-        return abs(self.cost_at(widths) - self.goal)
+        """Return how far the cost at these widths is from the goal.
+
+        Of several budgets none may be missed, so that what is above is further than all below.
+        """
+        over = self.cost_at(widths) - self.goal
+        return abs(over) + (self.dense if self.also and over > 0 else 0)
 
     def step(self, group: ChannelGroup) -> int:
         """Return how many units go at a time, so that widths stay multiples of `round_to`."""
@@ -63,18 +108,39 @@ class Problem:
 
     def width(self, group: ChannelGroup, prune_ratio: float) -> int:
         """Return the width that is left of a group without this share of its units."""
-        return width_after(group, prune_ratio, self.round_to)
+        return self.fixed.get(group.name) or width_after(group, prune_ratio, self.round_to)
 
     def check_reach(self, narrowest: Mapping[str, int]) -> None:
         """Raise BudgetError if even these widths cost more than the budget leaves."""
+        if self.price is not None:
+            self._check_price(narrowest)
+            return
+        dense, least = self.cost({}), self.cost(narrowest)
+        for budget in self._goals:
+            most = 1 - least.of(budget.target) / dense.of(budget.target)
+            if most < budget.prune_ratio:
+                possible = f"{math.floor(1000 * most) / 1000:g}"
+                flag = "--ratio " if budget is self.budget else f"--also {budget.target}="
+                raise BudgetError(
+                    f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is "
+                    f"out of reach: at most {100 * most:.1f} % can go while every group keeps its "
+                    f"minimum and protected layers stay; use {flag}{possible} or less, or protect "
+                    "fewer layers"
+                )
+
+    def _check_price(self, narrowest: Mapping[str, int]) -> None:
         most = 1 - self.cost_at(narrowest) / self.dense
         if most < self.budget.prune_ratio:
             raise BudgetError(
-                f"removing {100 * self.budget.prune_ratio:.1f} % of the {self.budget.target} is "
-                f"out of reach: at most {100 * most:.1f} % can go while every group keeps its "
-                "minimum and protected layers stay; use --ratio "
-                f"{math.floor(1000 * most) / 1000:g} or less, or protect fewer layers"
+                f"{100 * self.budget.prune_ratio:.1f} % less time is out of reach: about "
+                f"{100 * most:.1f} % can go by removing channels; use --ratio "
+                f"{math.floor(1000 * max(most, 0)) / 1000:g} or less"
             )
+
+    @cached_property
+    def _goals(self) -> dict[Budget, float]:
+        dense = self.cost({})
+        return {b: dense.of(b.target) * (1 - b.prune_ratio) for b in (self.budget, *self.also)}
 
 
 def width_after(group: ChannelGroup, prune_ratio: float, round_to: int = 1) -> int:

@@ -47,7 +47,7 @@ def candidate_widths(
         BudgetError: the budget is out of reach.
     """
     most, uniform = problem.max_prune_ratio, allocate_evenly(problem)
-    least = max((1 - uniform[g.name] / g.width for g in problem.groups), default=0.0)
+    least = max((1 - uniform[g.name] / g.width for g in problem.free), default=0.0)
     found = [uniform]
     for cap in caps[1:]:
         with contextlib.suppress(BudgetError):  # rounding may leave the uniform one just above it

@@ -100,23 +100,23 @@ def allocate_by_curves(problem: Problem, curves: Mapping[str, Curve]) -> Widths:
     groups = problem.groups
     problem.check_reach(problem.narrowest)
     hulls = {name: curve.hull() for name, curve in curves.items()}
-    widths = {g.name: g.width for g in groups}
+    widths = dict(problem.widest)
 
     def price(g: ChannelGroup) -> float:
         """Loss rise per cost saved of the group's next step."""
         after = _next_width(problem, g, widths[g.name])
         if after >= widths[g.name]:
             return math.inf
-        saved = now - problem.cost_at({**widths, g.name: after})
+        saved = now - problem.spent({**widths, g.name: after})
         share, before = 1 - after / g.width, 1 - widths[g.name] / g.width
         rise = hulls[g.name].at(share) - hulls[g.name].at(before)
         rise += EVEN * (share**2 - before**2)
         return rise / saved if saved > 0 else math.inf
 
-    now = problem.cost_at(widths)
+    now = problem.spent(widths)
     queue = [(price(g), i) for i, g in enumerate(groups)]
     heapq.heapify(queue)
-    while now > problem.goal and queue:
+    while now > problem.enough and queue:
         _, i = heapq.heappop(queue)
         g = groups[i]
         fresh = price(g), i
@@ -126,7 +126,7 @@ def allocate_by_curves(problem: Problem, curves: Mapping[str, Curve]) -> Widths:
             heapq.heappush(queue, fresh)
             continue
         widths[g.name] = _next_width(problem, g, widths[g.name])
-        now = problem.cost_at(widths)
+        now = problem.spent(widths)
         heapq.heappush(queue, (price(g), i))
     return _fit(problem, widths, CLOSE)
 
@@ -148,7 +148,8 @@ def _fit(problem: Problem, widths: Widths, close: float) -> Widths:
             {**widths, g.name: width}
             for g in problem.groups
             for width in (widths[g.name] - steps[g.name], widths[g.name] + steps[g.name])
-            if problem.narrowest[g.name] <= width <= g.width and width % steps[g.name] == 0
+            if problem.narrowest[g.name] <= width <= problem.widest[g.name]
+            and width % steps[g.name] == 0
         ]
         closest = min(tried, key=problem.miss, default=widths)
         if problem.miss(closest) >= best:

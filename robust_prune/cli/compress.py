@@ -28,6 +28,7 @@ from robust_prune.options import (
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
+    LatencyOptions,
     ModelOptions,
     OutputOptions,
     PlanningOptions,
@@ -73,6 +74,7 @@ Quick = Annotated[
 def compress(
     budget: BudgetOptions,
     planning: PlanningOptions,
+    timing: LatencyOptions,
     finetuning: FineTuningOptions,
     evaluation: EvaluationOptions,
     threat: ThreatOptions,
@@ -111,6 +113,7 @@ def compress(
     settings = _settings(
         budget,
         planning,
+        timing,
         _finetuning(finetuning, quick, splits),
         _evaluation(evaluation, quick, splits, device),
         threat=threat_model(threat, record),
@@ -179,20 +182,20 @@ def _check_budget(prune_ratio: float | None, replayed: PruningPlan | None) -> No
 def _settings(
     budget: BudgetOptions,
     planning: PlanningOptions,
+    timing: LatencyOptions,
     finetuning: FineTuningOptions,
     evaluation: EvaluationOptions,
     *,
     plan: PruningPlan | None,
     **more: Any,
 ) -> Settings:
-    from robust_prune.pipeline import Settings
-    from robust_prune.types import Budget
+    from robust_prune.pipeline import Settings, budget_of
 
     if plan is not None:
         planning = replace(planning, allocation=plan.allocation, score=plan.score)
     return Settings(
-        **chosen(Settings, planning, finetuning, evaluation),
-        budget=Budget(budget.target, budget.prune_ratio) if plan is None else plan.budget,
+        **chosen(Settings, planning, timing, finetuning, evaluation),
+        **(budget_of(budget) if plan is None else {"budget": plan.budget}),
         plan=plan,
         **more,
     )
@@ -206,8 +209,12 @@ def _announce(
 
     budget = settings.budget
     tuning = f"{settings.finetune}, {settings.epochs} epochs" if settings.finetune else "none"
+    asked = ", ".join(
+        f"{100 * b.prune_ratio:g} % of the {'time' if settings.latency else b.target}"
+        for b in (budget, *settings.also_budgets)
+    )
     output.line(
-        f"remove {100 * budget.prune_ratio:g} % of the {budget.target}; allocation "
+        f"remove {asked}; allocation "
         f"{settings.allocation}, score {settings.score}, MRS {settings.estimator}; threat "
         f"{settings.threat}; fine-tuning {tuning}; seed {settings.seed}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,15 +20,21 @@ class ExportFormat(str, enum.Enum):
 
     onnx = "onnx"
     torch_export = "torch-export"
+    hub = "hub"
 
 
 Format = Annotated[
-    ExportFormat, typer.Option("--format", help="onnx needs the extra robust-prune[export].")
+    ExportFormat,
+    typer.Option(
+        "--format",
+        help="onnx needs the extra robust-prune\\[export]; hub is a folder for publishing.",
+    ),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="File to write; default NAME.onnx or NAME.pt2 here.")
+    Path | None,
+    typer.Option(help="What to write; default NAME.onnx, NAME.pt2 or the folder NAME-hub here."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
 @takes_options()
@@ -40,15 +46,25 @@ def export(
     out: Out = None,
     force: Force = False,
 ) -> None:
-    """Write a model for use without this package: images in [0, 1] in, logits out, any batch size.
+    """Write a model for use without this package, or as a folder to publish.
 
-    The file is checked against the module before it gets its name.
+    Files take images in [0, 1] and give logits, for any batch size, and are checked against the
+    module before they get their names. The folder has weights, configuration and a model card.
     """
+    if to is ExportFormat.hub:
+        _export_folder(model, opening, output, out, force)
+    else:
+        _export_file(model, to.value, opening, output, out, force)
+
+
+def _export_file(
+    model: str, to: Any, opening: ModelOptions, output: Output, out: Path | None, force: bool
+) -> None:
     from robust_prune import exporting
     from robust_prune.models import image_size_of
     from robust_prune.types import to_plain
 
-    path = out or Path(Path(model).stem + exporting.SUFFIXES[to.value])
+    path = out or Path(Path(model).stem + exporting.SUFFIXES[to])
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder; name a file")
     if path.exists() and not force:
@@ -57,7 +73,7 @@ def export(
         raise UsageError(f"--out {path}: there is no folder {path.parent}")
     module, _ = open_model(model, opening)
     size = image_size_of(module, opening.input_size)
-    done = exporting.export(module, path, to=to.value, input_size=size)
+    done = exporting.export(module, path, to=to, input_size=size)
     shape = "x".join(map(str, size))
     output.result(f"wrote {done.path}: images [N, {shape}] in [0, 1], float32, to logits")
     if done.error is None:
@@ -68,3 +84,20 @@ def export(
             f"module's by {done.error:.1e} of the largest"
         )
     output.document({**to_plain(done), "path": str(path), "input_size": size})
+
+
+def _export_folder(
+    model: str, opening: ModelOptions, output: Output, out: Path | None, force: bool
+) -> None:
+    from robust_prune import hub, models
+
+    folder = out or Path(f"{Path(model).stem}-hub")
+    if folder.is_file():
+        raise UsageError(f"--out {folder} is a file; name a folder")
+    if (folder / models.CONFIG).exists() and not force:
+        raise UsageError(f"{folder} holds a model; name another folder, or --force overwrites it")
+    module, record = open_model(model, opening)
+    hub.save_pretrained(module, folder, record)
+    output.result(f"wrote {folder}: model.safetensors, config.json, README.md, model_info.json")
+    output.line(f"read the card, then: hf upload OWNER/NAME {folder}")
+    output.document({"format": "hub", "path": str(folder)})

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
 from robust_prune.cli.opening import ModelPath, open_model
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_groups, show_report
 from robust_prune.errors import ModelError, first_line
-from robust_prune.options import ModelOptions
+from robust_prune.options import LatencyOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from robust_prune.graph import ModelGraph
+
+
+Latency = Annotated[
+    bool, typer.Option("--latency", help="Time every layer, and the whole, on this device.")
+]
 
 
 @takes_options()
-def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
+def info(
+    model: ModelPath,
+    opening: ModelOptions,
+    timing: LatencyOptions,
+    output: Output,
+    latency: Latency = False,
+) -> None:
     """Say what a model file is: architecture, cost, prunable groups, plan and results."""
     from robust_prune import report
     from robust_prune.graph import ModelGraph
@@ -43,6 +61,7 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
         output.line(line)
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
+    timed = _show_latency(output, found, timing) if latency else None
     if has_report:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
         show_report(output, record)
@@ -54,9 +73,42 @@ def info(model: ModelPath, opening: ModelOptions, output: Output) -> None:
             "input_size": size,
             "cost": to_plain(cost),
             "uncounted": found.uncounted,
+            **({} if timed is None else {"latency": timed}),
             "groups": to_plain(found.groups),
             "unprunable": to_plain(found.unprunable),
             "reachable": found.reachable,
             "record": {k: v for k, v in record.items() if k not in ("schema", "model")},
         }
     )
+
+
+def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> dict[str, Any]:
+    """Print what every layer takes, and what removing channels could bring."""
+    from robust_prune.allocation import Problem
+    from robust_prune.latency import conditions_of, latency_model
+    from robust_prune.modules import device_of
+    from robust_prune.types import Budget
+
+    found = latency_model(graph, conditions_of(timing, device_of(graph.model)))
+    narrowest = Problem(graph.groups, graph.cost, Budget("macs", 0.5)).narrowest
+    least = found.ms(narrowest) / found.dense_ms
+    output.table(
+        f"Milliseconds of {found.conditions}",
+        ("layer", "ms", "share", "at its narrowest"),
+        [
+            (name, f"{ms:.3f}", f"{100 * ms / found.dense_ms:.1f} %", f"{left:.3f}")
+            for (name, ms), left in zip(
+                found.layer_ms.items(), found.layers_at(narrowest).values(), strict=True
+            )
+        ],
+    )
+    output.result(
+        f"{found.dense_ms:.2f} ms; with every group at its narrowest about {100 * least:.0f} % of "
+        "that, so that --target latency can remove the rest at most"
+    )
+    return {
+        "conditions": str(found.conditions),
+        "dense_ms": found.dense_ms,
+        "least_share": least,
+        "layer_ms": found.layer_ms,
+    }

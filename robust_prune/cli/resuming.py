@@ -18,7 +18,7 @@ from robust_prune.types import DATA_NAMES
 FREE = {"resume", "device", "workers", "download", "trust_pickle"}
 # where `package.module:function` may stand, beside the training method
 USERS_CODE = {"score": "--score", "estimator": "--mrs", "allocation": "--allocation"}
-FILES = {"model", "start", "teacher", "data", "plan", "out", "data_root"}
+FILES = {"model", "start", "teacher", "data", "plan", "out", "data_root", "measured"}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from robust_prune.errors import PlanError, UsageError
+from robust_prune.errors import PlanError
 from robust_prune.graph.costs import (
     TensorCost,
     Use,
@@ -28,6 +26,7 @@ from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
 from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
+from robust_prune.graph.naming import matching, ratios_by_group
 from robust_prune.graph.probing import wired
 from robust_prune.graph.tracing import Count, Slot
 from robust_prune.graph.uncounted import uncounted_work
@@ -50,6 +49,7 @@ class ModelGraph:
         input_size: tuple[int, int, int],
         *,
         protect: Sequence[str] = (),
+        only: Sequence[str] = (),
         min_width: int = MIN_WIDTH,
         probe: bool = True,
         ties: Sequence[tuple[str, str]] = (),
@@ -61,6 +61,7 @@ class ModelGraph:
             model: any module on images; left as it was, in mode and requires_grad.
             input_size: (channels, height, width) that costs are counted at.
             protect: dotted layer names or patterns such as `layer1.*` that must stay whole.
+            only: the same of those that alone may lose channels; none means all.
             min_width: channels that every group keeps at least (fewer if it has fewer).
             probe: False trusts that every group can be pruned, which costs half the time.
             ties: what an earlier probe found out, from a plan.
@@ -69,7 +70,7 @@ class ModelGraph:
 
         Raises:
             ModelError: the model does not take such images, or computes its weights.
-            UsageError: a name in `protect` matches no layer.
+            UsageError: a name in `protect` or `only` matches no layer.
         """
         self.model = model
         self.input_size = input_size
@@ -78,9 +79,13 @@ class ModelGraph:
         for layer in layers:
             weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
         names = [name for name, _ in net.named_modules() if name]
-        matched = _match(protect, names)
+        matched = matching(protect, names, "protect")
         heads = [n for n, m in net.named_modules() if isinstance(m, nn.MultiheadAttention)]
         protected = {n: f"protected: {n}" for n in (*layers, *heads) if n in matched}
+        if only:
+            allowed = matching(only, names, "only")
+            others = (n for n in (*layers, *heads) if n not in allowed)
+            protected = {**{n: f"{n} is not among those to prune" for n in others}, **protected}
         self.whole_heads = whole_heads
         with checked(input_size), evaluating(net):
             wiring, self.ties = wired(
@@ -114,6 +119,11 @@ class ModelGraph:
         )
         self._by_name = {group.name: group for group in self.groups}
         self._costs = self._work_costs(net)
+
+    def ratios_by_group(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """Return by group the share of its channels that patterns of layers ask for."""
+        names = [name for name, _ in network_of(self.model).named_modules() if name]
+        return ratios_by_group(ratios, names, self.groups, self.unprunable)
 
     def slots(self, group: str) -> tuple[Slot, ...]:
         """Return where the group's channels are stored."""
@@ -311,19 +321,3 @@ class ModelGraph:
 
 def _numel(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = [
-            name
-            for name in names
-            if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-        ]
-        if not hits:
-            close = difflib.get_close_matches(pattern, names, n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise UsageError(f"protect: no layer is called {pattern!r}{hint}")
-        found.update(hits)
-    return found

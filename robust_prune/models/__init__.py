@@ -6,10 +6,18 @@ from robust_prune.models.builders import (
     library_versions,
     resolve_spec,
 )
-from robust_prune.models.loading import image_size_of, load, open_model, save
+from robust_prune.models.hub import CONFIG, PREFIX, WEIGHTS, fetched, upload
+from robust_prune.models.loading import image_size_of, load, open_model, save, spec_of
 from robust_prune.models.manifest import write
+from robust_prune.models.reading import LIBRARY
 
 __all__ = [
+    "CONFIG",
+    "LIBRARY",
+    "PREFIX",
+    "WEIGHTS",
+    "fetched",
+    "upload",
     "image_size_of",
     "build_model",
     "default_input_size",
@@ -17,6 +25,7 @@ __all__ = [
     "open_model",
     "resolve_spec",
     "save",
+    "spec_of",
     "library_versions",
     "write",
 ]

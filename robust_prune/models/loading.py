@@ -29,6 +29,7 @@ from robust_prune.models.fitting import (
     check_stored_widths,
     refill_,
 )
+from robust_prune.models.hub import PREFIX, fetched
 from robust_prune.models.manifest import Manifest, write
 from robust_prune.models.named import Given, by_arch, from_state
 from robust_prune.models.pickled import find_module, identified, pickle_note
@@ -60,8 +61,9 @@ def load(
     """Read a model file, or build a pretrained network by its timm name.
 
     Args:
-        path_or_name: our own file, a timm checkpoint, a Hugging Face folder as timm writes it, a
-            plain state_dict (.pt, .pth, .safetensors), or a name such as `resnet18.a1_in1k`.
+        path_or_name: our own file or folder, a timm checkpoint, a Hugging Face folder as timm
+            writes it, a plain state_dict (.pt, .pth, .safetensors), a name such as
+            `resnet18.a1_in1k`, or `hf-hub:OWNER/NAME` for a repository of ours or of timm's.
         model: a fresh instance of your own class, for files that `save` wrote of one; its layers
             take the stored widths and weights.
         arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it; one
@@ -110,6 +112,8 @@ def open_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Like `load`, and return the record stored with the model beside it (empty if none)."""
     name = str(path_or_name)
+    if name.startswith(PREFIX) and not Path(name).exists() and (folder := fetched(name)):
+        path_or_name = name = str(folder)
     if not Path(name).exists() and is_name(name):
         spec = resolve_spec(name, model_kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
         spec = replace(spec, input_size=input_size or default_input_size(spec))
@@ -169,18 +173,21 @@ def save(
         path: the `.safetensors` file to write; written whole or not at all.
         record: plan, threat model, data and results to keep with it; anything JSON can hold.
     """
-    if isinstance(model, ImageModel):
-        spec = model.spec
-    else:
-        cls = type(model)
-        spec = ModelSpec(source="custom", arch=f"{cls.__module__}.{cls.__qualname__}")
     manifest = {
         **to_plain(dict(record or {})),
-        "model": to_plain(spec),
+        "model": to_plain(spec_of(model)),
         "fields": fields_of(network_of(model)),
         "versions": library_versions(),
     }
     return write(path, network_of(model).state_dict(), manifest)
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """Return what a file says of how to build the model: its spec, or the name of its class."""
+    if isinstance(model, ImageModel):
+        return model.spec
+    cls = type(model)
+    return ModelSpec(source="custom", arch=f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _from_manifest(found: ModelFile, manifest: Manifest) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -9,7 +10,7 @@ import reprlib
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from robust_prune.errors import ModelError, UnsafeFileError, first_line
 from robust_prune.models.content import Content, content_of
 from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
 from robust_prune.models.values import STAND_INS
+from robust_prune.types import to_plain
 from robust_prune.untrusted import read_json
 from robust_prune.user_code import importable_folder
 
 STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.bin")
+LIBRARY = "robust-prune"  # what `library_name` says in config.json of ours
 INDEX = ".index.json"  # beside weights in several files: which tensor is in which
 
 
@@ -103,6 +106,8 @@ def _read_folder(folder: Path, trust_pickle: bool) -> ModelFile:
     config_path = folder / "config.json"
     config = _read_json(config_path) if config_path.exists() else {}
     weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if config.get("library_name") == LIBRARY:
+        return _read_own_folder(folder, config)
     if weights is not None:
         content = _read_file(weights, trust_pickle).content
     else:
@@ -123,6 +128,22 @@ def _read_folder(folder: Path, trust_pickle: bool) -> ModelFile:
             )
         kwargs.setdefault("num_classes", classes)
     return ModelFile(folder, content, None, arch, kwargs, pretrained)
+
+
+def _read_own_folder(folder: Path, config: Mapping[str, Any]) -> ModelFile:
+    """Read what `save_pretrained` wrote; the manifest in the weights counts."""
+    weights = folder / WEIGHTS[0]
+    if not weights.is_file():
+        raise ModelError(f"{folder}: no {WEIGHTS[0]} in it")
+    found = _read_file(weights, trust_pickle=False)
+    if found.manifest is None:
+        raise ModelError(
+            f"{folder}: its config.json is of {LIBRARY}, and its {WEIGHTS[0]} has no manifest"
+        )
+    spec = json.loads(json.dumps(to_plain(found.manifest.spec)))
+    if config.get("model") != spec:
+        raise ModelError(f"{folder}: config.json and {WEIGHTS[0]} are of different networks")
+    return replace(found, path=folder)
 
 
 def _read_shards(folder: Path, trust_pickle: bool) -> Content:

@@ -4,7 +4,6 @@ from robust_prune.options.groups import (
     FINE_TUNING_EPOCHS,
     FINE_TUNING_METHOD,
     BatchNormMode,
-    BudgetOptions,
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
@@ -15,13 +14,14 @@ from robust_prune.options.groups import (
     NewTrainingOptions,
     OnCollapse,
     OutputOptions,
-    PlanningOptions,
     RunOptions,
     Schedule,
     SensitivityOptions,
     ThreatOptions,
     TrainingOptions,
 )
+from robust_prune.options.parsing import shares
+from robust_prune.options.planning import BudgetOptions, LatencyOptions, PlanningOptions
 from robust_prune.options.reference import reference
 from robust_prune.options.stating import (
     Options,
@@ -45,6 +45,7 @@ __all__ = [
     "FineTuningOptions",
     "Judge",
     "JudgingOptions",
+    "LatencyOptions",
     "ModelOptions",
     "NewOutputOptions",
     "NewTrainingOptions",
@@ -64,6 +65,7 @@ __all__ = [
     "option",
     "other_default",
     "reference",
+    "shares",
     "stated",
     "takes",
 ]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
+from robust_prune.options.planning import PlanningOptions
 from robust_prune.options.stating import Options, Range, option, other_default
-from robust_prune.registry import ALLOCATIONS, ESTIMATORS, METHODS, SCORES
-from robust_prune.types import Norm, Target
+from robust_prune.registry import METHODS
+from robust_prune.types import Norm
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
@@ -96,77 +97,6 @@ class RunOptions(Options):
 
     seed: int = option(0, "Of everything random.", within=Range(0, LARGEST_SEED))
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to compute.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetOptions(Options):
-    """How much is removed."""
-
-    panel = "Pruning"
-
-    prune_ratio: float = option(
-        0.5,
-        "Share of the target to remove, in (0, 1).",
-        flag="--ratio",
-        within=Range(0, 1, "low high", "0.5 removes half: between 0 and 1, both excluded"),
-        required=True,
-    )
-    target: Target = option("macs", "macs, params or channels.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanningOptions(Options):
-    """By which rules the plan is made, and what is done to the weights that are left."""
-
-    panel = "Pruning"
-
-    allocation: str = option(
-        "curve",
-        "Rule that shares the budget out: curve (measured loss of each group), mrs (the paper's), "
-        f"a control; one of {ALLOCATIONS}, or package.module:function.",
-    )
-    score: str = option("l2", f"Channel score: {SCORES}, or package.module:function.")
-    estimator: str = option(
-        "first-order",
-        f"Estimator of MRS: {ESTIMATORS}, or package.module:function.",
-        words="MRS estimator",
-        flag="--mrs",
-    )
-    protect: tuple[str, ...] = option((), "Layer or pattern to leave whole; may be repeated.")
-    calibration_images: int | None = option(
-        None,
-        "Training images to measure MRS on; default 512, fewer for large networks on a CPU.",
-        within=Range(low=1),
-    )
-    round_to: int = option(
-        1, "Make widths multiples of this, as hardware likes them (8, 16).", within=Range(low=1)
-    )
-    min_width: int = option(2, "Least channels of a group.", within=Range(low=1), shown=False)
-    max_prune_ratio: float = option(
-        0.95,
-        "Largest share of a group's channels that may go.",
-        within=Range(0, 1, "low high"),
-        shown=False,
-    )
-    whole_heads: bool = option(
-        False, "Attentions lose whole heads, not the same dims of every head."
-    )
-    reconstruct: bool = option(
-        True,
-        "Fit the weights that are left to the dense activations; --no-reconstruct leaves them.",
-        flag="--no-reconstruct",
-    )
-    verify: bool = option(
-        True,
-        "Compare the pruned model with the masked dense one; --no-verify skips it.",
-        flag="--no-verify",
-    )
-    prune_steps: int = option(
-        1,
-        "Prune and fine-tune so often, with sensitivity measured anew each time.",
-        flag="--steps",
-        within=Range(low=1),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from robust_prune.errors import UsageError
@@ -37,3 +39,23 @@ def builder_kwargs(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"--model-kwargs must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def shares(entries: Sequence[str], option: str) -> dict[str, float]:
+    """Read `NAME=SHARE` entries, shares in [0, 1).
+
+    Raises:
+        UsageError: one is something else, or a name is there twice with different shares.
+    """
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, sign, text = entry.rpartition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not name or not sign or not 0 <= share < 1:
+            raise UsageError(f"{option} {entry!r} must be NAME=SHARE, with a share in [0, 1)")
+        if found.setdefault(name, share) != share:
+            raise UsageError(f"{option} names {name!r} twice, with different shares")
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from robust_prune.options import (
     BudgetOptions,
     EvaluationOptions,
     FineTuningOptions,
+    LatencyOptions,
     PlanningOptions,
     RunOptions,
     SensitivityOptions,
@@ -29,13 +31,16 @@ from robust_prune.options import (
 from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.describing import asked
 from robust_prune.pipeline.run_folder import RunFolder
-from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, eval_images
-from robust_prune.types import Budget, PruningPlan, Sensitivity, ThreatModel
+from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, budget_of, eval_images
+from robust_prune.types import PruningPlan, Sensitivity, ThreatModel
+
+REPEATED = ("protect", "only", "ratio_of", "also")  # several texts, or one; shares by name
 
 
 @takes(
     BudgetOptions,
     PlanningOptions,
+    LatencyOptions,
     FineTuningOptions,
     EvaluationOptions,
     renamed={"method": "estimator", "steps": "prune_steps", "training_options": None},
@@ -68,9 +73,10 @@ def compress(
         input_size: (channels, height, width), where neither model nor data tell.
         seed: of everything random.
         options: those of the budget (`prune_ratio`, `target`), of planning (`allocation`, `score`,
-            `protect` and more), of fine-tuning (`finetune`, a method's name or a function (model,
-            images, labels, attack) -> loss, `epochs`, `lr` and more; no method means none) and of
-            the evaluation (`evaluation`, `n_eval`); `robust_prune.options` says all of them.
+            `protect`, `ratio_of={"layer3.*": 0.7}` and more), of fine-tuning (`finetune`, a
+            method's name or a function (model, images, labels, attack) -> loss, `epochs`, `lr` and
+            more; no method means none) and of the evaluation (`evaluation`, `n_eval`);
+            `robust_prune.options` says all of them.
 
     Returns:
         `model` (of the caller's class, in eval mode), `plan`, and `report` as plain data.
@@ -85,12 +91,14 @@ def compress(
     """
     check_float32(model)
     budget = BudgetOptions(**{n: options.pop(n) for n in ("prune_ratio", "target") if n in options})
-    options["protect"] = tuple(options.get("protect", ()))
+    options |= {name: _entries(options[name]) for name in REPEATED if name in options}
     if options.get("finetune") is not None:
         options.setdefault("epochs", FINE_TUNING_EPOCHS)
+    if options.get("measured") is not None:
+        options["measured"] = Path(options["measured"])
     options["n_eval"] = eval_images(options.get("n_eval"), device_of(model))
     settings = Settings(
-        budget=Budget(budget.target, budget.prune_ratio) if plan is None else plan.budget,
+        **(budget_of(budget) if plan is None else {"budget": plan.budget}),
         threat=threat,
         plan=plan,
         input_size=input_size,
@@ -112,6 +120,15 @@ def compress(
         result = run(model, splits, settings, folder=folder, processes=all_processes)
         folder.close()
     return result
+
+
+def _entries(value: Any) -> tuple[str, ...]:
+    """Return what may be repeated as the command line has it; a mapping gives NAME=SHARE."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={share!r}" for name, share in value.items())
+    return tuple(value)
 
 
 @takes(renamed={"method": "estimator"})

@@ -42,7 +42,7 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     plain = {
         name: getattr(settings, name)
         for name in settings.__dataclass_fields__
-        if name not in ("plan", "finetune")
+        if name not in ("plan", "finetune", "measured")
     }
     method = settings.finetune
     plain["finetune"] = method if isinstance(method, (str, type(None))) else qualified(method)

@@ -116,7 +116,7 @@ class State:
         whole = self.plans[0]
         for later in self.plans[1:]:
             whole = whole.then(later)
-        return replace(whole, budget=job.settings.budget)
+        return whole if job.settings.latency else replace(whole, budget=job.settings.budget)
 
     def left(self, job: Job) -> float:
         """Return the share of the dense model's target that is there now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ from robust_prune.criteria import (
 )
 from robust_prune.data import DataSplits, stand_ins
 from robust_prune.graph import ModelGraph
+from robust_prune.latency import LatencyModel
 from robust_prune.modules import device_of
 from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
 from robust_prune.pipeline.grade import grade_of
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.settings import CALIBRATION_IMAGES, Settings
+from robust_prune.pipeline.stored import Stored, key_of, store, stored
+from robust_prune.pipeline.timing import latency_of
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Reconstruction, Repaired
 from robust_prune.types import Curve, Sensitivity
@@ -44,6 +48,9 @@ class Observed:
         reconstruction: what its layers give, for fitting the pruned ones; None where it is not
             asked for.
         repaired: by digest of its plan, the candidate that won, so that it is not fitted twice.
+        key: what a stored measurement must agree with; None where none is asked for.
+        stored: what was measured before.
+        latency: what the model takes as a function of its widths, where the budget is about that.
     """
 
     graph: ModelGraph
@@ -54,6 +61,9 @@ class Observed:
     adversarial: AdversarialSet
     reconstruction: Reconstruction | None
     repaired: dict[str, Repaired] = field(default_factory=dict)
+    key: Mapping[str, Any] | None = None
+    stored: Stored | None = None
+    latency: LatencyModel | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Setti
         model,
         input_size,
         protect=settings.protect,
+        only=settings.only,
         min_width=settings.min_width,
         ties=plan.ties if plan else (),
         whole_heads=plan.whole_heads if plan else settings.whole_heads,
@@ -91,6 +102,7 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         quiet: do not note again how many images there are.
     """
     model, journal = graph.model, job.journal
+    latency = latency_of(job, graph, settings)
     effort = effort_of(settings, graph, job.input_size, with_data=job.splits is not None)
     splits = job.splits
     if splits is None:
@@ -105,24 +117,68 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
                 "that it ends in minutes on a CPU; --calibration-images takes another number"
             )
         images, labels = calibration_images(model, splits, effort.images, settings.seed)
-        adversarial = adversarial_set(
-            model,
-            images,
-            labels,
-            threat=settings.threat,
-            steps=effort.attack_steps,
-            step_size=effort.step_share * settings.threat.eps,
-            seed=settings.seed,
-            batch_size=min(effort.batch_size, settings.batch_size),
-        )
+        key, before = _measured_before(journal, graph, settings, effort, images, labels)
+        adversarial = _attacked(model, settings, effort, images, labels, before)
     reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
-    return Observed(graph, splits, effort, images, labels, adversarial, reconstruction)
+    return Observed(
+        graph, splits, effort, images, labels, adversarial, reconstruction, key, before, latency
+    )
+
+
+def _measured_before(
+    journal: Journal,
+    graph: ModelGraph,
+    settings: Settings,
+    effort: Effort,
+    images: Tensor,
+    labels: Tensor,
+) -> tuple[Mapping[str, Any] | None, Stored | None]:
+    """Return what a stored measurement must agree with, and the one that is there."""
+    if settings.measured is None:
+        return None, None
+    key = key_of(graph, settings, effort, images, labels)
+    before = stored(settings.measured, key, graph, images)
+    if before is not None:
+        journal.stage(f"measured before: {settings.measured}")
+    return key, before
+
+
+def _attacked(
+    model: nn.Module,
+    settings: Settings,
+    effort: Effort,
+    images: Tensor,
+    labels: Tensor,
+    before: Stored | None,
+) -> AdversarialSet:
+    """Attack the images, or take what a measurement before has made of them."""
+    batch_size = min(effort.batch_size, settings.batch_size)
+    if before is not None:
+        name, labels = f"PGD-{effort.attack_steps}", labels.to(before.adversarial.device)
+        return AdversarialSet(
+            before.adversarial, labels, settings.threat, name, settings.seed, batch_size
+        )
+    return adversarial_set(
+        model,
+        images,
+        labels,
+        threat=settings.threat,
+        steps=effort.attack_steps,
+        step_size=effort.step_share * settings.threat.eps,
+        seed=settings.seed,
+        batch_size=batch_size,
+    )
 
 
 def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
     """Score the channels, and measure the curves and MRS that the plan is made by."""
     graph, adversarial, journal = observed.graph, observed.adversarial, job.journal
     model = graph.model
+    if observed.stored is not None:
+        before = observed.stored
+        if before.curves:
+            journal.tell(curves=tuple(before.curves.values()))
+        return Measured(before.scores, before.curves, before.sensitivity)
     scores: Mapping[str, Tensor] = {}
     curves: Mapping[str, Curve] = {}
     if settings.plan is None:
@@ -145,6 +201,8 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
     with journal.timed("sensitivity"):
         journal.stage(f"module robustness sensitivity: {settings.estimator}")
         sensitivity = measure_mrs(graph, adversarial, settings.estimator, scores)
+    if observed.key is not None and settings.measured is not None:
+        store(settings.measured, observed.key, adversarial, scores, curves, sensitivity)
     return Measured(scores, curves, sensitivity)
 
 

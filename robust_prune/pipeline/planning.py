@@ -15,12 +15,16 @@ from robust_prune.allocation import (
     best_composed,
     make_plan,
     passes_of,
+    width_after,
 )
 from robust_prune.graph import ModelGraph
+from robust_prune.latency import LatencyModel
+from robust_prune.options import shares
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.measuring import Measured, Observed
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
+from robust_prune.pipeline.timing import price_of, to_time
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Repaired, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
@@ -57,10 +61,24 @@ def plan(job: Job, observed: Observed, measured: Measured, settings: Settings) -
         return replace(replayed, notes=notes)
 
 
-def problem_of(graph: ModelGraph, settings: Settings) -> Problem:
+def problem_of(
+    graph: ModelGraph, settings: Settings, latency: LatencyModel | None = None
+) -> Problem:
     """Return what an allocation has to solve."""
+    ratios = graph.ratios_by_group(shares(settings.ratio_of, "--ratio-of"))
     return Problem(
-        graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to
+        graph.groups,
+        graph.cost,
+        settings.budget,
+        settings.max_prune_ratio,
+        settings.round_to,
+        also=settings.also_budgets,
+        price=price_of(latency),
+        fixed={
+            g.name: width_after(g, ratio, settings.round_to) if ratio else g.width
+            for g in graph.groups
+            if (ratio := ratios.get(g.name)) is not None
+        },
     )
 
 
@@ -90,11 +108,11 @@ def step_settings(settings: Settings, left: float, step: int) -> Settings | None
 def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) -> PruningPlan:
     """Return the plan by the rule of the settings, or by curves the best of several."""
     graph, by_group = observed.graph, measured.sensitivity.of_groups()
-    problem = problem_of(graph, settings)
+    problem = problem_of(graph, settings, observed.latency)
 
-    def plan_of(widths: Mapping[str, int]) -> PruningPlan:
+    def plan_of(widths: Mapping[str, int], of: Problem = problem) -> PruningPlan:
         return make_plan(
-            problem,
+            of,
             widths,
             {name: scores.tolist() for name, scores in measured.scores.items()},
             allocation=settings.allocation,
@@ -108,13 +126,22 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
             whole_heads=graph.whole_heads,
         )
 
-    asked = allocations(
-        settings.allocation, problem, Evidence(by_group, measured.curves, observed.effort.caps)
-    )
-    plans = [plan_of(widths) for widths in asked]
-    if len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves"):
-        return plans[0]
-    return _best(job, observed, plans, settings)
+    evidence = Evidence(by_group, measured.curves, observed.effort.caps)
+
+    def plans_of(of: Problem) -> list[PruningPlan]:
+        return [plan_of(widths, of) for widths in allocations(settings.allocation, of, evidence)]
+
+    plans = plans_of(problem)
+    single = len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves")
+    chosen = plans[0] if single else _best(job, observed, plans, settings)
+    if observed.latency is None:
+        return chosen
+    place = plans.index(chosen)
+
+    def again(of: Problem) -> PruningPlan:
+        return (found := plans_of(of))[min(place, len(found) - 1)]
+
+    return to_time(job, graph, observed.latency, problem, chosen, again)
 
 
 def _best(

@@ -57,6 +57,22 @@ class Recalibrated:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """Milliseconds of the dense and the pruned model, by turns, and what the model of time said.
+
+    `asked` is the share of the dense model's time that was to be left, `rounds` how many plans
+    were timed.
+    """
+
+    conditions: str
+    asked: float
+    dense_ms: float
+    pruned_ms: float
+    modelled_ms: float
+    rounds: int
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What the stations of one pruning step tell; None where one has told nothing.
 
@@ -67,6 +83,7 @@ class Pruned:
     calibration: Mapping[str, Any] | None = None
     curves: tuple[Curve, ...] | None = None
     search: Search | None = None
+    latency: Timed | None = None
     self_check: SelfCheck | None = None
     reconstruction: Fitted | None = None
     batchnorm: Recalibrated | None = None
@@ -81,12 +98,13 @@ class Pruned:
         """Build it from parsed JSON."""
         curves, search = data.get("curves"), data.get("search")
         check, fitted = data.get("self_check"), data.get("reconstruction")
-        batchnorm = data.get("batchnorm")
+        batchnorm, latency = data.get("batchnorm"), data.get("latency")
         return cls(
             reachable=data.get("reachable"),
             calibration=data.get("calibration"),
             curves=None if curves is None else tuple(map(_curve, curves)),
             search=None if search is None else _search(search),
+            latency=None if latency is None else Timed(**latency),
             self_check=None if check is None else SelfCheck(**check),
             reconstruction=None if fitted is None else _fitted(fitted),
             batchnorm=None if batchnorm is None else Recalibrated(**batchnorm),

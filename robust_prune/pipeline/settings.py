@@ -19,31 +19,37 @@ from robust_prune.finetune import (
     resolve_method,
 )
 from robust_prune.options import (
+    BudgetOptions,
     EvaluationOptions,
     FineTuningOptions,
     Judge,
+    LatencyOptions,
     PlanningOptions,
     RunOptions,
     chosen,
     other_default,
+    shares,
 )
 from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
-from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, ThreatModel
+from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, Target, ThreatModel
 
 CALIBRATION_IMAGES = 512
 EVAL_IMAGES = {"cpu": 200, "cuda": 1000}
+PARTS = ("ratio_of", "also", "measured")  # options of plans that are made in one step
 LINF_8 = ThreatModel.linf("8/255")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
+class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOptions):
     """What `compress` is asked to do: the options, and what they are about.
 
     `prune_steps` prunes and fine-tunes so often, with sensitivity measured anew each time; `epochs`
-    are those of all steps together. No method means no fine-tuning, no evaluation means none.
+    are those of all steps together. No method means no fine-tuning, no evaluation means none. With
+    `latency` the budget's ratio is of milliseconds, not of its target.
     """
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
+    latency: bool = False
     threat: ThreatModel = LINF_8
     epochs: int = other_default(FineTuningOptions, "epochs", 0)
     evaluation: Judge = other_default(EvaluationOptions, "evaluation", "none")
@@ -61,6 +67,7 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
             raise UsageError(
                 f"fine-tuning needs a method and epochs: got {self.finetune!r} for {self.epochs}"
             )
+        self._check_parts()
         if self.plan is None:
             ALLOCATIONS.find(self.allocation)
             SCORES.find(self.score)
@@ -73,6 +80,26 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
                 raise UsageError(
                     f"{self.epochs} epochs are too few for {self.prune_steps} steps; each needs one"
                 )
+
+    def _check_parts(self) -> None:
+        """Raise where what is asked of single layers, or of several targets, can't be done."""
+        given = [f"--{n.replace('_', '-')}" for n in PARTS if getattr(self, n)]
+        if given and self.plan is not None:
+            raise UsageError(f"{given[0]}: a plan that is replayed decides that; leave out one")
+        if given and self.prune_steps > 1:
+            raise UsageError(f"{given[0]}: not with {self.prune_steps} pruning steps")
+        if self.latency and (self.also or self.prune_steps > 1 or self.plan is not None):
+            raise UsageError("--target latency: not with --also, --steps or --plan")
+        if any(budget.target == self.budget.target for budget in self.also_budgets):
+            raise UsageError(f"--also {self.budget.target}: that is what --ratio is about")
+
+    @property
+    def also_budgets(self) -> tuple[Budget, ...]:
+        """What `also` asks for."""
+        return tuple(
+            Budget(target, ratio)  # type: ignore[arg-type]
+            for target, ratio in shares(self.also, "--also").items()
+        )
 
     def epochs_of(self, step: int) -> int:
         """Return the epochs of a pruning step: half of all before the last, shared out equally."""
@@ -90,6 +117,15 @@ class Settings(PlanningOptions, FineTuningOptions, EvaluationOptions):
                 "epochs": self.epochs_of(step),
             }
         )
+
+
+def budget_of(options: BudgetOptions) -> dict[str, Any]:
+    """Return what settings say of a budget that was asked for."""
+    target: Target = "macs" if options.target == "latency" else options.target
+    return {
+        "budget": Budget(target, options.prune_ratio),
+        "latency": options.target == "latency",
+    }
 
 
 def eval_images(asked: int | None, device: torch.device | str) -> int:

@@ -1,5 +1,6 @@
 """A run's record as JSON, as one self-contained HTML page, as rows for a terminal, as a picture."""
 
+from robust_prune.report.card import is_pruned, model_info, to_card
 from robust_prune.report.checking import check_record
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
@@ -15,8 +16,11 @@ __all__ = [
     "flags",
     "grade_line",
     "headline",
+    "is_pruned",
+    "model_info",
     "percent",
     "save_mrs_plot",
+    "to_card",
     "to_html",
     "to_json",
 ]

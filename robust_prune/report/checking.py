@@ -65,6 +65,12 @@ class _Check(msgspec.Struct):
     dtype: Line | None = None
 
 
+class _Timed(msgspec.Struct):
+    conditions: Line
+    dense_ms: Annotated[float, msgspec.Meta(gt=0)]
+    pruned_ms: Annotated[float, msgspec.Meta(gt=0)]
+
+
 class _Grade(msgspec.Struct):
     grade: Line
     labels: Line
@@ -88,6 +94,7 @@ class _Shown(msgspec.Struct):
     reachable: Share = 1.0
     self_check: _Check | None = None
     calibration: _Grade | None = None
+    latency: _Timed | None = None
     evaluation: _Evaluations | None = None
 
 

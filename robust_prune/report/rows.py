@@ -58,6 +58,10 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         change = f"{100 * (after / before - 1):+.0f} %"
         count = min(32, found["dense"]["n"])
         rows.append((f"ms for {count} images", f"{before:.1f}", f"{after:.1f}", change))
+    if timed := record.get("latency"):
+        before, after = timed["dense_ms"], timed["pruned_ms"]
+        change = f"{100 * (after / before - 1):+.0f} %"
+        rows.append((f"ms, {timed['conditions']}", f"{before:.2f}", f"{after:.2f}", change))
     return rows
 
 

@@ -1,0 +1,14 @@
+"""Milliseconds on this device: measured per layer shape, summed up as a function of the widths."""
+
+from robust_prune.latency.measuring import alternating, cache_path, conditions_of, latency_model
+from robust_prune.latency.model import Conditions, LatencyModel, Table
+
+__all__ = [
+    "Conditions",
+    "LatencyModel",
+    "Table",
+    "alternating",
+    "cache_path",
+    "conditions_of",
+    "latency_model",
+]

@@ -1,0 +1,141 @@
+"""What a model takes as a function of its widths."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from robust_prune.types import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a time is measured with: batch, threads (0 on a GPU), number format, device."""
+
+    batch: int
+    threads: int
+    precision: str
+    device: str
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
+        return f"batch {self.batch}{threads}, {self.precision}, {self.device}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer as an image meets it.
+
+    `sizes` are (outputs, inputs) of the dense layer, `shares` (side, group, channels per unit):
+    what a unit of a group takes away; side 0 is the outputs. `inputs` is the shape that it reads,
+    with the batch.
+    """
+
+    name: str
+    sizes: tuple[int, int]
+    shares: tuple[tuple[int, str, int], ...]
+    inputs: tuple[int, ...]
+    settings: tuple[Any, ...]
+    calls: int = 1
+
+    def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
+        """Return (outputs, inputs) when groups lose this many units."""
+        sizes = list(self.sizes)
+        for side, group, channels in self.shares:
+            sizes[side] -= channels * dropped.get(group, 0)
+        return max(sizes[0], 1), max(sizes[1], 1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Milliseconds of a layer over (outputs, inputs), bilinear between what was timed."""
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+
+    def at(self, outputs: int, inputs: int) -> float:
+        """Return the milliseconds at these sizes."""
+        i, x = _place(self.outputs, outputs)
+        j, y = _place(self.inputs, inputs)
+        low = self.ms[i][j] * (1 - y) + self._next(i, j + 1) * y
+        high = self._next(i + 1, j) * (1 - y) + self._next(i + 1, j + 1) * y
+        return low * (1 - x) + high * x
+
+    def _next(self, i: int, j: int) -> float:
+        return self.ms[min(i, len(self.outputs) - 1)][min(j, len(self.inputs) - 1)]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """What a model takes as a function of its widths, in milliseconds.
+
+    The times of its convolutions and linear layers, and what the whole model takes beyond them:
+    norms, activations, products between activations. That is taken to fall as the outputs of the
+    layers do.
+    """
+
+    conditions: Conditions
+    dense_ms: float
+    layers: tuple[tuple[Layer, Table], ...]
+    groups: tuple[ChannelGroup, ...]
+
+    def ms(self, widths: Mapping[str, int]) -> float:
+        """Return the milliseconds when groups have these widths; missing ones stay whole."""
+        dropped = self._dropped(widths)
+        layers = written = 0.0
+        for layer, table in self.layers:
+            outputs, inputs = layer.at(dropped)
+            layers += layer.calls * table.at(outputs, inputs)
+            written += self._positions[layer.name] * outputs
+        return layers + self._rest * written / self._written
+
+    def layers_at(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """Return the milliseconds of every layer when groups have these widths."""
+        dropped = self._dropped(widths)
+        return {
+            layer.name: layer.calls * table.at(*layer.at(dropped)) for layer, table in self.layers
+        }
+
+    @cached_property
+    def layer_ms(self) -> dict[str, float]:
+        """Milliseconds of every layer of the dense model."""
+        return self.layers_at({})
+
+    def _dropped(self, widths: Mapping[str, int]) -> dict[str, int]:
+        return {
+            g.name: (g.width - widths[g.name]) // g.blocks for g in self.groups if g.name in widths
+        }
+
+    @cached_property
+    def _rest(self) -> float:
+        return max(self.dense_ms - sum(self.layer_ms.values()), 0.0)
+
+    @cached_property
+    def _positions(self) -> dict[str, float]:
+        """By layer: for how many positions it writes its outputs."""
+        return {layer.name: layer.calls * _positions(layer) for layer, _ in self.layers}
+
+    @cached_property
+    def _written(self) -> float:
+        return sum(self._positions[layer.name] * layer.sizes[0] for layer, _ in self.layers) or 1.0
+
+
+def _place(known: Sequence[int], value: int) -> tuple[int, float]:
+    """Return the interval that a value lies in, and where in it, in [0, 1]."""
+    i = min(max(bisect.bisect_right(known, value) - 1, 0), max(len(known) - 2, 0))
+    if len(known) == 1:
+        return 0, 0.0
+    return i, min(max((value - known[i]) / (known[i + 1] - known[i]), 0.0), 1.0)
+
+
+def _positions(layer: Layer) -> float:
+    """Return how many positions of all images a layer writes an output at."""
+    if layer.settings[0] == "linear":
+        return math.prod(layer.inputs[:-1])
+    strides = layer.settings[3]
+    return float(math.prod(layer.inputs[2:]) * layer.inputs[0] / math.prod(strides))

@@ -1,0 +1,121 @@
+"""A budget of time: the plan is made by a model of it, and corrected by what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from robust_prune.allocation import Problem
+from robust_prune.errors import BudgetError
+from robust_prune.graph import ModelGraph
+from robust_prune.latency import LatencyModel, alternating, conditions_of, latency_model
+from robust_prune.modules import device_of
+from robust_prune.pipeline.job import Job
+from robust_prune.pipeline.record import Timed
+from robust_prune.pipeline.settings import Settings
+from robust_prune.types import Budget, PruningPlan
+
+ROUNDS = 8  # of corrections, at most
+CLOSE = 0.01  # of the dense model's time
+TOLERANCE = 0.03  # beyond it the plan says that it was missed
+QUICK_PAIRS, FINAL_PAIRS = 8, 30
+
+Making = Callable[[Problem], PruningPlan]
+
+
+def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel | None:
+    """Return what the model takes as a function of its widths, where the budget is about that.
+
+    Raises:
+        BudgetError: the budget is out of reach, by this model.
+    """
+    if not settings.latency:
+        return None
+    conditions = conditions_of(settings, device_of(graph.model))
+    job.journal.stage(f"timing layers: {conditions}")
+    with job.journal.timed("latency"):
+        found = latency_model(graph, conditions)
+    most, step = settings.max_prune_ratio, settings.round_to
+    problem = Problem(graph.groups, graph.cost, settings.budget, most, step, price=found.ms)
+    problem.check_reach(problem.narrowest)  # before the expensive stations
+    return found
+
+
+def to_time(
+    job: Job,
+    graph: ModelGraph,
+    model: LatencyModel,
+    problem: Problem,
+    plan: PruningPlan,
+    make: Making,
+) -> PruningPlan:
+    """Return a plan whose model, really pruned, takes as much time as is asked.
+
+    The sum over layers is off by what layers do to one another (caches, memory). So the goal of the
+    allocation is moved by the ratio of what was asked to what was measured, until they agree.
+
+    Args:
+        job: the run.
+        graph: of the dense model.
+        model: of its time.
+        problem: that the plan was made for.
+        plan: to begin with.
+        make: the plan for a problem with another budget.
+    """
+    asked = 1 - problem.budget.prune_ratio
+    aimed, tried = asked, {}
+    with job.journal.timed("latency"):
+        for _ in range(ROUNDS):
+            share = _share(graph, model, plan, QUICK_PAIRS)
+            tried[plan] = share
+            job.journal.stage(f"timed: {100 * share:.0f} % of the dense model's time")
+            if abs(share - asked) <= CLOSE:
+                break
+            aimed *= asked / share
+            if not 0 < aimed < 1:
+                break
+            try:
+                plan = make(replace(problem, budget=Budget(problem.budget.target, 1 - aimed)))
+            except BudgetError:
+                break
+            if plan in tried:
+                break
+        plan = min(tried, key=lambda one: abs(tried[one] - asked))
+        dense, pruned = _times(graph, model, plan, FINAL_PAIRS)
+    modelled = model.ms({group.name: group.keep_width for group in plan.groups})
+    job.journal.tell(
+        latency=Timed(str(model.conditions), asked, dense, pruned, modelled, len(tried))
+    )
+    return replace(plan, notes=(*plan.notes, *_notes(asked, pruned / dense)))
+
+
+def _share(graph: ModelGraph, model: LatencyModel, plan: PruningPlan, pairs: int) -> float:
+    dense, pruned = _times(graph, model, plan, pairs)
+    return pruned / dense
+
+
+def _times(
+    graph: ModelGraph, model: LatencyModel, plan: PruningPlan, pairs: int
+) -> tuple[float, float]:
+    conditions = model.conditions
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(conditions.batch, *graph.input_size, generator=generator)
+    images = images.to(device_of(graph.model))
+    dense, pruned = alternating([graph.model, graph.pruned(plan)], images, conditions, pairs)
+    return dense, pruned
+
+
+def _notes(asked: float, share: float) -> list[str]:
+    if abs(share - asked) <= TOLERANCE:
+        return []
+    return [
+        f"asked for {100 * asked:.0f} % of the dense model's time, {100 * share:.0f} % were "
+        "measured: what is left is not in the widths, or the machine was busy"
+    ]
+
+
+def price_of(model: LatencyModel | None) -> Callable[[Mapping[str, int]], float] | None:
+    """Return what a problem's costs are in milliseconds, None where they are counted."""
+    return None if model is None else model.ms
