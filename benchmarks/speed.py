@@ -1,6 +1,6 @@
 """How long the stations before fine-tuning take, against their limits.
 
-    python -m benchmarks.speed [--out benchmarks/records/DATE_speed]
+    python -m benchmarks.speed [--pruners] [--out benchmarks/records/DATE_speed]
 
 Everything is measured in this process on one thread; the record starts with settings, versions
 and hardware. Random weights and images: speed does not depend on them.
@@ -9,6 +9,7 @@ and hardware. Random weights and images: speed does not depend on them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 
+import robust_prune as rp
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.criteria import ascent, channel_scores, first_order
@@ -46,6 +49,7 @@ LIMITS = {  # seconds for graph, plan and pruning together
     ("densenet121", 224): 5,
     ("vit_base_patch16_224", 224): 5,
 }
+PRUNER_LIMITS = {"mobilevit_s": 1, "densenet121": 2, "vit_base_patch16_224": 5}  # CPU seconds
 DEPTHS = (2, 4, 8, 16, 25)  # blocks in each of four stages: ResNet-18 to ResNet-202
 
 
@@ -95,6 +99,58 @@ def graph_plan_prune(arch: str, size: int, **kwargs: Any) -> dict[str, float]:
     }
 
 
+def pruner_seconds(arch: str, *, ours: bool) -> dict[str, Any]:
+    """CPU seconds of torch-pruning's pruner, made and stepped by L2, on our graph or its own.
+
+    CPU seconds of one thread, which other work on the machine hardly changes.
+    """
+    torch.manual_seed(0)
+    model, images = timm.create_model(arch, num_classes=10).eval(), torch.rand(1, 3, 224, 224)
+    importance = tp.importance.GroupMagnitudeImportance()
+    options = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
+    with rp.dependency_graph() if ours else contextlib.nullcontext():
+        start = time.process_time()
+        pruner = tp.pruner.BasePruner(
+            model,
+            images,
+            importance,
+            pruning_ratio=0.3,
+            ignored_layers=[model.get_classifier()],
+            **options,
+        )
+    built = time.process_time()
+    try:
+        pruner.step()
+        model(images)
+        error = ""
+    except (RuntimeError, IndexError) as fault:
+        error = str(fault).splitlines()[0]
+    done = time.process_time()
+    return {"graph": built - start, "step": done - built, "total": done - start, "error": error}
+
+
+def pruners() -> dict[str, dict[str, Any]]:
+    """Return by network what the pruner takes on both graphs, and print it."""
+    found = {}
+    for ours in (True, False):
+        pruner_seconds("resnet18", ours=ours)  # what is imported at its first use
+    for arch, limit in PRUNER_LIMITS.items():
+        found[arch] = {
+            name: min(
+                (pruner_seconds(arch, ours=ours) for _ in range(2)), key=lambda row: row["total"]
+            )
+            for name, ours in (("ours", True), ("alone", False))
+        }
+        for name, row in found[arch].items():
+            print(
+                f"{arch:20} {name:5} graph {row['graph']:5.2f}  step {row['step']:5.2f}  total "
+                f"{row['total']:5.2f} CPU seconds"
+                + (f"   (limit {limit})" if name == "ours" else "")
+                + (f"   {row['error']}" if row["error"] else "")
+            )
+    return found
+
+
 def mrs_cost() -> dict[str, float]:
     """Seconds of MRS of every layer, as a multiple of one forward and backward pass."""
     model = timm.create_model("resnet18", num_classes=10).eval()
@@ -119,7 +175,9 @@ def mrs_cost() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder to write the record to")
-    out = parser.parse_args().out
+    parser.add_argument("--pruners", action="store_true", help="measure torch-pruning's alone")
+    options = parser.parse_args()
+    out: Path | None = options.out
     torch.set_num_threads(1)
     torch.manual_seed(0)
     record: dict[str, Any] = {
@@ -127,6 +185,17 @@ def main() -> None:
         "versions": library_versions(),
         "hardware": hardware(torch.device("cpu")),
     }
+    if options.pruners:
+        record["pruner_seconds"] = pruners()
+    else:
+        measure(record)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(record: dict[str, Any]) -> None:
+    """Add everything to a record, and print it."""
     record["help_seconds"] = help_seconds()
     print(f"robust-prune --help           {record['help_seconds']:6.2f} s   (limit 0.4)")
     record["prune_seconds"] = {}
@@ -140,6 +209,7 @@ def main() -> None:
                 f"{found['prune']:5.2f}  total {found['total']:6.2f} s"
                 + (f"   (limit {limit})" if limit else "")
             )
+    record["pruner_seconds"] = pruners()
     record["depth_seconds"] = {}
     for blocks in DEPTHS:
         narrow = {"layers": (blocks,) * 4, "channels": (16, 32, 64, 128)}
@@ -154,9 +224,6 @@ def main() -> None:
         f"first-order MRS of all layers {record['mrs']['first_order_multiple']:6.2f} x one forward "
         f"and backward pass (limit 3); ascent {record['mrs']['ascent_multiple']:.0f} x"
     )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

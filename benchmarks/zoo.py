@@ -4,7 +4,7 @@
 
 One process per network and engine, with a time limit, one thread each. `--only NAME` repeats a
 part, `--engines ENGINE` runs some columns alone, `--resume` leaves out what the folder's log has:
-the table takes the last result of each.
+the table takes the last result of each. What `READ_FIRST.md` in the folder says is put before it.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def verdict(row: dict[str, Any]) -> str:
     if not row:
         return "not run"
     if row["pass"]:
-        return "pass"
+        return "pass" if "classifier" not in row else "pass, with a classifier"
     wrong = [key for key in ("reload_equal", "backward") if row.get(key) is False]
     if wrong:
         return f"fails: {', '.join(wrong)}"
@@ -299,8 +299,9 @@ def settings() -> list[str]:
         "channel ratio bisected in 6 steps to 50 % of its own count within one point, forward and "
         f"backward; at most {PLAIN_LIMIT_S} s; whether it equals masking is not asked. On our "
         "graph: the same pruner inside `dependency_graph()`, at the channel ratio that halves our "
-        "count within five points, with L2 or `MRSImportance`; forward, backward, equal to the "
-        f"masked model in float64 within 1e-6, reloaded bit-equal; at most {LIMIT_S} s.",
+        "count within five points, with L2 or `MRSImportance` (no floor, as L2 has none; a network "
+        "that ends before a classifier is given one, as MRS needs); forward, backward, equal to "
+        f"the masked model in float64 within 1e-6, reloaded bit-equal; at most {LIMIT_S} s.",
         "",
         f"`make bench-zoo`; {json.dumps(found)}; {json.dumps(hardware(torch.device('cpu')))}",
     ]
@@ -358,9 +359,10 @@ def main() -> None:
             f"{passed['plain']}; its `BasePruner` on our graph: {passed['graph-l2']} with L2, "
             f"{passed['graph-mrs']} with MRS"
         )
-    text = "\n".join(
-        ["# Zoo", "", *(f"- {line}" for line in summary), "", *settings(), "", table(rows), ""]
-    )
+    words = options.out / "READ_FIRST.md"
+    first = [words.read_text().strip(), ""] if words.exists() else []
+    lines = [f"- {line}" for line in summary]
+    text = "\n".join(["# Zoo", "", *first, *lines, "", *settings(), "", table(rows), ""])
     (options.out / "README.md").write_text(text)
     print("\n".join(summary))
 

@@ -21,6 +21,8 @@ RATIO = 0.5
 WITHIN = 0.05  # one ratio for all groups can't come closer where most have few units
 TOLERANCES = ((torch.float64, 1e-6), (torch.float32, 1e-3))
 IMAGES = 4  # that MRS is measured on: the rule, not its accuracy, is what is tried
+NO_FLOOR = 0.999  # max_prune_ratio: with L2 every group may lose all but its last unit, too
+CLASSES = 10  # of the classifier that MRS needs where a network ends before one
 
 
 def on_our_graph(arch: str, criterion: str, enliven_: Any) -> dict[str, Any]:
@@ -32,25 +34,27 @@ def on_our_graph(arch: str, criterion: str, enliven_: Any) -> dict[str, Any]:
         enliven_: gives the network weights that show errors.
     """
     torch.manual_seed(0)
+    row: dict[str, Any] = {}
     spec = resolve_spec(arch)
+    if criterion == "mrs" and not spec.num_classes:
+        row["classifier"] = CLASSES
+        spec = resolve_spec(arch, {"num_classes": CLASSES})
     model = build_model(spec).eval()
     enliven_(model.net)
     size = default_input_size(spec)
     images = torch.rand(IMAGES, *size, generator=torch.Generator().manual_seed(1))
     dense = copy.deepcopy(model)
-    row: dict[str, Any] = {}
     importance = tp.importance.GroupMagnitudeImportance()
     if criterion == "mrs":
         start = time.perf_counter()
-        labels = torch.arange(IMAGES) % spec.num_classes
-        importance = rp.MRSImportance(model, (images, labels), rule="mrs", n=IMAGES, steps=1)
+        importance = measured(model, images)
         row["measured_s"] = time.perf_counter() - start
     start = time.perf_counter()
     with rp.dependency_graph():
         pruner = tp.pruner.BasePruner(model, images[:1], importance, pruning_ratio=RATIO)
     row["graph_s"] = time.perf_counter() - start
     row["groups"] = len(pruner.DG.groups)
-    row["channel_ratio"] = half(model, size, pruner.DG)
+    row["channel_ratio"] = half(model, size, pruner.DG, floors=criterion == "mrs")
     pruner.per_step_pruning_ratio = [0.0, row["channel_ratio"]]
     before = count_cost(model, size).macs
     start = time.perf_counter()
@@ -74,24 +78,35 @@ def on_our_graph(arch: str, criterion: str, enliven_: Any) -> dict[str, Any]:
     return row
 
 
-def half(model: nn.Module, size: tuple[int, int, int], groups: Any) -> float:
+def measured(model: nn.Module, images: Tensor) -> rp.MRSImportance:
+    """Return MRS as an importance, measured on images [N, C, H, W] with labels by turns."""
+    with torch.no_grad():
+        labels = torch.arange(len(images)) % model(images[:1]).shape[1]
+    return rp.MRSImportance(
+        model, (images, labels), rule="mrs", n=len(images), steps=1, max_prune_ratio=NO_FLOOR
+    )
+
+
+def half(model: nn.Module, size: tuple[int, int, int], groups: Any, *, floors: bool) -> float:
     """Return the ratio by which local pruning of all groups comes nearest to half the work.
 
-    A group that a ratio leaves nothing of is skipped by the pruner and stays whole.
+    A group that a ratio leaves nothing of is skipped by the pruner and stays whole; with MRS,
+    `floors`, it keeps its least units.
     """
     costs = ModelGraph(model, size, probe=False, ties=groups.ties)
     dense = costs.cost().macs
     limit = 1 - 1 / min(g.units for g in groups.groups)
 
     def left(ratio: float) -> float:
-        widths = {g.name: max(1, int(g.units * (1 - ratio))) * g.blocks for g in groups.groups}
-        return costs.cost(widths).macs / dense
+        least = {g.name: g.min_units if floors else 1 for g in groups.groups}
+        kept = {g.name: max(least[g.name], int(g.units * (1 - ratio))) for g in groups.groups}
+        return costs.cost({g.name: kept[g.name] * g.blocks for g in groups.groups}).macs / dense
 
     low, high = 0.0, 1.0
     for _ in range(14):
         ratio = (low + high) / 2
         low, high = (ratio, high) if left(ratio) > RATIO else (low, ratio)
-    if left(high) > RATIO:  # out of reach
+    if left(high) > RATIO and not floors:  # out of reach
         return limit
     return min(low, high, key=lambda ratio: abs(left(ratio) - RATIO))
 

@@ -24,8 +24,8 @@ from robust_prune.criteria import (
 )
 from robust_prune.data import as_split
 from robust_prune.errors import UsageError
-from robust_prune.graph import MIN_WIDTH, Group, ModelGraph, count_cost
-from robust_prune.modules import check_float32, network_of
+from robust_prune.graph import Group, ModelGraph, count_cost
+from robust_prune.modules import check_float32, check_outputs, network_of
 from robust_prune.types import Budget, ChannelGroup, Curve, Sensitivity, Target, ThreatModel
 
 MOST_BY_CURVE = 0.8  # single curves do not add up: none is trusted to the end
@@ -96,6 +96,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             raise UsageError(f"round_to must be at least 1, not {round_to}")
         check_float32(model)
         images, labels = as_split(data_).take(n, seed)
+        check_outputs(model, images, labels)
         self.rule, self.score, self.round_to = rule, score, round_to
         self.max_prune_ratio = max_prune_ratio or (
             MOST_BY_CURVE if rule == "curve" else MAX_PRUNE_RATIO
@@ -196,7 +197,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
         """Return how many units of a group stay, in steps that `round_to` allows."""
         most = math.floor(self.max_prune_ratio * dense.units + 1e-9)  # 0.95 * 20 is below 19
         step = math.lcm(dense.blocks, self.round_to) // dense.blocks
-        return math.ceil(max(MIN_WIDTH, dense.units - most) / step) * step
+        return math.ceil(max(dense.min_units, dense.units - most) / step) * step
 
     def _names_now(self, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Return by the dense model's name of each group the one it has now.

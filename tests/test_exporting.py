@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import robust_prune as rp
 from robust_prune import exporting
 from robust_prune.cli import app
 from robust_prune.errors import ModelError, UsageError
 from robust_prune.graph import ModelGraph, prune_
-from robust_prune.modules import ImageModel
+from robust_prune.modules import ImageModel, NarrowAttention
 from tests.graph.test_graph import random_plan
 from tests.graph.test_tracing import build
 
@@ -66,6 +67,19 @@ def test_onnx_takes_any_batch(
         expected = model(images).numpy()
     found = session.run(["logits"], {"images": images.numpy()})[0]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="extra [export]")
+def test_onnx_takes_heads_that_are_narrower_than_the_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = VisionTransformer(16, 4, 2, 4, 24, 48, num_classes=5).eval()
+    nn.init.normal_(net.heads.head.weight)
+    graph = ModelGraph(net, (3, 16, 16), whole_heads=True)
+    graph.apply_(random_plan(graph, 0.5))
+    assert any(isinstance(module, NarrowAttention) for module in net.modules())
+    done = rp.export(net, tmp_path / "m.onnx", to="onnx", input_size=(3, 16, 16))
+    assert done.error is not None
+    assert done.error < 1e-5
 
 
 def test_copies_and_memory_formats(pruned: tuple[ImageModel, tuple[int, int, int]]) -> None:

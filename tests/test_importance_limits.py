@@ -11,8 +11,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+import robust_prune as rp
 from robust_prune import MRSImportance
-from robust_prune.errors import BudgetError, UsageError
+from robust_prune.errors import BudgetError, DataError, ModelError, UsageError
 from robust_prune.graph import count_cost
 from tests.conftest import tiny_resnet
 
@@ -170,6 +171,33 @@ def test_tiny_layers_keep_two_channels() -> None:
             widths, _ = pruned(importance, ratio, **mode)
             assert widths[:3] == [2, pytest.approx(2, abs=1), 1], (ratio, mode)
             assert widths[3] >= 5
+
+
+def test_a_group_of_two_wide_units_keeps_one() -> None:
+    model = chain(8, 16)
+    model[1][0] = nn.Conv2d(8, 16, 3, 2, 1, groups=4, bias=False)
+    importance = measured(model, rule="mrs")
+    with rp.dependency_graph():
+        pruner = tp.pruner.BasePruner(
+            model, torch.rand(1, 3, 32, 32), importance, pruning_ratio=0.5, num_heads={}
+        )
+    assert [(g.units, g.blocks) for g in pruner.DG.groups] == [(2, 4), (4, 4)]
+    pruner.step()
+    assert [g.units for g in pruner.DG.groups] == [1, 2]
+
+
+def test_features_are_not_taken_for_logits() -> None:
+    model = tiny_resnet(num_classes=0)
+    for each in (model, model.net):
+        with pytest.raises(ModelError, match="ends before a classifier: its 32 outputs are feat"):
+            measured(each)
+    behind = nn.Sequential(model, nn.Linear(32, 10))
+    assert measured(behind, rule="mrs").sensitivity.modules[-1].name == "1"
+
+
+def test_labels_outside_the_models_classes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"labels must lie in 0\.\.9"):
+        MRSImportance(MODEL, (torch.rand(4, 3, 32, 32), torch.arange(4) + 9), n=4)
 
 
 def test_layers_that_cannot_be_pruned_are_kept_whole_and_said() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from robust_prune.errors import DataError, ModelError
 from robust_prune.modules.contexts import evaluating
+from robust_prune.modules.image_model import network_of
 from robust_prune.modules.layout import device_of
 
 
@@ -25,13 +26,22 @@ def check_float32(model: nn.Module) -> None:
 def check_outputs(
     model: nn.Module, images: Tensor, labels: Tensor, classes: int | None = None
 ) -> None:
-    """Raise DataError unless logits [N, K] of these images fit labels and number of classes."""
+    """Raise DataError unless logits [N, K] of these images fit labels and number of classes.
+
+    A network that says it ends before a classifier, as timm's do by `num_classes=0`, is refused:
+    its features are no logits.
+    """
     with evaluating(model):
         logits = model(images[:1].to(device_of(model)))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"the model must give logits [N, K], not {what}; wrap it so that it does")
     outputs = logits.shape[1]
+    if getattr(network_of(model), "num_classes", None) == 0:
+        raise ModelError(
+            f"the network ends before a classifier: its {outputs} outputs are features, and labels "
+            "need logits; build it with num_classes, or put a classifier behind it"
+        )
     if classes is not None and classes != outputs:
         raise DataError(
             f"the model has {outputs} outputs, the data has {classes} classes: is it the data "

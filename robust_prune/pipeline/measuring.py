@@ -121,7 +121,16 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         adversarial = _attacked(model, settings, effort, images, labels, before)
     reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
     return Observed(
-        graph, splits, effort, images, labels, adversarial, reconstruction, key, before, latency
+        graph,
+        splits,
+        effort,
+        images,
+        labels,
+        adversarial,
+        reconstruction,
+        key=key,
+        stored=before,
+        latency=latency,
     )
 
 

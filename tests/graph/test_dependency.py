@@ -464,6 +464,24 @@ def test_what_a_pruner_left_is_saved_and_loaded_bit_for_bit(arch: str, tmp_path:
         assert torch.equal(fitted.net(images), bare(images))
 
 
+class Scaled(nn.Module):
+    """A vector of its own along the channels, and their number, which its forward does not use."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.gain = width, nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_number_that_says_how_long_a_modules_vector_is_follows_it() -> None:
+    net = nn.Sequential(nn.Linear(8, 12), Scaled(12), nn.Linear(12, 5)).eval()
+    graph = rp.DependencyGraph().build_dependency(net, torch.rand(2, 8))
+    graph.get_pruning_group(net[0], tp.prune_linear_out_channels, [0, 7]).prune()
+    assert (net[1].width, len(net[1].gain), net[2].in_features) == (10, 10, 10)
+
+
 def test_a_plan_and_the_graph_cut_alike() -> None:
     model, size = build("mobilevit_xxs")
     by_plan, graph = copy.deepcopy(model), ModelGraph(model, size, probe=False)

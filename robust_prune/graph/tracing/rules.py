@@ -201,6 +201,7 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
     result = zeros(out.ndim)
     base: tuple[Tensor, tuple[int, ...]] | None = None
     for tensor in inputs:
+        _note_own_parameter(tracer, tensor)
         if name == "prelu" and tensor is not inputs[0]:
             label, shape = tracer.label(tensor), (1, tensor.numel(), *[1] * (out.ndim - 2))
             label = label.reshape(shape)
@@ -213,6 +214,13 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
         base = (label, shape) if base is None else meet(tracer, base, (label, shape))
         result = base[0]
     tracer.set(out, result)
+
+
+def _note_own_parameter(tracer: Tracer, tensor: Tensor) -> None:
+    """Count the channels of a vector that the running module keeps; its numbers may be as many."""
+    mine = tracer.modules[tracer.owner].parameters(recurse=False)
+    if tensor.ndim == 1 < tensor.numel() and any(tensor is parameter for parameter in mine):
+        note_site(tracer, tracer.label(tensor))
 
 
 def meet(
