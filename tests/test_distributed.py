@@ -64,7 +64,13 @@ def test_two_processes_agree_with_one_another_and_with_one_alone(tmp_path: Path)
     assert (tmp_path / "two" / "complete.json").exists()
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+    ],
+)
 def test_the_command_line_under_a_launcher(launcher: list[str], tmp_path: Path) -> None:
     save(tiny_resnet(in_chans=1), tmp_path / "m.safetensors")
     command = ["-m", "robust_prune", "compress", "m.safetensors", "--ratio", "0.5"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,12 +115,15 @@ def imports(path: Path) -> Iterator[str]:
                 )
 
 
-def local() -> Iterator[tuple[str, str]]:
+@functools.cache
+def local() -> tuple[tuple[str, str], ...]:
     """Every (importing file, imported file or door) inside the package."""
-    for path in FILES:
-        for name in imports(path):
-            if name.startswith("robust_prune."):
-                yield name_of(path), name.removeprefix("robust_prune.")
+    return tuple(
+        (name_of(path), name.removeprefix("robust_prune."))
+        for path in FILES
+        for name in imports(path)
+        if name.startswith("robust_prune.")
+    )
 
 
 def top(name: str) -> str:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,6 +145,11 @@ def replayed(net: nn.Module, folder: Path) -> None:
     rp.compress(net, None, plan=a_plan(net), input_size=SIZE, reconstruct=False)
 
 
+def pushed(net: nn.Module, folder: Path) -> None:
+    with mock.patch("robust_prune.hub.upload", return_value="an address"):
+        rp.push_to_hub(net, "me/net")
+
+
 Call = Callable[[nn.Module, Path], object]
 CALLS: dict[str, Call] = {
     "compress": compressed,
@@ -182,6 +188,10 @@ CALLS: dict[str, Call] = {
     "save and load": lambda net, folder: rp.load(
         rp.save(net, folder / "net.safetensors"), model=a_net()
     ),
+    "save_pretrained and from_pretrained": lambda net, folder: rp.from_pretrained(
+        rp.save_pretrained(net, folder / "hub"), model=a_net()
+    ),
+    "push_to_hub": pushed,
     "prune_": lambda net, _: rp.prune_(net, a_plan(net)),
     "train_": tune,
 }

@@ -7,8 +7,12 @@ that failed; 130 stopped by the user.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -66,13 +70,32 @@ def main() -> NoReturn:
     # spends 6 to 15 % of its time in page faults without them
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        code = _run()
+        with _stopped_by_signals():
+            code = _run()
     finally:
         if "robust_prune.distributed" in sys.modules:
             sys.modules["robust_prune.distributed"].leave()
     if code == Interrupted.exit_code:
         _fail("stopped; nothing was written by this command", Interrupted.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let an end of the machine's or queue's and a lost line stop a run as Ctrl-C does.
+
+    Signals that are ignored stay so: `nohup` means it.
+    """
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run() -> Any:

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits until a batch is finished."""
+"""Requests to stop that wait until a batch is finished."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, an end of the machine's or queue's, a lost line
+
 
 @contextlib.contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C only be noted: give a function that tells whether there was one."""
+    """Let the first request to stop only be noted: give a function that tells whether one came.
+
+    Of the signals that Python itself does not turn into KeyboardInterrupt only those are noted for
+    which the program has asked to (as the command line does): others end a process as before.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -21,8 +27,14 @@ def interruptions() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+    before = {
+        number: signal.signal(number, note)
+        for number in numbers
+        if number == signal.SIGINT or signal.getsignal(number) is signal.default_int_handler
+    }
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -165,7 +165,8 @@ class Wiring:
                 if len(other.indices) == len(makers[0].indices):
                     pair = (f"{makers[0].tensor}:{makers[0].dim}", f"{other.tensor}:{other.dim}")
                     ties.append(pair)
-        return tuple(dict.fromkeys(ties))
+        lengths = self.coupling.lengths
+        return tuple(pair for pair in dict.fromkeys(ties) if len({lengths[e] for e in pair}) == 1)
 
     def units(self, group: str) -> int:
         """Return how many units a group has, whether it can be pruned or not."""

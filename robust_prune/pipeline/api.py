@@ -30,6 +30,7 @@ from robust_prune.options import (
 )
 from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.describing import asked
+from robust_prune.pipeline.holding import held_for_all
 from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, budget_of, eval_images
 from robust_prune.types import PruningPlan, Sensitivity, ThreatModel
@@ -108,17 +109,19 @@ def compress(
     splits = open_for(model, data, test=test, input_size=settings.input_size)
     folder = None if run_dir is None else RunFolder(run_dir)
     all_processes = processes()
-    if folder is None or not all_processes.first:
-        return run(model, splits, settings, folder=folder, processes=all_processes)
-    with folder.held():
+
+    def begin(folder: RunFolder) -> None:
         if not resume and folder.exists() and not folder.complete:
             raise RunError(
                 f"{folder.path} holds a run that is not complete; resume=True goes on with it, "
                 "or delete it"
             )
         folder.open(asked(model, splits, settings, all_processes), resume=resume)
+
+    with held_for_all(folder, all_processes, begin):
         result = run(model, splits, settings, folder=folder, processes=all_processes)
-        folder.close()
+        if folder is not None and all_processes.first:
+            folder.close()
     return result
 
 

@@ -19,7 +19,8 @@ from robust_prune.files import write_text
 from robust_prune.models import save
 from robust_prune.modules import check_float32
 from robust_prune.pipeline.compression import run
-from robust_prune.pipeline.describing import asked
+from robust_prune.pipeline.describing import asked, without_times
+from robust_prune.pipeline.holding import held_for_all
 from robust_prune.pipeline.run_folder import RunFolder, clear_drafts
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
 
@@ -60,24 +61,24 @@ def compress_file(
         if not processes.first:
             return
         text, page = report.to_json(result.report), report.to_html(result.report)
-        save(result.model, paths["model"], result.report)
+        save(result.model, paths["model"], without_times(result.report))
         written.append(result.report["status"])
         write_text(paths["report"], text)
         write_text(paths["html"], page)
 
+    def begin(state: RunFolder) -> None:
+        config = asked(model, splits, settings, processes)
+        state.open({**config, "arguments": dict(arguments or {})}, resume=resume)
+        clear_drafts(folder)
+        if resume and paths["model"].exists():
+            written.append("that of the run before")
+
     state = None if arguments is None else RunFolder(folder / RUN)
     made = not folder.exists()
-    if processes.first:
-        _make_folder(folder)
+    processes.on_first(lambda: _make_folder(folder))
     heard = replace(events, saveable=write)
     try:
-        with _held(state if processes.first else None):
-            if processes.first and state is not None:
-                config = asked(model, splits, settings, processes)
-                state.open({**config, "arguments": dict(arguments or {})}, resume=resume)
-                clear_drafts(folder)
-                if resume and paths["model"].exists():
-                    written.append("that of the run before")
+        with held_for_all(state, processes, begin):
             with _forgetting(state if processes.first and not resume else None, written):
                 result = run(model, splits, settings, heard, folder=state, processes=processes)
             if processes.first and state is not None:
@@ -93,10 +94,6 @@ def compress_file(
             _remove_empty(folder)
         raise
     return result, paths
-
-
-def _held(state: RunFolder | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if state is None else state.held()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from robust_prune.modules import ImageModel
 from robust_prune.pipeline.run_folder import fingerprint
 from robust_prune.pipeline.settings import Settings
 from robust_prune.types import to_plain
+
+TIMES = ("seconds", "latency_ms", "images_per_second")
+
+
+def without_times(record: Any) -> Any:
+    """Return a record without what a clock said of it, so that the same work is the same bytes."""
+    if isinstance(record, Mapping):
+        return {name: without_times(v) for name, v in record.items() if name not in TIMES}
+    if isinstance(record, (list, tuple)):
+        return [without_times(value) for value in record]
+    return record
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from robust_prune.errors import DataError, Interrupted
 from robust_prune.finetune import History, TrainingConfig, train_
 from robust_prune.models import build_model, save
 from robust_prune.modules import ImageModel, seeded
-from robust_prune.pipeline.describing import asked_to_train
+from robust_prune.pipeline.describing import asked_to_train, without_times
+from robust_prune.pipeline.holding import held_for_all
 from robust_prune.pipeline.keeping import epochs_told
 from robust_prune.pipeline.record import plain_history
 from robust_prune.pipeline.run_folder import RunFolder
@@ -101,10 +102,12 @@ def train_file(
     """
     kept = arguments is not None and processes.first
     folder = RunFolder(run_path(target)) if kept else None
-    with contextlib.nullcontext() if folder is None else folder.held():
-        if folder is not None:
-            asked = asked_to_train(splits, start, teacher, processes)
-            folder.open({**asked, "arguments": dict(arguments or {})}, resume=resume)
+
+    def begin(folder: RunFolder) -> None:
+        asked = asked_to_train(splits, start, teacher, processes)
+        folder.open({**asked, "arguments": dict(arguments or {})}, resume=resume)
+
+    with held_for_all(folder, processes, begin):
         with _forgetting(folder):
             model, history = train_model(
                 spec,
@@ -133,7 +136,7 @@ def train_file(
             "status": "trained" if not history.interrupted else "training interrupted",
         }
         if processes.first:
-            save(model, target, record)
+            save(model, target, without_times(record))
         if folder is not None and not history.interrupted:
             folder.clear()
     return TrainResult(model, history, record)

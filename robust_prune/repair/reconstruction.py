@@ -245,9 +245,13 @@ class Repaired:
 
     @torch.no_grad()
     def put_into_(self, pruned: nn.Module) -> None:
-        """Give them to a model that the same plan was applied to."""
+        """Give them to a model that the same plan was applied to.
+
+        What a module keeps of its last pass is no repair: it has another size then.
+        """
         for name, tensor in _tensors(pruned).items():
-            tensor.copy_(self.tensors[name])
+            if tensor.shape == self.tensors[name].shape:
+                tensor.copy_(self.tensors[name])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

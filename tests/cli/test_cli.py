@@ -20,6 +20,7 @@ from robust_prune import load, save
 from robust_prune.cli import main
 from robust_prune.models import open_model
 from tests.conftest import TINY, OwnNet, randomize_, tiny_resnet
+from tests.shortened import shorten
 
 KWARGS = json.dumps(TINY)
 
@@ -66,7 +67,10 @@ def train(run: Callable[..., tuple[int, str, str]], name: str = "model.pt") -> N
     assert f"wrote {name}" in out
 
 
-def test_train_then_the_bare_command(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_train_then_the_bare_command(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
     train(run)
     # the bare command, but for the size of the evaluation
     code, out, err = run("compress", "model.pt", "--ratio", 0.5, "--n-eval", 6)
@@ -378,8 +382,9 @@ def _machine_factor() -> float:
     return max(1.0, min(_timed("pass") for _ in range(3)) / 0.05)
 
 
-def test_ctrl_c_in_training_keeps_the_best_epoch(
-    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_request_to_stop_in_training_keeps_the_best_epoch(
+    name: str, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from robust_prune.finetune.loop import _Run
 
@@ -387,7 +392,7 @@ def test_ctrl_c_in_training_keeps_the_best_epoch(
 
     def batches(self: Any, asked: Callable[[], bool]) -> None:
         if self.epoch == 2 and not resumed:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(getattr(signal, name))
         original(self, asked)
 
     resumed: list[int] = []

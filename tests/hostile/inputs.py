@@ -261,6 +261,7 @@ FOREIGN: dict[str, Change] = {
     "ties to nowhere": top(ties=[["nowhere:0", "layer9:0"]]),
     "a tie without a dimension": top(ties=[["fc", "fc"]]),
     "a tie of a dimension of 10^18": top(ties=[[f"net.fc.weight:{HUGE}", "net.fc.weight:0"]]),
+    "a tie of two lengths": top(ties=[["net.fc.weight:0", "net.fc.weight:1"]]),
     "a group less": lambda plan: plan["groups"].pop() and None,
 }
 

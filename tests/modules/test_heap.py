@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -33,11 +34,16 @@ print("done", len(junk))
 """
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("method", ["pgd-at", "trades"])
-@pytest.mark.parametrize("threads", ["1", "2"])
+ALWAYS = {("2", "pgd-at", 1), ("1", "trades", 3)}
+EACH = [
+    pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow)
+    for case in itertools.product(("1", "2"), ("pgd-at", "trades"), (1, 3))
+]
+
+
+@pytest.mark.parametrize(("threads", "method", "channels"), EACH)
 def test_pruning_and_fine_tuning_a_narrow_downsample_survives(
-    channels: int, method: str, threads: str
+    threads: str, method: str, channels: int
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MALLOC_CHECK_": "3"}
     done = subprocess.run(

@@ -115,8 +115,12 @@ class _Book:
             if _axis(name) not in self.axes:
                 raise PlanError(f"the plan ties {name!r}, which this network does not have")
         a, b = self.axes[_axis(first)], self.axes[_axis(second)]
-        if a.shape == b.shape:
-            self.atoms.join(a, b)
+        if a.shape != b.shape:
+            raise PlanError(
+                f"the plan ties {first!r}, {len(a)} channels, to {second!r}, {len(b)} channels; "
+                "only dimensions of one length can go together"
+            )
+        self.atoms.join(a, b)
 
     def close(self, outputs: Sequence[Tensor]) -> Coupling:
         keys = list(self.axes)
@@ -159,6 +163,7 @@ class _Book:
             products=products,
             fixed=self._fixed(roots),
             outputs=frozenset(g for atoms in outputs for g in self._groups_of(atoms, unit_of)),
+            lengths={f"{name}:{dim}": len(atoms) for (name, dim), atoms in self.axes.items()},
         )
 
     def _times(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -51,7 +51,8 @@ class Coupling:
     tokens, for each channel alike); `products` lists the same of the products between activations.
     `whole_heads` says that attentions lose whole heads, not dims of every head.
     `trains` says that a pass in train mode does more than one in eval mode. `outputs` are the
-    groups that the network returns.
+    groups that the network returns. `lengths` says how many entries a dimension, as `tensor:dim`,
+    has: what can be tied.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -63,5 +64,6 @@ class Coupling:
     products: tuple[Times, ...]
     fixed: Mapping[str, str]
     outputs: frozenset[int]
+    lengths: Mapping[str, int] = field(default_factory=dict)
     trains: bool = False
     whole_heads: bool = False
