@@ -26,6 +26,10 @@ DIGITS = ["--data", "digits", "--input-size", "1,16,16", "--calibration-images",
 TUNED = ["--finetune", "n-fgsm", "--epochs", "1", "--eval", "pgd", "--n-eval", "6"]
 
 
+def heard_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(folder: Path, *arguments: str, threads: int = 1) -> subprocess.Popen[str]:
     here = Path(__file__).resolve().parents[2]
     return subprocess.Popen(
@@ -35,6 +39,8 @@ def started(folder: Path, *arguments: str, threads: int = 1) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # what `nohup` has shells ignore, their children would ignore too
+        preexec_fn=None if os.name == "nt" else heard_hangups,
     )
 
 
