@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # processes that share the tests, one core each
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test bench bench-zoo check docs dist clean
 

@@ -133,7 +133,7 @@ def _has_come_to(station: str, folder: Path) -> bool:
 def main() -> None:
     """Run once without a break, then kill and go on, the kills spread over the whole run.
 
-    A busy machine makes later runs slower than the first, so that every third kill waits for a
+    A busy machine makes later runs slower than the first, so that every second kill waits for a
     station to begin instead of a moment.
     """
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
@@ -151,8 +151,8 @@ def main() -> None:
         folder = root / f"killed-{i}"
         moment = (i + generator.random()) / kills * seconds
         begin = partial(run, folder, False)
-        if i % 3 == 2:
-            station = STATIONS[i // 3 % len(STATIONS)]
+        if i % 2:
+            station = STATIONS[i // 2 % len(STATIONS)]
             wait = 0.02 * generator.random() * seconds
             in_a_fork(begin, wait, partial(_has_come_to, station, folder))
         else:

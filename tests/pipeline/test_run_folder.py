@@ -33,7 +33,7 @@ def own_data(n: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 5
 
 
-@pytest.mark.parametrize("kills", [9, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.timeout(2400)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(kills: int, tmp_path: Path) -> None:
     short = ["--short"] if kills < 20 else []
