@@ -25,23 +25,9 @@ def show_report(output: Output, record: Mapping[str, Any]) -> None:
     output.line(report.check_line(record))
     if grade := report.grade_line(record):
         output.line(grade)
-    rows = report.accuracy_rows(record)
-    if rows:
-        has_middle = any(row["pruned_before_finetuning"] for row in rows)
-        output.table(
-            "Accuracy: " + report.headline(record),
-            ("attack", "dense", *(["un-tuned"] if has_middle else []), "pruned", "p"),
-            [
-                (
-                    row["name"],
-                    report.percent(row["dense"]),
-                    *([report.percent(row["pruned_before_finetuning"])] if has_middle else []),
-                    report.percent(row["pruned"]),
-                    "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
-                )
-                for row in rows
-            ],
-        )
+    if accuracies := report.accuracy_table(record):
+        label = f"{accuracies.label}: {report.headline(record)}"
+        output.table(label, accuracies.head, accuracies.rows)
     for line in report.flags(record):
         output.note(line)
 

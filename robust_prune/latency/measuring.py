@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robust_prune.files import write_text
 from robust_prune.graph import ModelGraph
 from robust_prune.latency.model import Conditions, LatencyModel, Layer, Table
-from robust_prune.modules import copied, device_of, evaluating, network_of
+from robust_prune.modules import copied, device_of, evaluating, network_of, watching
 from robust_prune.options import LatencyOptions
 from robust_prune.untrusted import read_json
 
@@ -141,20 +141,13 @@ def _layers(graph: ModelGraph, images: Tensor) -> list[Layer]:
             each = len(slot.indices) // group.units
             shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
     met: dict[str, list[tuple[int, ...]]] = {}
-    hooks = []
-    for name, module in net.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+    timed = {n: m for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
-            def note(module: nn.Module, inputs: Any, name: str = name) -> None:
-                met.setdefault(name, []).append(tuple(inputs[0].shape))
+    def note(name: str, layer: nn.Module, x: Tensor) -> None:
+        met.setdefault(name, []).append(tuple(x.shape))
 
-            hooks.append(module.register_forward_pre_hook(note))
-    try:
-        with torch.no_grad(), evaluating(graph.model):
-            graph.model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), evaluating(graph.model), watching(timed, before=note):
+        graph.model(images)
     return [
         _layer(name, net.get_submodule(name), shapes, shares.get(f"{name}.weight", ()))
         for name, shapes in met.items()

@@ -33,6 +33,7 @@ from robust_prune.modules.outputs import (
     tensors_in,
 )
 from robust_prune.modules.resize import Fields, fields_of, fit_, narrow_, set_fields_
+from robust_prune.modules.watching import batch_norms, watching
 
 __all__ = [
     "predict",
@@ -41,6 +42,7 @@ __all__ = [
     "Fields",
     "ImageModel",
     "NarrowAttention",
+    "batch_norms",
     "batch_statistics",
     "channels_last",
     "check_float32",
@@ -67,4 +69,5 @@ __all__ = [
     "seeded",
     "set_fields_",
     "takes_channels_last",
+    "watching",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robust_prune.repair.watching import batch_norms, watching
+from robust_prune.modules import batch_norms, watching
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import (
+    batch_norms,
     channels_last,
     device_of,
     evaluating,
     network_of,
     takes_channels_last,
+    watching,
 )
 from robust_prune.repair.anchors import Anchor, anchors_of, mean_and_variance
 from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
 from robust_prune.repair.solving import Solver, solved, solved_by_fewer
-from robust_prune.repair.watching import batch_norms, watching
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input

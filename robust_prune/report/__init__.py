@@ -4,12 +4,13 @@ from robust_prune.report.card import is_pruned, model_info, to_card
 from robust_prune.report.checking import check_record
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
-from robust_prune.report.rows import accuracy_rows, cost_rows, percent
+from robust_prune.report.rows import accuracy_rows, accuracy_table, cost_rows, percent
 from robust_prune.report.sentences import check_line, flags, grade_line, headline
 
 __all__ = [
     "SCHEMA",
     "accuracy_rows",
+    "accuracy_table",
     "check_line",
     "check_record",
     "cost_rows",

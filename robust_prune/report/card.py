@@ -120,8 +120,7 @@ def _results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _outcome(record: Mapping[str, Any]) -> dict[str, Any]:
-    accuracies = rows.accuracy_rows(record)
-    untuned = any(row["pruned_before_finetuning"] for row in accuracies)
+    accuracies = rows.accuracy_table(record)
     history, plan = record.get("finetune"), record["plan"]
     asked = plan["budget"]
     return {
@@ -138,22 +137,8 @@ def _outcome(record: Mapping[str, Any]) -> dict[str, Any]:
         "grade_line": sentences.grade_line(record),
         "training_line": sentences.training_line(history) if history else None,
         "headline": sentences.headline(record),
-        "untuned": untuned,
-        "accuracy": _markdown(
-            ("attack", "dense", *(["un-tuned"] if untuned else []), "pruned", "p"),
-            [
-                (
-                    row["name"],
-                    rows.percent(row["dense"]),
-                    *([rows.percent(row["pruned_before_finetuning"])] if untuned else []),
-                    rows.percent(row["pruned"]),
-                    "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
-                )
-                for row in accuracies
-            ],
-        )
-        if accuracies
-        else None,
+        "untuned": bool(accuracies and "un-tuned" in accuracies.head),
+        "accuracy": _markdown(accuracies.head, accuracies.rows) if accuracies else None,
     }
 
 

@@ -44,6 +44,23 @@ def accuracy_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def accuracy_table(record: Mapping[str, Any]) -> Table | None:
+    """Return what every attack left of each model, with intervals; None where none was made."""
+    found = accuracy_rows(record)
+    untuned = any(row["pruned_before_finetuning"] for row in found)
+    shown = {"dense": "dense", "pruned_before_finetuning": "un-tuned", "pruned": "pruned"}
+    models = {which: name for which, name in shown.items() if untuned or name != "un-tuned"}
+    body = tuple(
+        (
+            row["name"],
+            *(percent(row[which]) for which in models),
+            "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        )
+        for row in found
+    )
+    return Table("Accuracy", ("attack", *models.values(), "p"), body) if found else None
+
+
 def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return (what, dense, pruned, removed) for multiply-adds, parameters, channels, latency."""
     dense, pruned = record["cost"]["dense"], record["cost"]["pruned"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robust_prune.modules import network_of
+from robust_prune.modules.image_model import network_of
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
