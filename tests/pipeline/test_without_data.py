@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import socket
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +30,9 @@ def block(channels: int, out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
 
 
-@pytest.fixture(scope="module")
-def robust(digits: DataSplits) -> nn.Module:
+def robust(digits: DataSplits, seed: int) -> nn.Module:
     """A small network, adversarially trained on digits."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(
         *block(1, 16),
         nn.MaxPool2d(2),
@@ -51,6 +51,7 @@ def robust(digits: DataSplits) -> nn.Module:
         batch_size=32,
         lr=0.1,
         validation_images=64,
+        seed=seed,
     )
     assert digits.validation is not None
     train_(model, digits.train, digits.validation, config)
@@ -79,19 +80,23 @@ class Forgotten(Repaired):
 
 
 def test_stand_ins_keep_what_noise_loses(
-    robust: nn.Module, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+    digits: DataSplits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dense about 0.58, with data 0.50, on stand-ins 0.45: ten classes, one in ten by chance."""
+    """Means of three networks: dense about 0.58, with data 0.50, on stand-ins 0.45, noise 0.35.
 
-    def pruned() -> float:
-        size = (1, 16, 16)
-        result = compress(robust, None, prune_ratio=0.6, threat=EPS, input_size=size)
-        return robust_accuracy(result.model, digits)
+    Single networks differ, and come out otherwise on other processors. Chance is one in ten.
+    """
+    models = [robust(digits, seed) for seed in range(3)]
 
-    on_stand_ins = pruned()
+    def kept() -> float:
+        options: dict[str, Any] = {"prune_ratio": 0.6, "threat": EPS, "input_size": (1, 16, 16)}
+        found = (compress(m, None, **options) for m in models)
+        return statistics.mean(robust_accuracy(result.model, digits) for result in found)
+
+    on_stand_ins = kept()
     monkeypatch.setattr(measuring, "stand_ins", noisy)
     assert on_stand_ins > 0.38
-    assert on_stand_ins > pruned() + 0.05
+    assert on_stand_ins > kept() + 0.04
 
 
 def test_no_network_access_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
