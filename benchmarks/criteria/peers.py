@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
+import robust_prune as rp
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.errors import ModelError
 from robust_prune.graph import count_cost
@@ -58,10 +60,13 @@ def prune(
     adversarial: AdversarialSet,
     clean: Tensor,
     seed: int,
+    *,
+    our_graph: bool = False,
 ) -> ImageModel:
     """Return a copy pruned in one shot; `ratio` of the multiply-adds is gone, as near as it gets.
 
     torch-pruning's knob is the share of channels; it is bisected on our count of multiply-adds.
+    With `our_graph` its pruner works on this package's graph, which knows more networks.
 
     Raises:
         ModelError: torch-pruning can't prune this network so far, in its own words.
@@ -73,7 +78,9 @@ def prune(
     for _ in range(HALVINGS):
         share = (low + high) / 2
         try:
-            pruned = _prune_once(model, peer, share, size, adversarial, clean, seed)
+            pruned = _prune_once(
+                model, peer, share, size, adversarial, clean, seed, our_graph=our_graph
+            )
             reached = 1 - count_cost(pruned, size).macs / dense
         except Exception as error:  # noqa: BLE001 (whatever it raises is its result)
             problem = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
@@ -100,25 +107,28 @@ def _prune_once(
     adversarial: AdversarialSet,
     clean: Tensor,
     seed: int,
+    *,
+    our_graph: bool,
 ) -> ImageModel:
     copied = copy.deepcopy(model).eval()
     importance = peer.importance()
     example = torch.rand(2, *size, device=device_of(model))
-    attentions: list[Any] = [m for m in copied.modules() if _is_attention(m)]
+    attentions: list[Any] = [m for m in copied.modules() if _is_attention(m) and not our_graph]
     with requires_grad(copied, True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _accumulate_gradients_(copied, peer, adversarial, clean)
         torch.manual_seed(seed)
         heads = {m.qkv: m.num_heads for m in attentions}
-        pruner = tp.pruner.BasePruner(
-            copied,
-            example[:1],
-            importance=importance,
-            global_pruning=peer.everywhere,
-            pruning_ratio=share,
-            ignored_layers=[_classifier(copied, model.spec.num_classes)],
-            num_heads=heads,
-        )
+        with rp.dependency_graph() if our_graph else contextlib.nullcontext():
+            pruner = tp.pruner.BasePruner(
+                copied,
+                example[:1],
+                importance=importance,
+                global_pruning=peer.everywhere,
+                pruning_ratio=share,
+                ignored_layers=[_classifier(copied, model.spec.num_classes)],
+                num_heads=heads,
+            )
         pruner.step()
     for module in attentions:  # what torch-pruning's own examples do after pruning
         module.num_heads = pruner.num_heads[module.qkv]

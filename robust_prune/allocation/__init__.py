@@ -1,6 +1,7 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
 from robust_prune.allocation.bisection import ratio_for
+from robust_prune.allocation.capacity import allocate_by_capacity, log_capacity
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem, width_after
@@ -29,10 +30,12 @@ __all__ = [
     "STEPS",
     "TOLERANCE",
     "allocate",
+    "allocate_by_capacity",
     "allocate_by_curves",
     "allocate_evenly",
     "best_composed",
     "candidate_widths",
+    "log_capacity",
     "make_plan",
     "group_weights",
     "passes_of",

@@ -41,6 +41,7 @@ class Problem:
     also: tuple[Budget, ...] = ()
     fixed: Mapping[str, int] = field(default_factory=dict)
     price: Callable[[Mapping[str, int]], float] | None = None
+    layers: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
 
     @cached_property
     def dense(self) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping
 
+from robust_prune.allocation.greedy import narrowed
 from robust_prune.allocation.problem import Problem, Widths
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.types import ChannelGroup, Curve
@@ -15,7 +15,6 @@ SPREAD = 0.9
 SMALLEST_SHARE = 1e-3
 TOLERANCE = 0.01
 CLOSE = 0.002
-STRIDES = 24  # of a wide group, from whole to nothing
 EVEN = 1e-4  # nats: shares what costs nothing evenly among equals
 
 
@@ -73,7 +72,7 @@ def allocate(problem: Problem, willingness: Mapping[str, float]) -> Widths:
             low = middle
         else:
             high = middle
-    return _fit(problem, _closest_between(problem, widths_at(low), widths_at(high)), TOLERANCE)
+    return fit(problem, _closest_between(problem, widths_at(low), widths_at(high)), TOLERANCE)
 
 
 def allocate_evenly(problem: Problem) -> Widths:
@@ -88,58 +87,22 @@ def allocate_evenly(problem: Problem) -> Widths:
 def allocate_by_curves(problem: Problem, curves: Mapping[str, Curve]) -> Widths:
     """Return the widths that meet the budget for the least sum of predicted loss rises.
 
-    From the dense model on, the group whose next step costs the least rise per unit of cost
-    gives it, along the convex hull of its curve. What a step saves is counted on the whole model,
-    with its neighbours as narrow as they are by then. Prices only rise on the way (hulls get
-    steeper, narrower neighbours save less), so that a price still lowest when counted anew is the
-    lowest of all, and the others can wait.
+    From the dense model on, along the convex hulls of the curves; see `narrowed`.
 
     Raises:
         BudgetError: the budget is out of reach.
     """
-    groups = problem.groups
-    problem.check_reach(problem.narrowest)
     hulls = {name: curve.hull() for name, curve in curves.items()}
-    widths = dict(problem.widest)
 
-    def price(g: ChannelGroup) -> float:
-        """Loss rise per cost saved of the group's next step."""
-        after = _next_width(problem, g, widths[g.name])
-        if after >= widths[g.name]:
-            return math.inf
-        saved = now - problem.spent({**widths, g.name: after})
+    def rise(g: ChannelGroup, widths: Mapping[str, int], after: int) -> float:
         share, before = 1 - after / g.width, 1 - widths[g.name] / g.width
-        rise = hulls[g.name].at(share) - hulls[g.name].at(before)
-        rise += EVEN * (share**2 - before**2)
-        return rise / saved if saved > 0 else math.inf
+        loss = hulls[g.name].at(share) - hulls[g.name].at(before)
+        return loss + EVEN * (share**2 - before**2)
 
-    now = problem.spent(widths)
-    queue = [(price(g), i) for i, g in enumerate(groups)]
-    heapq.heapify(queue)
-    while now > problem.enough and queue:
-        _, i = heapq.heappop(queue)
-        g = groups[i]
-        fresh = price(g), i
-        if math.isinf(fresh[0]):
-            continue  # it has given what it can
-        if queue and fresh > queue[0]:
-            heapq.heappush(queue, fresh)
-            continue
-        widths[g.name] = _next_width(problem, g, widths[g.name])
-        now = problem.spent(widths)
-        heapq.heappush(queue, (price(g), i))
-    return _fit(problem, widths, CLOSE)
+    return fit(problem, narrowed(problem, rise), CLOSE)
 
 
-def _next_width(problem: Problem, g: ChannelGroup, width: int) -> int:
-    """Return what a group is cut to next."""
-    step = problem.step(g)
-    units = width // g.blocks - step * max(1, g.units // step // STRIDES)
-    units -= units % step  # dense widths need be no multiples
-    return max(units * g.blocks, problem.narrowest[g.name])
-
-
-def _fit(problem: Problem, widths: Widths, close: float) -> Widths:
+def fit(problem: Problem, widths: Widths, close: float) -> Widths:
     """Move single units, of any group, until the cost is close to the goal or comes no closer."""
     best, enough = problem.miss(widths), close * problem.dense
     steps = {g.name: problem.step(g) * g.blocks for g in problem.groups}

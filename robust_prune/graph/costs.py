@@ -41,12 +41,13 @@ def times_at(use: Use, dropped: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class TensorCost:
-    """What a parameter costs: its shape, and its positions if it mixes channels.
+    """What a parameter costs: its name, its shape, and its positions if it mixes channels.
 
     `shares` lists (dimension, group, channels per unit): what a unit of a group takes away.
     `uses` lists how often an image meets it, call by call.
     """
 
+    name: str
     shape: tuple[int, ...]
     shares: tuple[tuple[int, str, int], ...]
     uses: tuple[Use, ...]
@@ -77,6 +78,18 @@ class WorkCost:
         """Return (multiply-adds, parameters) when groups lose this many units."""
         macs, params = self.of_weights(dropped)
         return macs + sum(times_at(use, dropped) for use in self.products), params
+
+    def layers(self, dropped: Mapping[str, int]) -> dict[str, int]:
+        """Return how many weights each layer has that groups touch, when they lose these units.
+
+        Counted are tensors that mix channels, not biases and norms, by the module that has them.
+        """
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.shares and tensor.uses:
+                layer = tensor.name.rpartition(".")[0]
+                found[layer] = found.get(layer, 0) + tensor.at(dropped)[1]
+        return found
 
     def of_weights(self, dropped: Mapping[str, int]) -> tuple[int, int]:
         """Return the same without the products, as plans of earlier versions count."""

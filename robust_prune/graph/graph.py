@@ -151,6 +151,10 @@ class ModelGraph:
         channels = sum(widths.get(group.name, group.width) for group in self.groups)
         return Cost(macs, params, channels)
 
+    def layers(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Return how many weights each layer that groups touch has at these widths."""
+        return self._costs.layers(self._units_gone(widths))
+
     def _units_gone(self, widths: Mapping[str, int]) -> dict[str, int]:
         return {
             name: (group.width - widths[name]) // group.blocks
@@ -308,6 +312,7 @@ class ModelGraph:
         coupling = self._wiring.coupling
         tensors = tuple(
             TensorCost(
+                name,
                 tuple(p.shape),
                 tuple(shares.get(name, ())),
                 tuple(shrinking(*use) for use in coupling.uses.get(name, ())),

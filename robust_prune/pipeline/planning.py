@@ -74,6 +74,7 @@ def problem_of(
         settings.round_to,
         also=settings.also_budgets,
         price=price_of(latency),
+        layers=graph.layers,
         fixed={
             g.name: width_after(g, ratio, settings.round_to) if ratio else g.width
             for g in graph.groups

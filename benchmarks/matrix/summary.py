@@ -1,0 +1,173 @@
+"""From cells to tables, and the comparisons that the project has set itself, corrected by Holm."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.criteria.protocol import percent
+from benchmarks.criteria.summary import T_95, clustered, p_value
+from benchmarks.matrix.cells import Cell
+from benchmarks.matrix.levels import CAPACITY, DENSE, LITTLE, LONG, OURS, UNTUNED
+from robust_prune.statistics import PairedTest, Proportion
+
+ATTACKS = ("clean", "pgd", "autoattack")
+GOALS = {UNTUNED: 5.0, LITTLE: 3.0, LONG: 1.5}  # points over torch-pruning's best arm
+Block = tuple[str, str, str, float, str]  # data, network, method, share, tuning
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against torch-pruning's best arm in one block, over the seeds that both have."""
+
+    block: Block
+    ours: str
+    theirs: str
+    attack: str
+    gain: float
+    p: float
+    seeds: int
+    images: int
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Return Markdown: one table a block, arms by robust accuracy, and all comparisons."""
+    good = [c for c in cells if not c.error]
+    parts = [_table(block, good) for block in _blocks(good)]
+    failed = [f"- {c.key.label}: {c.error}" for c in cells if c.error]
+    if failed:
+        parts.append("\n".join(("### Arms that gave no model", "", *failed)))
+    return "\n\n".join((*parts, compared(good))) + "\n"
+
+
+def compared(cells: Sequence[Cell]) -> str:
+    """Return a table of our arms against torch-pruning's best, with p values after Holm."""
+    lines = [
+        "### Against torch-pruning's best arm on the same graph, with the same fine-tuning",
+        "",
+        "| data, network, method | removed | tuning | ours | theirs | attack (images) | seeds "
+        "| points | p | p, Holm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = [c for ours in (OURS, CAPACITY) for c in comparisons(cells, ours)]
+    for item, corrected in zip(found, holm([c.p for c in found]), strict=True):
+        data, network, method, ratio, tuning = item.block
+        reached = " **" if item.gain >= GOALS.get(tuning, math.inf) and corrected < 0.01 else " "
+        lines.append(
+            f"| {data}, {network}, {method} | {100 * ratio:g} % | {tuning} | {item.ours} "
+            f"| {item.theirs} | {item.attack} ({item.images}) | {item.seeds} "
+            f"|{reached}{item.gain:+.1f}{reached.strip()} | {p_value(item.p)} "
+            f"| {p_value(corrected)} |"
+        )
+    goals = ", ".join(f"{name} {points:g}" for name, points in GOALS.items())
+    return "\n".join((*lines, "", f"Bold: the goal ({goals} points) is met, p after Holm < 0.01."))
+
+
+def comparisons(cells: Sequence[Cell], ours: str) -> list[Comparison]:
+    """Return our arm against torch-pruning's best, block by block, by the hardest attack there."""
+    found = []
+    for block in _blocks(cells):
+        arms = _arms(cells, block)
+        if ours not in arms:
+            continue
+        attack = "autoattack" if all(c.autoattack for c in arms[ours]) else "pgd"
+        peers = {a: runs for a, runs in arms.items() if a.startswith("tp-")}
+        measured = {a: r for a, r in peers.items() if all(getattr(c, attack) for c in r)}
+        if not measured:
+            continue
+        best = max(measured, key=lambda arm: mean(measured[arm], attack))
+        differences = paired(arms[ours], measured[best], attack)
+        if differences:
+            gain = 100 * statistics.mean(statistics.mean(d) for d in differences)
+            n = len(differences[0])
+            p = p_of(differences)
+            found.append(Comparison(block, ours, best, attack, gain, p, len(differences), n))
+    return found
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values corrected for how many there are (Holm, 1979), in the order given."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    corrected, least = [0.0] * len(values), 0.0
+    for place, i in enumerate(order):
+        least = max(least, min(1.0, (len(values) - place) * values[i]))
+        corrected[i] = least
+    return corrected
+
+
+def paired(ours: Sequence[Cell], theirs: Sequence[Cell], attack: str) -> list[tuple[int, ...]]:
+    """Return by seed that both have the difference of verdicts, image by image."""
+    others = {c.key.seed: getattr(c, attack) for c in theirs}
+    return [
+        tuple(int(a) - int(b) for a, b in zip(mine, other, strict=True))
+        for cell in ours
+        if (mine := getattr(cell, attack))
+        and len(mine) == len(other := others.get(cell.key.seed, ""))
+    ]
+
+
+def p_of(differences: Sequence[Sequence[int]]) -> float:
+    """Return the p-value of one run (exact McNemar), or of several whose images are the same."""
+    if len(differences) > 1:
+        return clustered(differences)
+    (only,) = differences
+    return PairedTest(sum(d > 0 for d in only), sum(d < 0 for d in only)).p_value
+
+
+def mean(cells: Iterable[Cell], attack: str) -> float:
+    """Return the mean accuracy over seeds, in percent."""
+    return statistics.mean(percent(getattr(c, attack)) for c in cells)
+
+
+def _table(block: Block, cells: Sequence[Cell]) -> str:
+    data, network, method, ratio, tuning = block
+    arms = _arms(cells, block)
+    threat = next(iter(arms.values()))[0].threat
+    lines = [
+        f"### {data}, {network}, {method}, {100 * ratio:g} % removed, {tuning} ({threat})",
+        "",
+        "| arm | seeds | MACs (M) | parameters | log-capacity | clean % | PGD-20 % "
+        "| AutoAttack % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in sorted(arms, key=lambda arm: -mean(arms[arm], "pgd")):
+        runs = arms[arm]
+        lines.append(
+            f"| {arm} | {len(runs)} | {statistics.mean(c.macs for c in runs) / 1e6:.2f} "
+            f"| {statistics.mean(c.params for c in runs):,.0f} "
+            f"| {statistics.mean(c.log_capacity for c in runs):.1f} "
+            f"| {' | '.join(_spread(runs, attack) for attack in ATTACKS)} |"
+        )
+    return "\n".join(lines)
+
+
+def _blocks(cells: Sequence[Cell]) -> list[Block]:
+    keys = (c.key for c in cells if c.key.arm != DENSE)
+    found = {(k.data, k.network, k.method, k.ratio, k.tuning) for k in keys}
+    return sorted(found)
+
+
+def _arms(cells: Sequence[Cell], block: Block) -> dict[str, list[Cell]]:
+    """Return the cells of a block by arm, with the dense model's of the same fine-tuning."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        key = cell.key
+        ratio = block[3] if key.arm == DENSE else key.ratio
+        if (key.data, key.network, key.method, ratio, key.tuning) == block:
+            found.setdefault(key.arm, []).append(cell)
+    return found
+
+
+def _spread(runs: Sequence[Cell], attack: str) -> str:
+    """One seed: the Wilson interval over images. More: the t interval over seeds."""
+    found = [getattr(c, attack) for c in runs if getattr(c, attack)]
+    if not found:
+        return ""
+    if len(found) == 1:
+        low, high = Proportion(found[0].count("1"), len(found[0])).interval
+        return f"{percent(found[0]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    values = [percent(f) for f in found]
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"

@@ -1,0 +1,172 @@
+"""Measuring one cell: train or load the dense model, prune, tune, attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.criteria import peers
+from benchmarks.criteria.dense import dense_model, digest
+from benchmarks.criteria.networks import Network
+from benchmarks.criteria.protocol import verdicts
+from benchmarks.matrix.cells import Cell
+from benchmarks.matrix.levels import DENSE, Images, Key, Level, Tuning
+from robust_prune.adversaries import adversarial_set
+from robust_prune.allocation import log_capacity
+from robust_prune.criteria import calibration_images
+from robust_prune.data import DataSplits, as_split, open_data
+from robust_prune.errors import RobustPruneError
+from robust_prune.finetune import TrainingConfig, train_
+from robust_prune.graph import ModelGraph, count_cost
+from robust_prune.models import open_model, save
+from robust_prune.modules import ImageModel, seeded
+from robust_prune.pipeline import Settings, run
+from robust_prune.repair import recalibrate_batchnorm_
+from robust_prune.types import Budget
+
+BATCHNORM_IMAGES = 2048
+NAMED = ("digits", "cifar10", "cifar100", "svhn")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where data and trained models lie, and what tells of progress."""
+
+    level: Level
+    data: Path | None
+    cache: Path
+    device: str
+    tell: Callable[[str], None]
+
+    def splits(self, images: Images) -> DataSplits:
+        """Open a data set: the folder of its name below --data, or by its name."""
+        folder = self.data / images.name if self.data else None
+        if folder is not None and folder.is_dir():
+            return open_data(folder, input_size=images.size)
+        if images.name not in NAMED:
+            raise RobustPruneError(
+                f"{images.name}: no such folder below --data {self.data}; put one there, in the "
+                "layout of the original or as train/<class>/ and test/<class>/"
+            )
+        return open_data(images.name, input_size=images.size, data_root=self.data)
+
+    def dense(self, key: Key, splits: DataSplits, network: Network) -> ImageModel:
+        """Return the robust dense model, trained by the method that tunes its pruned ones."""
+        trained = {**network.training, "method": key.method}
+        named = replace(network, name=f"{network.name}-{key.method}", training=trained)
+        threat = self.level.images(key.data).threat
+        args = named, splits, threat, self.cache, None, self.device, self.tell
+        return dense_model(*args)[0]
+
+
+def measure(bench: Bench, key: Key) -> Cell:
+    """Prune, tune and attack one model; what an arm raises is its result.
+
+    Raises:
+        RobustPruneError: there is no such data.
+    """
+    level = bench.level
+    images, tuning = level.images(key.data), level.tuning(key.tuning)
+    splits = bench.splits(images)
+    dense = bench.dense(key, splits, level.network(key.network))
+    start = time.process_time()
+    empty = Cell(key, str(images.threat), dense=digest(dense))
+    try:
+        with seeded(key.seed):
+            model = pruned(bench, key, dense, splits)
+    except RobustPruneError as error:
+        return replace(empty, error=str(error))
+    told = _tune_(bench, key, tuning, model, splits) if tuning.epochs else empty
+    assert splits.test is not None
+    size = splits.input_size
+    found = verdicts(model, splits.test, level.test_images, images.threat, "pgd")
+    if tuning.autoattack:
+        n = tuning.autoattack
+        found |= verdicts(model, splits.test, n, images.threat, "autoattack", only=True)
+    graph = ModelGraph(model, size, probe=False)
+    cost = count_cost(model, size)
+    return replace(
+        told,
+        key=key,
+        threat=empty.threat,
+        dense=empty.dense,
+        macs=cost.macs,
+        params=cost.params,
+        widths=tuple(group.width for group in graph.groups),
+        log_capacity=log_capacity(graph.layers({})),
+        clean=found["clean"],
+        pgd=found["pgd"],
+        autoattack=found.get("autoattack", ""),
+        cpu_seconds=round(time.process_time() - start, 1),
+    )
+
+
+def pruned(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> ImageModel:
+    """Return the model of an arm, not tuned; kept, so that no fine-tuning prunes it again."""
+    if key.arm == DENSE:
+        return dense
+    name = f"{digest(dense)}-{100 * key.ratio:g}-{key.arm}-{key.seed}.safetensors"
+    path = bench.cache / "pruned" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(_prune(bench, key, dense, splits), path)
+    network = bench.level.network(key.network)
+    loaded, _ = open_model(path, model=network.create(splits.classes, splits.input_size))
+    assert isinstance(loaded, ImageModel)
+    return loaded.to(bench.device)
+
+
+def _prune(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> ImageModel:
+    level, threat = bench.level, bench.level.images(key.data).threat
+    peer = next((p for p in peers.PEERS if p.name == key.arm), None)
+    if peer is None:
+        allocation, _, score = key.arm.rpartition("-")
+        settings = Settings(
+            budget=Budget("macs", key.ratio),
+            threat=threat,
+            seed=key.seed,
+            allocation=allocation,
+            score=score,
+            calibration_images=level.calibration_images,
+            batch_size=level.batch_size,
+        )
+        model = run(dense, splits, settings).model
+        assert isinstance(model, ImageModel)
+        return model
+    images, labels = calibration_images(dense, splits, level.calibration_images, key.seed)
+    attacked = adversarial_set(dense, images, labels, threat=threat, seed=key.seed)
+    size = splits.input_size
+    model = peers.prune(dense, peer, key.ratio, size, attacked, images, key.seed, our_graph=True)
+    batches = splits.train.batches(level.batch_size, seed=key.seed, limit=BATCHNORM_IMAGES)
+    recalibrate_batchnorm_(model, batches)
+    return model
+
+
+def _tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: DataSplits) -> Cell:
+    """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights."""
+    train, validation = splits.train, splits.validation
+    assert validation is not None
+    if tuning.images:
+        train = as_split([train.take(tuning.images, key.seed)])
+    config = TrainingConfig(
+        method=key.method,
+        epochs=tuning.epochs,
+        threat=bench.level.images(key.data).threat,
+        attack_steps=tuning.steps,
+        lr=tuning.lr,
+        ema=0.999,
+        schedule="constant",
+        amp=True,
+        batch_size=bench.level.batch_size,
+        seed=key.seed,
+    )
+    history = train_(model, train, validation, config)
+    best = history.epochs[history.best_epoch] if history.epochs else None
+    return Cell(
+        key,
+        validation=best.robust if best else 0.0,
+        best_epoch=history.best_epoch,
+        notes=tuple(history.notes),
+    )

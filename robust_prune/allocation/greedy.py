@@ -1,0 +1,65 @@
+"""From the dense model down to a budget, always by the step that is cheapest for what it saves."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+
+from robust_prune.allocation.problem import Problem, Widths
+from robust_prune.types import ChannelGroup
+
+STRIDES = 24  # of a wide group, from whole to nothing
+Rise = Callable[[ChannelGroup, Mapping[str, int], int], float]
+
+
+def narrowed(problem: Problem, rise: Rise) -> Widths:
+    """Return the widths at which no budget is missed, reached by the cheapest steps.
+
+    The group whose next step costs the least per unit of cost saved gives it. What a step saves is
+    counted on the whole model, with its neighbours as narrow as they are by then. Prices must only
+    rise on the way (they do where losses are convex, as narrower neighbours save less), so that a
+    price still lowest when counted anew is the lowest of all, and the others can wait.
+
+    Args:
+        problem: groups, cost, budget and limits.
+        rise: what it costs, in any unit, that a group of these widths gets the width given last.
+
+    Raises:
+        BudgetError: the budget is out of reach.
+    """
+    groups = problem.groups
+    problem.check_reach(problem.narrowest)
+    widths = dict(problem.widest)
+
+    def price(g: ChannelGroup) -> float:
+        after = _next_width(problem, g, widths[g.name])
+        if after >= widths[g.name]:
+            return math.inf
+        saved = now - problem.spent({**widths, g.name: after})
+        return rise(g, widths, after) / saved if saved > 0 else math.inf
+
+    now = problem.spent(widths)
+    queue = [(price(g), i) for i, g in enumerate(groups)]
+    heapq.heapify(queue)
+    while now > problem.enough and queue:
+        _, i = heapq.heappop(queue)
+        g = groups[i]
+        fresh = price(g), i
+        if math.isinf(fresh[0]):
+            continue  # it has given what it can
+        if queue and fresh > queue[0]:
+            heapq.heappush(queue, fresh)
+            continue
+        widths[g.name] = _next_width(problem, g, widths[g.name])
+        now = problem.spent(widths)
+        heapq.heappush(queue, (price(g), i))
+    return widths
+
+
+def _next_width(problem: Problem, g: ChannelGroup, width: int) -> int:
+    """Return what a group is cut to next."""
+    step = problem.step(g)
+    units = width // g.blocks - step * max(1, g.units // step // STRIDES)
+    units -= units % step  # dense widths need be no multiples
+    return max(units * g.blocks, problem.narrowest[g.name])
