@@ -123,7 +123,7 @@ def test_every_pruner_with_every_importance_on_every_architecture(
     kind, options = PRUNERS[pruner]
     with rp.dependency_graph():
         made = kind(net, images[:1], score, pruning_ratio=0.5, **options)
-    before = sum(p.numel() for p in net.parameters())
+    before = sum(group.units for group in made.DG.groups)
     for _ in range(options.get("iterative_steps", 1)):
         gradients(net, images, score)
         if kind is not tp.pruner.BasePruner:
@@ -131,8 +131,9 @@ def test_every_pruner_with_every_importance_on_every_architecture(
             made.regularize(net)
         made.step()
     has_norm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    left = sum(p.numel() for p in net.parameters()) / before
-    assert left < 0.75 if importance != "batch norm" or has_norm else left == 1
+    # units, not parameters: LAMP over all groups takes from the widest, which need not be large
+    left = sum(group.units for group in made.DG.groups) / before
+    assert left < 0.6 if importance != "batch norm" or has_norm else left == 1
     assert_masked(dense, net, made.DG, images)
     net.train()(images).sum().backward()
 
