@@ -115,12 +115,12 @@ class _Book:
             if _axis(name) not in self.axes:
                 raise PlanError(f"the plan ties {name!r}, which this network does not have")
         a, b = self.axes[_axis(first)], self.axes[_axis(second)]
-        if a.shape != b.shape:
+        if len(a) % len(b):
             raise PlanError(
                 f"the plan ties {first!r}, {len(a)} channels, to {second!r}, {len(b)} channels; "
-                "only dimensions of one length can go together"
+                "only a dimension and one of its length, or a multiple of it, can go together"
             )
-        self.atoms.join(a, b)
+        self.atoms.join(a.view(-1, len(b)), b.view(1, -1))
 
     def close(self, outputs: Sequence[Tensor]) -> Coupling:
         keys = list(self.axes)

@@ -48,6 +48,7 @@ def _contract(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor) -> Non
         tracer.label(t).view([1] * (ndim - t.ndim) + list(tracer.label(t).shape))
         for t in (first, second)
     )
+    _keep_mixed_heads(tracer, a, b)
     a_varies = [d - ndim for d in tracer.varies(a)]
     b_varies = [d - ndim for d in tracer.varies(b)]
     if (a_varies or b_varies) and all(d < -2 for d in (*a_varies, *b_varies)):
@@ -69,6 +70,17 @@ def _contract(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor) -> Non
     elif -1 in b_varies:
         label = b
     tracer.set(out, label)
+
+
+def _keep_mixed_heads(tracer: Tracer, first: Tensor, second: Tensor) -> None:
+    """Make the heads of one factor stay where the other factor's channels lie inside heads.
+
+    A layer that mixes the heads of an attention map has channels of its own, which are heads.
+    """
+    for heads, inner in ((first, second), (second, first)):
+        outside, inside = tracer.varies(heads), tracer.varies(inner)
+        if outside and inside and max(outside) < heads.ndim - 2 <= min(inside):
+            tracer.labels.fix(heads.reshape(-1), "its channels are heads, whose dims are pruned")
 
 
 @rule("scaled_dot_product_attention")
@@ -222,7 +234,7 @@ def _fold(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) ->
         """
     zeros_like ones_like rand_like randn_like empty_like full_like new_zeros new_ones
     new_full new_empty new_tensor zeros ones arange full linspace empty rand randn tensor
-    meshgrid eye get_dtype outer get_is_leaf get_grad
+    meshgrid eye get_dtype outer get_is_leaf get_grad zero
     """
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,7 +214,25 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
         label, shape = label.view([1] * missing + list(label.shape)), (1,) * missing + shape
         base = (label, shape) if base is None else meet(tracer, base, (label, shape))
         result = base[0]
+    _note_scale(tracer, name, args)
     tracer.set(out, result)
+
+
+def _note_scale(tracer: Tracer, name: str, args: Args) -> None:
+    """Note queries that the code divides by the root of their width, as it finds it.
+
+    A number that the module keeps stays as it is; one that is computed follows the width.
+    """
+    if len(args) != 2 or not isinstance(args[0], Tensor) or type(args[1]) is not float:
+        return
+    x, factor = args
+    if name not in ("mul", "imul", "div", "truediv") or x.ndim < 2:
+        return
+    if not math.isclose(factor, x.shape[-1] ** (-0.5 if name.endswith("mul") else 0.5)):
+        return
+    label = tracer.label(x)
+    if tracer.varies(label) == [x.ndim - 1] and not tracer.keeps(factor):
+        tracer.labels.scaled.append((tracer.owner, label.reshape(-1)))
 
 
 def _note_own_parameter(tracer: Tracer, tensor: Tensor) -> None:

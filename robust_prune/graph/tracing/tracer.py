@@ -169,10 +169,10 @@ class Tracer(TorchFunctionMode):
     def label(self, tensor: Tensor) -> Tensor:
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
         if id(tensor) in self.parameters:
-            return self._entries(tensor)
+            return self.entries(tensor)
         piece = piece_of(tensor)
         if piece is not None:
-            entries = self._entries(piece[0])
+            entries = self.entries(piece[0])
             rows = entries[piece[1] : piece[1] + len(tensor)]
             self.labels.atoms.join(rows, entries[: len(tensor)])
             return rows
@@ -221,6 +221,12 @@ class Tracer(TorchFunctionMode):
         numbers = [found[name] for name in HEAD_NUMBERS if type(found.get(name)) is int]
         return max(numbers, default=0)
 
+    def keeps(self, factor: float) -> bool:
+        """Return whether the running module has this fraction, which stays when it is pruned."""
+        return any(
+            type(n) is float and n == factor for n in vars(self.modules[self.owner]).values()
+        )
+
     def counts(self, value: int) -> bool:
         """Return whether the running module keeps this number, so that pruning can change it."""
         for name, number in vars(self.modules[self.owner]).items():
@@ -229,7 +235,7 @@ class Tracer(TorchFunctionMode):
                 return True
         return False
 
-    def _entries(self, parameter: Tensor) -> Tensor:
+    def entries(self, parameter: Tensor) -> Tensor:
         """Return one atom for every entry of a parameter that is used outside of layers."""
         key = id(parameter)
         if key not in self.labels.entries:
