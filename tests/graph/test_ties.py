@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from torchvision.models.swin_transformer import (
 )
 
 from robust_prune.errors import PlanError
-from robust_prune.graph import ModelGraph, count_cost, masking_error
+from robust_prune.graph import DependencyGraph, ModelGraph, count_cost, masking_error
 from tests.conftest import randomize_
 from tests.graph.test_graph import random_plan
 
@@ -37,10 +38,22 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convit": lambda: timm.create_model(
         "convit_tiny", **{**SMALL, "embed_dim": 8}, local_up_to_layer=1
     ),
+    # channels attend to channels
+    "xcit": lambda: timm.create_model("xcit_nano_12_p8_224", **{**SMALL, "depth": 1}),
+    "davit": lambda: timm.create_model(
+        "davit_tiny",
+        num_classes=10,
+        depths=(1, 1),
+        embed_dims=(12, 24),
+        num_heads=(3, 6),
+        window_size=4,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [n if n != "davit" else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+)
 def test_all_weights_lie_along_channels_and_are_pruned_as_masking_does(name: str) -> None:
     torch.manual_seed(0)
     net, size = randomize_(NETWORKS[name]()).eval(), (3, 32, 32)
@@ -69,6 +82,40 @@ class Tokens(nn.Module):
         queries, keys = self.queries(x), self.keys(x)
         scale = self.root or queries.shape[-1] ** -0.5
         return self.head(((queries * scale) @ keys.mT).softmax(-1) @ x)
+
+
+class Channels(nn.Module):
+    """Channels that attend to channels, of which the map may be returned or done something to."""
+
+    def __init__(self, odd: str = "") -> None:
+        super().__init__()
+        self.patches, self.qkv = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 36)
+        self.proj, self.head, self.odd = nn.Linear(12, 8), nn.Linear(8, 5), odd
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.patches(images).flatten(2).mT
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, 12)).permute(2, 0, 3, 1)
+        weights = (queries @ keys.mT).softmax(-1)
+        if self.odd == "cumsum":
+            weights = weights.cumsum(-1)
+        x = self.head(self.proj((weights @ values).mT).mean(1))
+        return (x, weights) if self.odd == "returned" else x
+
+
+@pytest.mark.parametrize(
+    ("odd", "groups"),
+    [
+        ("", ["patches", "qkv", "proj"]),
+        ("returned", ["patches", "proj"]),
+        ("cumsum", ["patches", "proj"]),
+    ],
+)
+def test_a_map_of_channels_with_channels_that_the_rules_do_not_know_keeps_them(
+    odd: str, groups: list[str]
+) -> None:
+    net = Channels(odd).eval()
+    graph = DependencyGraph(probe=False).build_dependency(net, torch.rand(1, 3, 16, 16))
+    assert [group.name for group in graph.groups] == groups
 
 
 @pytest.mark.parametrize("kept", [False, True])

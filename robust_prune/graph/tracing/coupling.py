@@ -50,7 +50,7 @@ def couple(
         out = run(net)
     trains = train_run is not None and trace_training(net, train_run, tracer, outputs_stay)
     labels = tracer.labels
-    outputs = [tracer.label(tensor).reshape(-1) for tensor in tensors_in((out,))]
+    outputs = [tracer.returned(tensor) for tensor in tensors_in((out,))]
     for atoms in outputs if outputs_stay else ():
         labels.fix(atoms, "its channels are the model's outputs")
     book = _Book(net, labels)
@@ -163,6 +163,7 @@ class _Book:
             products=products,
             fixed=self._fixed(roots),
             outputs=frozenset(g for atoms in outputs for g in self._groups_of(atoms, unit_of)),
+            softmaxes=frozenset(self.labels.softmaxes),
             lengths={f"{name}:{dim}": len(atoms) for (name, dim), atoms in self.axes.items()},
         )
 

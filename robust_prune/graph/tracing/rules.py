@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import zeros
-from robust_prune.graph.tracing.tracer import Rule, Site, Tracer, UntraceableError, piece_of
+from robust_prune.graph.tracing.tracer import (
+    Rule,
+    Site,
+    Tracer,
+    UntraceableError,
+    mark_square,
+    piece_of,
+    square_of,
+)
 from robust_prune.graph.tracing.uses import argument
 from robust_prune.modules import tensors_in
 
@@ -199,6 +207,10 @@ POINTWISE = words(
 def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Join what is combined entry by entry, by the rules of broadcasting."""
     inputs = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim > 0]
+    squares = [t for t in inputs if square_of(t) is not None]
+    if squares:
+        _scale_square(tracer, squares, inputs, out)
+        return
     result = zeros(out.ndim)
     base: tuple[Tensor, tuple[int, ...]] | None = None
     for tensor in inputs:
@@ -216,6 +228,20 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
         result = base[0]
     _note_scale(tracer, name, args)
     tracer.set(out, result)
+
+
+def _scale_square(
+    tracer: Tracer, squares: Sequence[Tensor], inputs: Sequence[Tensor], out: Tensor
+) -> None:
+    """Scale a product of channels with channels, by the head: heads stay."""
+    if len(squares) > 1 or any(t.shape[-2:].numel() > 1 for t in inputs if t is not squares[0]):
+        raise UntraceableError("an outer product of channels")
+    for tensor in inputs:
+        if tensor is not squares[0]:
+            tracer.labels.fix(tracer.label(tensor).reshape(-1), "scales a product of channels")
+    atoms = square_of(squares[0])
+    assert atoms is not None
+    mark_square(out, atoms)
 
 
 def _note_scale(tracer: Tracer, name: str, args: Args) -> None:

@@ -69,6 +69,7 @@ class Labels:
     gates: list[Tensor] = field(default_factory=list)
     reasons: list[tuple[Tensor, str]] = field(default_factory=list)
     biases: dict[int, int] = field(default_factory=dict)
+    softmaxes: set[str] = field(default_factory=set)
 
     def axis(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the atoms [size] along one dimension of a parameter or buffer."""
@@ -158,6 +159,9 @@ class Tracer(TorchFunctionMode):
             whole = (piece_of(tensor) or (tensor, 0))[0]
             if self.is_parameter(whole) and id(whole) not in self.labels.entries:
                 continue
+            square = square_of(tensor)
+            if square is not None:
+                return square if dim >= tensor.ndim - 2 else None
             label = self.label(tensor)
             varies = self.varies(label)
             if dim in varies and len(varies) > 1:
@@ -170,6 +174,8 @@ class Tracer(TorchFunctionMode):
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
         if id(tensor) in self.parameters:
             return self.entries(tensor)
+        if square_of(tensor) is not None:
+            raise UntraceableError("an outer product of channels")
         piece = piece_of(tensor)
         if piece is not None:
             entries = self.entries(piece[0])
@@ -180,6 +186,11 @@ class Tracer(TorchFunctionMode):
         if found is None or id(tensor) in self.buffers:
             return zeros(tensor.ndim)
         return found
+
+    def returned(self, tensor: Tensor) -> Tensor:
+        """Return the atoms that lie along an output of the network."""
+        square = square_of(tensor)
+        return self.label(tensor).reshape(-1) if square is None else square
 
     def set(self, tensor: Tensor, label: Tensor) -> None:
         """Give a tensor its atoms."""
@@ -211,7 +222,8 @@ class Tracer(TorchFunctionMode):
             if id(tensor) in self.parameters:
                 label = self.labels.entries.setdefault(id(tensor), zeros(tensor.ndim))
             else:
-                label = self.label(tensor)
+                square = square_of(tensor)
+                label = self.label(tensor) if square is None else square
             self.labels.fix(label.reshape(-1), reason)
 
     @property
@@ -255,6 +267,17 @@ def mark_piece(piece: Tensor, parameter: Tensor, start: int) -> None:
 def piece_of(tensor: Any) -> tuple[Tensor, int] | None:
     """Return of which parameter a tensor is a piece, and its first row; None if of none."""
     found: tuple[Tensor, int] | None = getattr(tensor, "_piece", None)
+    return found
+
+
+def mark_square(product: Tensor, atoms: Tensor) -> None:
+    """Remember that a tensor has the same channels along both of its last dimensions."""
+    product._square = atoms  # type: ignore[attr-defined]
+
+
+def square_of(tensor: Any) -> Tensor | None:
+    """Return the channels along both of the last dimensions of a tensor; None if it has not."""
+    found: Tensor | None = getattr(tensor, "_square", None)
     return found
 
 
