@@ -96,8 +96,8 @@ class Channels(nn.Module):
         x = self.patches(images).flatten(2).mT
         queries, keys, values = self.qkv(x).unflatten(-1, (3, 12)).permute(2, 0, 3, 1)
         weights = (queries @ keys.mT).softmax(-1)
-        if self.odd == "cumsum":
-            weights = weights.cumsum(-1)
+        if self.odd == "averaged":
+            values = values * weights.mean()
         x = self.head(self.proj((weights @ values).mT).mean(1))
         return (x, weights) if self.odd == "returned" else x
 
@@ -107,7 +107,7 @@ class Channels(nn.Module):
     [
         ("", ["patches", "qkv", "proj"]),
         ("returned", ["patches", "proj"]),
-        ("cumsum", ["patches", "proj"]),
+        ("averaged", ["patches", "proj"]),
     ],
 )
 def test_a_map_of_channels_with_channels_that_the_rules_do_not_know_keeps_them(
