@@ -30,8 +30,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: SwinTransformer(**SWIN, window_size=[2, 2], num_classes=10),
     # takes the second third of a bias
     "swin v2": lambda: SwinTransformer(**SWIN, **V2, window_size=[2, 2], num_classes=10),
-    # the bias of keys is a buffer
-    "beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL),
     # layers mix heads
     "cait": lambda: timm.create_model("cait_xxs24_224", **{**SMALL, "depth": 1}),
     # queries and keys in one layer, values in another

@@ -53,7 +53,7 @@ def _concatenate(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Ten
         labels = [tracer.label(piece).unsqueeze(dim) for piece in pieces]
         sizes = [1] * len(labels)
     else:
-        labels = [_label_beside(tracer, piece, pieces) for piece in pieces]
+        labels = [tracer.label(piece) for piece in pieces]
         sizes = [piece.shape[dim] for piece in pieces]
     for label in labels:
         _join_rows(tracer, label, dim)
@@ -82,17 +82,6 @@ def _join_rows(tracer: Tracer, label: Tensor, dim: int) -> None:
     varies = tracer.varies(label)
     if len(varies) == 2 and dim in varies and len(torch.unique(label)) == label.numel():
         tracer.labels.atoms.join(label, label.narrow(dim, 0, 1))
-
-
-def _label_beside(tracer: Tracer, piece: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-    """Return the atoms of a piece; a buffer between parameters has some of its own.
-
-    That is the bias of keys, which is zero and not learned, between those of queries and values.
-    """
-    learned = [other.shape for other in pieces if tracer.is_parameter(other)]
-    if piece.ndim == 1 and id(piece) in tracer.buffers and piece.shape in learned:
-        return tracer.entries(piece)
-    return tracer.label(piece)
 
 
 def _keep_order(tracer: Tracer, name: str, args: Args, kwargs: Kwargs) -> None:
