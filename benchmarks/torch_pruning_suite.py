@@ -5,7 +5,8 @@
 CHECKOUT is a clone of torch-pruning; its tests run against the torch-pruning that is installed,
 each file in a process of its own, first alone and then on our graph. As theirs does, it then
 offers the network's outputs too, and leaves the network in eval mode, which some tests count on.
-Tests that download weights fail in both where there is no network.
+Tests that download weights fail in both where there is no network. What `READ_FIRST.md` in the
+folder says is put before the table.
 """
 
 from __future__ import annotations
@@ -106,16 +107,19 @@ def main() -> None:
             rows.append(row)
             print(test, row["alone"]["outcome"], row["ours"]["outcome"], row["ours"]["error"])
     (options.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (options.out / "README.md").write_text(report(rows))
+    words = options.out / "READ_FIRST.md"
+    first = words.read_text().strip() if words.exists() else ""
+    (options.out / "README.md").write_text(report(rows, first))
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """Return the record: the counts, and a line for each test."""
+def report(rows: list[dict[str, Any]], first: str = "") -> str:
+    """Return the record: what is to be read first, the counts, and a line for each test."""
     ran = [row for row in rows if row["alone"]["outcome"] == "passed"]
     good = sum(row["ours"]["outcome"] == "passed" for row in ran)
     lines = [
         "# torch-pruning's own tests on our graph",
         "",
+        *([first, ""] if first else []),
         f"- {good} of the {len(ran)} tests that pass with torch-pruning alone pass on our graph",
         "",
         "| test | alone | on our graph |",

@@ -38,6 +38,7 @@ def silence_(net: nn.Module, wiring: Wiring, dropped: Mapping[str, Tensor]) -> N
         wiring.normalised(dropped),
         wiring.standardised(modules, dropped),
         {name for name, module in modules.items() if find(module)},
+        wiring.coupling.softmaxes,
     )
     if statistics.kept or statistics.columns:
         for name, module in modules.items():
@@ -54,6 +55,7 @@ class _Statistics:
     kept: Mapping[str, Mapping[int, Tensor]]
     columns: Mapping[str, tuple[Tensor, int]]
     averaging: set[str]
+    softmaxes: frozenset[str]
     running: list[str] = field(default_factory=list)
 
 
@@ -100,6 +102,8 @@ class _KeptChannels(TorchFunctionMode):
         kept = self.statistics.kept.get(owner, {})
         if name in NORMS and args[0].shape[NORMS[name]] in kept:
             return _normalise(func, NORMS[name], kept, args, kwargs)
+        if name == "softmax" and owner in self.statistics.softmaxes:
+            return _normalise_square(func, kept, args, kwargs)
         if name in ("mean", "var") and owner in self.statistics.averaging:
             return _average(func, kept, args, kwargs)
         if name == "batch_norm" and owner in self.statistics.columns:
@@ -124,6 +128,20 @@ def _normalise(
     part = x.index_select(dim, kept)
     done = func(part, second if dim == 1 else (len(kept),), **options)
     return torch.zeros_like(x).index_copy_(dim, kept, done)
+
+
+def _normalise_square(
+    func: Any, by_width: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: Any
+) -> Tensor:
+    """Take a softmax over the kept columns of a product of channels with channels."""
+    x, *rest = args
+    kept = by_width.get(x.shape[-1])
+    if kept is None or x.shape[-1] != x.shape[-2]:
+        found: Tensor = func(x, *rest, **kwargs)
+        return found
+    kept = kept.to(x.device)
+    done = func(x.index_select(-1, kept), *rest, **kwargs)
+    return torch.zeros_like(x).index_copy_(-1, kept, done)
 
 
 def _average(

@@ -140,6 +140,11 @@ def probed(
     if ties:
         tied = wire(ties)
         still = _broken(stirred, tied, example)
+        wider = tied.wider_ties(still)
+        if wider:
+            ties = (*ties, *wider)
+            tied = wire(ties)
+            still = _broken(stirred, tied, example)
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()

@@ -168,6 +168,23 @@ class Wiring:
         lengths = self.coupling.lengths
         return tuple(pair for pair in dict.fromkeys(ties) if len({lengths[e] for e in pair}) == 1)
 
+    def wider_ties(self, broken: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """Return layers' rows and columns, as `tensor:dim`, that may have to go together.
+
+        Of layers between two broken groups, such as that of queries and keys in one: the code may
+        take the input's width for the width of each.
+        """
+        lengths, made = self.coupling.lengths, dict[str, str]()
+        for name in broken:
+            made |= {s.tensor: name for s in self.slots.get(name, ()) if s.role == "out"}
+        ties = [
+            (f"{slot.tensor}:{1 - slot.dim}", f"{slot.tensor}:{slot.dim}")
+            for name in broken
+            for slot in self.slots.get(name, ())
+            if slot.role == "in" and made.get(slot.tensor, name) != name
+        ]
+        return tuple(pair for pair in ties if lengths[pair[0]] % lengths[pair[1]] == 0)
+
     def units(self, group: str) -> int:
         """Return how many units a group has, whether it can be pruned or not."""
         return self._sizes[group]

@@ -50,7 +50,7 @@ def couple(
         out = run(net)
     trains = train_run is not None and trace_training(net, train_run, tracer, outputs_stay)
     labels = tracer.labels
-    outputs = [tracer.label(tensor).reshape(-1) for tensor in tensors_in((out,))]
+    outputs = [tracer.returned(tensor) for tensor in tensors_in((out,))]
     for atoms in outputs if outputs_stay else ():
         labels.fix(atoms, "its channels are the model's outputs")
     book = _Book(net, labels)
@@ -115,12 +115,12 @@ class _Book:
             if _axis(name) not in self.axes:
                 raise PlanError(f"the plan ties {name!r}, which this network does not have")
         a, b = self.axes[_axis(first)], self.axes[_axis(second)]
-        if a.shape != b.shape:
+        if len(a) % len(b):
             raise PlanError(
                 f"the plan ties {first!r}, {len(a)} channels, to {second!r}, {len(b)} channels; "
-                "only dimensions of one length can go together"
+                "only a dimension and one of its length, or a multiple of it, can go together"
             )
-        self.atoms.join(a, b)
+        self.atoms.join(a.view(-1, len(b)), b.view(1, -1))
 
     def close(self, outputs: Sequence[Tensor]) -> Coupling:
         keys = list(self.axes)
@@ -163,6 +163,7 @@ class _Book:
             products=products,
             fixed=self._fixed(roots),
             outputs=frozenset(g for atoms in outputs for g in self._groups_of(atoms, unit_of)),
+            softmaxes=frozenset(self.labels.softmaxes),
             lengths={f"{name}:{dim}": len(atoms) for (name, dim), atoms in self.axes.items()},
         )
 

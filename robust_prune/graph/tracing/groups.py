@@ -52,7 +52,7 @@ class Coupling:
     `whole_heads` says that attentions lose whole heads, not dims of every head.
     `trains` says that a pass in train mode does more than one in eval mode. `outputs` are the
     groups that the network returns. `lengths` says how many entries a dimension, as `tensor:dim`,
-    has: what can be tied.
+    has: what can be tied. `softmaxes` are modules with a softmax over channels.
     """
 
     groups: tuple[tuple[Slot, ...], ...]
@@ -65,5 +65,6 @@ class Coupling:
     fixed: Mapping[str, str]
     outputs: frozenset[int]
     lengths: Mapping[str, int] = field(default_factory=dict)
+    softmaxes: frozenset[str] = frozenset()
     trains: bool = False
     whole_heads: bool = False

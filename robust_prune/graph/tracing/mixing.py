@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import zeros
-from robust_prune.graph.tracing.rules import Args, Kwargs, meet, pointwise, rule, words
-from robust_prune.graph.tracing.tracer import Tracer, UntraceableError
+from robust_prune.graph.tracing.rules import Args, Kwargs, meet, note_site, pointwise, rule, words
+from robust_prune.graph.tracing.tracer import (
+    Tracer,
+    UntraceableError,
+    mark_square,
+    square_of,
+)
 from robust_prune.graph.tracing.uses import argument
 from robust_prune.modules import tensors_in
 
@@ -43,11 +48,17 @@ def _contract(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor) -> Non
 
     Or both lose the same batches, which are an attention's heads.
     """
+    square = square_of(first)
+    if square is not None:  # of channels with channels; the rows pass
+        tracer.labels.atoms.join(square, tracer.vector(tracer.label(second), -2, len(square)))
+        tracer.set(out, square.view([1] * (out.ndim - 2) + [-1, 1]))
+        return
     ndim = out.ndim
     a, b = (
         tracer.label(t).view([1] * (ndim - t.ndim) + list(tracer.label(t).shape))
         for t in (first, second)
     )
+    _keep_mixed_heads(tracer, a, b)
     a_varies = [d - ndim for d in tracer.varies(a)]
     b_varies = [d - ndim for d in tracer.varies(b)]
     if (a_varies or b_varies) and all(d < -2 for d in (*a_varies, *b_varies)):
@@ -63,12 +74,27 @@ def _contract(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor) -> Non
     label = zeros(ndim)
     passing = (-2 in a_varies) + (-1 in b_varies)
     if passing == 2:
-        raise UntraceableError("an outer product of channels")
+        rows, columns = tracer.vector(a, -2, out.shape[-2]), tracer.vector(b, -1, out.shape[-1])
+        if not torch.equal(*(tracer.labels.atoms.find(v.contiguous()) for v in (rows, columns))):
+            raise UntraceableError("an outer product of channels")
+        mark_square(out, rows.contiguous())
+        return
     if -2 in a_varies:
         label = a
     elif -1 in b_varies:
         label = b
     tracer.set(out, label)
+
+
+def _keep_mixed_heads(tracer: Tracer, first: Tensor, second: Tensor) -> None:
+    """Make the heads of one factor stay where the other factor's channels lie inside heads.
+
+    A layer that mixes the heads of an attention map has channels of its own, which are heads.
+    """
+    for heads, inner in ((first, second), (second, first)):
+        outside, inside = tracer.varies(heads), tracer.varies(inner)
+        if outside and inside and max(outside) < heads.ndim - 2 <= min(inside):
+            tracer.labels.fix(heads.reshape(-1), "its channels are heads, whose dims are pruned")
 
 
 @rule("scaled_dot_product_attention")
@@ -130,8 +156,14 @@ def _einsum(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
 
 @rule("softmax", "log_softmax", "cumsum", "softmin", "gumbel_softmax")
 def _along(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    label = tracer.label(args[0])
     dim = argument(args, kwargs, 1, "dim", default=-1)
+    square = square_of(args[0])
+    if square is not None and name == "softmax" and dim % out.ndim == out.ndim - 1:
+        note_site(tracer, square)
+        tracer.labels.softmaxes.add(tracer.owner)
+        mark_square(out, square)
+        return
+    label = tracer.label(args[0])
     if dim % out.ndim in tracer.varies(label):
         raise UntraceableError(f"{name} over channels")
     tracer.set(out, label)
@@ -222,7 +254,7 @@ def _fold(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) ->
         """
     zeros_like ones_like rand_like randn_like empty_like full_like new_zeros new_ones
     new_full new_empty new_tensor zeros ones arange full linspace empty rand randn tensor
-    meshgrid eye get_dtype outer get_is_leaf get_grad
+    meshgrid eye get_dtype outer get_is_leaf get_grad zero
     """
     )
 )

@@ -55,6 +55,8 @@ def _concatenate(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Ten
     else:
         labels = [tracer.label(piece) for piece in pieces]
         sizes = [piece.shape[dim] for piece in pieces]
+    for label in labels:
+        _join_rows(tracer, label, dim)
     varies = [tracer.varies(label) for label in labels]
     across = {d for v in varies for d in v if d != dim}
     if across and any(dim in v for v in varies):
@@ -73,6 +75,13 @@ def _concatenate(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Ten
         shape[dim] = size
         whole.append(label.expand(shape))
     tracer.set(out, compress(torch.cat(whole, dim), by_value=True))
+
+
+def _join_rows(tracer: Tracer, label: Tensor, dim: int) -> None:
+    """Give each row of a bare parameter, such as learned tokens, the same channels."""
+    varies = tracer.varies(label)
+    if len(varies) == 2 and dim in varies and len(torch.unique(label)) == label.numel():
+        tracer.labels.atoms.join(label, label.narrow(dim, 0, 1))
 
 
 def _keep_order(tracer: Tracer, name: str, args: Args, kwargs: Kwargs) -> None:
@@ -116,6 +125,7 @@ def _chosen(tracer: Tracer, x: Tensor, index: tuple[Any, ...]) -> list[int]:
         if isinstance(item, slice):
             start, stop, step = item.indices(x.shape[dim])
             part = (start, stop, step) != (0, x.shape[dim], 1)
+            part = part and not _is_share(tracer, x, start, stop, step)
             ends = [n for n in (start, stop) if n not in (0, x.shape[dim])]
             if part and (step != 1 or not all(tracer.counts(n) for n in ends)):
                 chosen.append(dim)
@@ -123,6 +133,19 @@ def _chosen(tracer: Tracer, x: Tensor, index: tuple[Any, ...]) -> list[int]:
             chosen.append(dim)
         dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
     return chosen
+
+
+def _is_share(tracer: Tracer, x: Tensor, start: int, stop: int, step: int) -> bool:
+    """Join the equal shares of a vector of which one is taken, as that of keys from a bias.
+
+    Its ends are taken for numbers that the code computes from the length.
+    """
+    size = stop - start
+    if x.ndim > 1 or step != 1 or size < 2 or start % size or len(x) % size:
+        return False
+    shares = full(tracer, x).reshape(-1, size)
+    tracer.labels.atoms.join(shares, shares[:1])
+    return True
 
 
 @rule("pixel_shuffle")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robust_prune.graph.tracing.atoms import zeros
-from robust_prune.graph.tracing.tracer import Rule, Site, Tracer, UntraceableError, piece_of
+from robust_prune.graph.tracing.tracer import (
+    Rule,
+    Site,
+    Tracer,
+    UntraceableError,
+    mark_square,
+    piece_of,
+    square_of,
+)
 from robust_prune.graph.tracing.uses import argument
 from robust_prune.modules import tensors_in
 
@@ -198,6 +207,10 @@ POINTWISE = words(
 def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Join what is combined entry by entry, by the rules of broadcasting."""
     inputs = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim > 0]
+    squares = [t for t in inputs if square_of(t) is not None]
+    if squares:
+        _scale_square(tracer, squares, inputs, out)
+        return
     result = zeros(out.ndim)
     base: tuple[Tensor, tuple[int, ...]] | None = None
     for tensor in inputs:
@@ -213,7 +226,39 @@ def pointwise(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Any) -
         label, shape = label.view([1] * missing + list(label.shape)), (1,) * missing + shape
         base = (label, shape) if base is None else meet(tracer, base, (label, shape))
         result = base[0]
+    _note_scale(tracer, name, args)
     tracer.set(out, result)
+
+
+def _scale_square(
+    tracer: Tracer, squares: Sequence[Tensor], inputs: Sequence[Tensor], out: Tensor
+) -> None:
+    """Scale a product of channels with channels, by the head: heads stay."""
+    if len(squares) > 1 or any(t.shape[-2:].numel() > 1 for t in inputs if t is not squares[0]):
+        raise UntraceableError("an outer product of channels")
+    for tensor in inputs:
+        if tensor is not squares[0]:
+            tracer.labels.fix(tracer.label(tensor).reshape(-1), "scales a product of channels")
+    atoms = square_of(squares[0])
+    assert atoms is not None
+    mark_square(out, atoms)
+
+
+def _note_scale(tracer: Tracer, name: str, args: Args) -> None:
+    """Note queries that the code divides by the root of their width, as it finds it.
+
+    A number that the module keeps stays as it is; one that is computed follows the width.
+    """
+    if len(args) != 2 or not isinstance(args[0], Tensor) or type(args[1]) is not float:
+        return
+    x, factor = args
+    if name not in ("mul", "imul", "div", "truediv") or x.ndim < 2:
+        return
+    if not math.isclose(factor, x.shape[-1] ** (-0.5 if name.endswith("mul") else 0.5)):
+        return
+    label = tracer.label(x)
+    if tracer.varies(label) == [x.ndim - 1] and not tracer.keeps(factor):
+        tracer.labels.scaled.append((tracer.owner, label.reshape(-1)))
 
 
 def _note_own_parameter(tracer: Tracer, tensor: Tensor) -> None:

@@ -69,6 +69,7 @@ class Labels:
     gates: list[Tensor] = field(default_factory=list)
     reasons: list[tuple[Tensor, str]] = field(default_factory=list)
     biases: dict[int, int] = field(default_factory=dict)
+    softmaxes: set[str] = field(default_factory=set)
 
     def axis(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the atoms [size] along one dimension of a parameter or buffer."""
@@ -158,6 +159,9 @@ class Tracer(TorchFunctionMode):
             whole = (piece_of(tensor) or (tensor, 0))[0]
             if self.is_parameter(whole) and id(whole) not in self.labels.entries:
                 continue
+            square = square_of(tensor)
+            if square is not None:
+                return square if dim >= tensor.ndim - 2 else None
             label = self.label(tensor)
             varies = self.varies(label)
             if dim in varies and len(varies) > 1:
@@ -169,10 +173,12 @@ class Tracer(TorchFunctionMode):
     def label(self, tensor: Tensor) -> Tensor:
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
         if id(tensor) in self.parameters:
-            return self._entries(tensor)
+            return self.entries(tensor)
+        if square_of(tensor) is not None:
+            raise UntraceableError("an outer product of channels")
         piece = piece_of(tensor)
         if piece is not None:
-            entries = self._entries(piece[0])
+            entries = self.entries(piece[0])
             rows = entries[piece[1] : piece[1] + len(tensor)]
             self.labels.atoms.join(rows, entries[: len(tensor)])
             return rows
@@ -180,6 +186,11 @@ class Tracer(TorchFunctionMode):
         if found is None or id(tensor) in self.buffers:
             return zeros(tensor.ndim)
         return found
+
+    def returned(self, tensor: Tensor) -> Tensor:
+        """Return the atoms that lie along an output of the network."""
+        square = square_of(tensor)
+        return self.label(tensor).reshape(-1) if square is None else square
 
     def set(self, tensor: Tensor, label: Tensor) -> None:
         """Give a tensor its atoms."""
@@ -211,7 +222,8 @@ class Tracer(TorchFunctionMode):
             if id(tensor) in self.parameters:
                 label = self.labels.entries.setdefault(id(tensor), zeros(tensor.ndim))
             else:
-                label = self.label(tensor)
+                square = square_of(tensor)
+                label = self.label(tensor) if square is None else square
             self.labels.fix(label.reshape(-1), reason)
 
     @property
@@ -221,6 +233,12 @@ class Tracer(TorchFunctionMode):
         numbers = [found[name] for name in HEAD_NUMBERS if type(found.get(name)) is int]
         return max(numbers, default=0)
 
+    def keeps(self, factor: float) -> bool:
+        """Return whether the running module has this fraction, which stays when it is pruned."""
+        return any(
+            type(n) is float and n == factor for n in vars(self.modules[self.owner]).values()
+        )
+
     def counts(self, value: int) -> bool:
         """Return whether the running module keeps this number, so that pruning can change it."""
         for name, number in vars(self.modules[self.owner]).items():
@@ -229,7 +247,7 @@ class Tracer(TorchFunctionMode):
                 return True
         return False
 
-    def _entries(self, parameter: Tensor) -> Tensor:
+    def entries(self, parameter: Tensor) -> Tensor:
         """Return one atom for every entry of a parameter that is used outside of layers."""
         key = id(parameter)
         if key not in self.labels.entries:
@@ -249,6 +267,17 @@ def mark_piece(piece: Tensor, parameter: Tensor, start: int) -> None:
 def piece_of(tensor: Any) -> tuple[Tensor, int] | None:
     """Return of which parameter a tensor is a piece, and its first row; None if of none."""
     found: tuple[Tensor, int] | None = getattr(tensor, "_piece", None)
+    return found
+
+
+def mark_square(product: Tensor, atoms: Tensor) -> None:
+    """Remember that a tensor has the same channels along both of its last dimensions."""
+    product._square = atoms  # type: ignore[attr-defined]
+
+
+def square_of(tensor: Any) -> Tensor | None:
+    """Return the channels along both of the last dimensions of a tensor; None if it has not."""
+    found: Tensor | None = getattr(tensor, "_square", None)
     return found
 
 

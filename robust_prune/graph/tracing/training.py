@@ -94,7 +94,7 @@ def trace_training(
     with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, tracer), tracer:
         out = run(twin)
     for tensor in tensors_in((out,)) if outputs_stay else ():
-        labels.fix(tracer.label(tensor).reshape(-1), "its channels are the model's outputs")
+        labels.fix(tracer.returned(tensor), "its channels are the model's outputs")
     for key, dim in labels.out_dims.items():
         if key not in uses and key not in made:
             labels.fix(labels.axes[key, dim], REASON)
