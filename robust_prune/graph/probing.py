@@ -21,7 +21,10 @@ from robust_prune.modules import copied, difference, evaluating
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-RUN_ERRORS = (ModelError, RuntimeError, AssertionError, IndexError, ValueError, TypeError)
+RUN_ERRORS = (
+    *(ModelError, RuntimeError, AssertionError, LookupError, ValueError, TypeError),
+    *(ArithmeticError, AttributeError),
+)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ TENSORS = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
 # what reading may never do, as Python's own audit names it
 FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"),
-    *("socket.connect", "urllib.Request", "os.remove", "os.rename", "shutil.rmtree", "compile"),
+    *("socket.connect", "urllib.Request", "os.remove", "os.rename", "compile"),
 )
 _seen: list[str] | None = None
 

@@ -61,3 +61,43 @@ def test_a_plan_of_a_graph_that_left_groups_out_is_replayed_without_a_note(
     with caplog.at_level(logging.WARNING):
         prune_(model, plan)
     assert not caplog.records
+
+
+class TwoByTwo(nn.Module):
+    """An attention of as many heads as a head has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.stem = nn.Conv2d(3, 4, 2, stride=2)
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, c = x.shape
+        q, k, v = self.qkv(4 * x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        maps = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        return self.out((maps @ v).transpose(1, 2).reshape(n, t, -1).mean(1))
+
+
+def test_the_number_of_heads_stays_where_their_width_is_the_same_number() -> None:
+    model = TwoByTwo().eval()
+    graph = ModelGraph(model, (3, 8, 8), min_width=1, probe=False, protect=["stem"])
+    assert [(g.name, g.blocks) for g in graph.groups] == [("qkv", 6)]
+    assert_pruned_is_masked(model, random_plan(graph, 0.3), torch.rand(2, 3, 8, 8))
+
+
+class Divides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.out((x * (x.shape[1] // 8) ** -0.5).mean((2, 3)))
+
+
+def test_a_division_by_zero_while_a_group_is_tried_leaves_the_group_out() -> None:
+    graph = ModelGraph(Divides(), (3, 8, 8))
+    assert not graph.groups
+    assert "does not run when it is pruned" in graph.unprunable[0].reason
