@@ -52,9 +52,9 @@ def _value(data: bytes, generator: random.Random) -> bytes:
     """Another value at a random place of JSON, or a key renamed, or one entry taken twice."""
     try:
         tree = json.loads(data)
-    except (ValueError, RecursionError):
+        places = list(_places(tree))
+    except (ValueError, TypeError, RecursionError):  # no JSON, a mere number, or too deep
         return _flip(data, generator)
-    places = list(_places(tree))
     for _ in range(generator.choice((1, 1, 2))):
         if not places:
             break
