@@ -17,6 +17,8 @@ from tests.graph.test_graph import random_widths_plan
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
 SIZE = (3, SIDE, SIDE)
+# of the trial itself: where attention maps are almost flat, a wrong scale by c // heads is less
+LIMIT = 1e-6
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def check(drawn: Drawn, data: st.DataObject, whole_heads: bool = False) -> Model
     pruned, masked = copy.deepcopy(model), copy.deepcopy(model)
     prune_(pruned, plan)
     mask_(masked, plan)
-    assert difference(pruned(images), masked(images)) < 1e-9
+    assert difference(pruned(images), masked(images)) < LIMIT
     counted = count_cost(pruned, SIZE)
     assert (counted.macs, counted.params) == (plan.pruned.macs, plan.pruned.params)
     return graph
