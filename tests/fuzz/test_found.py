@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robust_prune.errors import ModelError
 from robust_prune.graph import ModelGraph, prune_
+from tests.fuzz.readers import READERS, Folder
 from tests.graph.test_graph import assert_pruned_is_masked, random_plan
 
 
@@ -101,3 +103,9 @@ def test_a_division_by_zero_while_a_group_is_tried_leaves_the_group_out() -> Non
     graph = ModelGraph(Divides(), (3, 8, 8))
     assert not graph.groups
     assert "does not run when it is pruned" in graph.unprunable[0].reason
+
+
+def test_a_shard_with_a_name_too_long_for_a_file_is_one_line() -> None:
+    places = '{"weight_map": {"fc.weight": "' + "a" * 600 + '"}}'
+    with pytest.raises(ModelError, match="is no file beside it"):
+        READERS["shards"](places.encode(), Folder())
