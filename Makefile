@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test bench bench-zoo check docs dist clean
+FUZZ_SECONDS ?= 1200
+
+.PHONY: demo test bench bench-zoo fuzz check docs dist clean
 
 demo: $(VENV)/installed
 	rm -rf demo && mkdir demo
@@ -27,6 +29,13 @@ bench: $(VENV)/installed
 
 bench-zoo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.zoo
+
+# random networks and changed files; coverage-guided too where atheris is installed
+fuzz: $(VENV)/installed
+	FUZZ_EXAMPLES=2000 FUZZ_INPUTS=5000 $(BIN)/python -m pytest tests/fuzz --timeout 3600 \
+		--hypothesis-profile=default
+	if $(BIN)/python -c "import atheris"; then \
+		$(BIN)/python -m tests.fuzz.atheris_readers $(FUZZ_SECONDS); fi
 
 # what continuous integration runs; the tests run the pages' code blocks and the examples too
 check: $(VENV)/installed docs

@@ -27,7 +27,7 @@ from robust_prune.models import (
     spec_of,
     upload,
 )
-from robust_prune.types import DATA_NAMES, to_plain
+from robust_prune.types import DATA_NAMES, PUBLIC_DATA, to_plain
 
 CARD, INFO = "README.md", "model_info.json"
 
@@ -173,7 +173,8 @@ def _public(record: Mapping[str, Any]) -> dict[str, Any]:
         return dict(record)
     public = {name: value for name, value in data.items() if name != "data_root"}
     for name in ("data", "pictures"):
-        if isinstance(public.get(name), str) and public[name] not in DATA_NAMES:
+        text = public.get(name)
+        if isinstance(text, str) and text not in DATA_NAMES and not PUBLIC_DATA.fullmatch(text):
             public[name] = Path(public[name]).name
     return {**record, "data": public}
 

@@ -60,7 +60,7 @@ WITHOUT_TORCH = {
 NEVER_ONE_ANOTHER = {"models", "data", "adversaries", "graph"}
 ONE_IMPORTER = {
     "torch_pruning": {"graph", "importance"},
-    "timm": {"models", "finetune"},
+    "timm": {"models", "finetune", "data"},
     "pyautoattack": {"adversaries"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -72,6 +72,7 @@ ONE_IMPORTER = {
     "filelock": {"files"},
     "huggingface_hub": {"models"},
     "accelerate": {"distributed"},
+    "datasets": {"data"},
     "sklearn": {"data"},
     "torchvision": {"models", "data"},
 }

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from robust_prune.data.columns import is_hugging_face
 from robust_prune.data.datasets import (
     ImageTensors,
     Parts,
     Size,
     native_size,
-    read_digits,
     read_image_folder,
     read_pictures,
     read_tiny_imagenet,
-    read_torchvision,
 )
+from robust_prune.data.named import read_named
 from robust_prune.data.pictures import without_labels
 from robust_prune.data.skipping import without_unreadable
 from robust_prune.data.splits import (
@@ -43,7 +43,7 @@ FEWEST_TO_SHARE = 20  # of fewer images none are kept back for validation
 
 
 def open_data(
-    spec: str | os.PathLike[str],
+    spec: Any,
     *,
     input_size: Size | None = None,
     channels: int | None = None,
@@ -53,11 +53,11 @@ def open_data(
     skip_unreadable: bool = False,
     split_seed: int = 0,
 ) -> DataSplits:
-    """Open a data set by name (`digits`, `cifar10`, `cifar100`, `svhn`) or by folder.
+    """Open a data set by name (`digits`, `torch/mnist`, `hfds/NAME` ...) or by folder.
 
     Args:
-        spec: the name, an ImageFolder directory with train/ and test/ or val/, or a
-            tiny-imagenet-200 directory in its original layout.
+        spec: the name, a data set of Hugging Face, an ImageFolder directory with train/ and test/
+            or val/, or a tiny-imagenet-200 directory in its original layout.
         input_size: (channels, height, width) to give; None keeps the data set's own.
         channels: 1 for grey or 3 for colour, where `input_size` is None.
         data_root: where torchvision's data sets lie.
@@ -71,20 +71,18 @@ def open_data(
     Raises:
         DataError: nothing there, or a layout that is none of the above.
     """
-    name = str(spec)
     workers = _workers(workers)
-    if name in DATA_NAMES:
-        root = Path(data_root) if data_root else Path.home() / ".cache" / "robust-prune"
-        parts = read_digits() if name == "digits" else read_torchvision(name, root, download)
-        source: dict[str, Any] = {"data": name}
-        if name != "digits":
-            source["data_root"] = str(root.resolve())
+    root = Path(data_root) if data_root else Path.home() / ".cache" / "robust-prune"
+    found = read_named(spec, root, download)
+    if found is not None:
+        name, parts, source = found
     else:
-        path = Path(name)
+        path = Path(spec)
+        name = path.resolve().name
         if not path.is_dir():
             raise DataError(
-                f"data {name!r} is neither a folder nor one of {', '.join(DATA_NAMES)}; an image "
-                "folder needs train/<class>/ and test/<class>/ or val/<class>/"
+                f"data {str(spec)!r} is neither a folder nor one of {', '.join(DATA_NAMES)}; an "
+                "image folder needs train/<class>/ and test/<class>/ or val/<class>/"
             )
         parts = (
             read_tiny_imagenet(path) if (path / "wnids.txt").exists() else read_image_folder(path)
@@ -97,7 +95,7 @@ def open_data(
     size = _size_of(parts, input_size, channels)
     source["input_size"], source["split_seed"] = list(size), split_seed
     return DataSplits(
-        name=name if name in DATA_NAMES else Path(name).resolve().name,
+        name=name,
         **_splits(parts, size, workers, split_seed),
         classes=parts.classes,
         input_size=size,
@@ -292,7 +290,7 @@ def open_for(
         return None
     if isinstance(source, DataSplits):
         return source if test is None else replace(source, test=as_split(test))
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)) or is_hugging_face(source):
         known = model.spec.input_size if isinstance(model, ImageModel) else None
         splits = open_data(source, input_size=known or input_size, channels=image_channels(model))
         return splits if test is None else replace(splits, test=as_split(test))

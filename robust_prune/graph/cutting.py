@@ -176,21 +176,20 @@ class Remaining:
         by_shape = [
             n for kind, names in BY_SHAPE.items() if isinstance(module, kind) for n in names
         ]
+        heads = self._wiring.coupling.whole_heads  # else their number stays
         found = {
             name: value
             for name, value in self._traced(owner).items()
             if not name.startswith("_")
             and name not in by_shape
             and type(value) is not float
-            and (name in HEAD_NUMBERS or not NO_WIDTH.search(name))
+            and (heads if name in HEAD_NUMBERS else not NO_WIDTH.search(name))
         }
-        ambiguous = {found[n] for n in HEAD_NUMBERS if n in found}
-        ambiguous &= {v for n, v in found.items() if n not in HEAD_NUMBERS and type(v) is int}
-        heads = self._wiring.coupling.whole_heads
+        ambiguous = [v for n, v in found.items() if n in HEAD_NUMBERS and type(v) is int]
         return {
             name: _follow(value, known)
             for name, value in found.items()
-            if type(value) is not int or value not in ambiguous or (name in HEAD_NUMBERS) == heads
+            if value not in ambiguous or name in HEAD_NUMBERS
         }
 
     def _head_width(self, owner: str, g: int) -> int:

@@ -21,7 +21,10 @@ from robust_prune.modules import copied, difference, evaluating
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-RUN_ERRORS = (ModelError, RuntimeError, AssertionError, IndexError, ValueError, TypeError)
+RUN_ERRORS = (
+    *(ModelError, RuntimeError, AssertionError, LookupError, ValueError, TypeError),
+    *(ArithmeticError, AttributeError),
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,8 @@ def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
         counts = [min(n, units - 1) for n in counts]
         order = torch.randperm(units, generator=torch.Generator().manual_seed(salt))
         if draw:
-            count = counts[(rank + rank // len(counts)) % len(counts)]
+            # from the other end: code that halves a width is right where one channel of four goes
+            count = counts[-1 - (rank + rank // len(counts)) % len(counts)]
             order = order.flip(0)
         else:
             count = counts[rank % len(counts)]

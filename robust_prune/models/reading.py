@@ -155,8 +155,9 @@ def _read_shards(folder: Path, trust_pickle: bool) -> Content:
         )
     places = _mapping(_read_json(index), "weight_map", index)
     tensors: dict[str, Tensor] = {}
+    files = {path.name for path in folder.iterdir() if path.is_file()}
     for name in sorted({name for name in places.values() if isinstance(name, str)}):
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or name not in files:
             raise ModelError(f"{index}: {_short(name)} is no file beside it")
         tensors.update(_read_file(folder / name, trust_pickle).content.tensors)
     return Content(folder, tensors, dict.fromkeys(tensors, ""))

@@ -66,7 +66,8 @@ class DataOptions(Options):
     data: str | None = option(
         None,
         "Image folder (train/ and test/ or val/), tiny-imagenet folder, cifar10, cifar100, svhn, "
-        "digits, or none. Default: what the model file records.",
+        "digits, torch/NAME, hfds/NAME or wds/FOLDER as in timm, or none. Default: what the model "
+        "file records.",
     )
     calibration: Path | None = option(
         None,

@@ -8,7 +8,14 @@ if TYPE_CHECKING:
     from robust_prune.types.budget import TARGETS, Budget, Target
     from robust_prune.types.curve import LARGEST_RISE, Curve
     from robust_prune.types.measurement import Evaluation, Measurement
-    from robust_prune.types.model import DATA_NAMES, ChannelGroup, Cost, ModelSpec, Unprunable
+    from robust_prune.types.model import (
+        DATA_NAMES,
+        PUBLIC_DATA,
+        ChannelGroup,
+        Cost,
+        ModelSpec,
+        Unprunable,
+    )
     from robust_prune.types.plain import to_plain, without_nan
     from robust_prune.types.plan import GroupPlan, PruningPlan
     from robust_prune.types.sensitivity import GroupSensitivity, ModuleSensitivity, Sensitivity
@@ -19,7 +26,7 @@ _FILES = {
     "budget": ("TARGETS", "Budget", "Target"),
     "curve": ("LARGEST_RISE", "Curve"),
     "measurement": ("Evaluation", "Measurement"),
-    "model": ("DATA_NAMES", "ChannelGroup", "Cost", "ModelSpec", "Unprunable"),
+    "model": ("DATA_NAMES", "PUBLIC_DATA", "ChannelGroup", "Cost", "ModelSpec", "Unprunable"),
     "plain": ("to_plain", "without_nan"),
     "plan": ("GroupPlan", "PruningPlan"),
     "sensitivity": ("GroupSensitivity", "ModuleSensitivity", "Sensitivity"),
@@ -37,6 +44,7 @@ __all__ = [
     "Cost",
     "Curve",
     "DATA_NAMES",
+    "PUBLIC_DATA",
     "Evaluation",
     "GroupPlan",
     "GroupSensitivity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from robust_prune.types.budget import Target
 from robust_prune.types.plain import three_integers
 
 DATA_NAMES = ("digits", "cifar10", "cifar100", "svhn")  # data sets that need no folder
+PUBLIC_DATA = re.compile(r"(torch|hfds)/[^/].*")  # timm's names, that say nothing of folders
 
 
 @dataclass(frozen=True)

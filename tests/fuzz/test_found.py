@@ -1,0 +1,111 @@
+"""What fuzzing has found, each as small as it could be made."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust_prune.errors import ModelError
+from robust_prune.graph import ModelGraph, prune_
+from tests.fuzz.readers import READERS, Folder
+from tests.graph.test_graph import assert_pruned_is_masked, random_plan
+
+
+class Halves(nn.Module):
+    """Halves of a layer by a width that the code reads off: right where one of four goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4  # a number that is kept up to date, though nothing here reads it
+        self.whole = nn.Conv2d(3, 8, 3)
+        self.first = nn.Conv2d(4, 4, 1)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.whole(x))
+        half = x.shape[1] // 2
+        return self.out((self.first(x[:, :half]) * torch.sigmoid(x[:, half:])).mean((2, 3)))
+
+
+def test_a_small_group_is_tried_with_few_and_with_many_channels_gone() -> None:
+    model = Halves().eval()
+    graph = ModelGraph(model, (3, 8, 8), min_width=1)
+    assert [(g.name, g.blocks) for g in graph.groups] == [("whole", 2)]
+    assert_pruned_is_masked(model, random_plan(graph, 0.6), torch.rand(2, 3, 8, 8))
+
+
+class Insists(nn.Module):
+    """One group that can be pruned, and one that the trial leaves out; no products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(torch.relu(self.stem(x)))
+        if x.shape[1] != 8:
+            raise ValueError("eight channels, please")
+        return self.out(x.mean((2, 3)))
+
+
+def test_a_plan_of_a_graph_that_left_groups_out_is_replayed_without_a_note(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Insists().eval()
+    graph = ModelGraph(model, (3, 8, 8))
+    assert [g.name for g in graph.groups] == ["stem"]
+    plan = random_plan(graph, 0.3)
+    assert ModelGraph(model, (3, 8, 8), probe=False).recounted(plan) is plan
+    with caplog.at_level(logging.WARNING):
+        prune_(model, plan)
+    assert not caplog.records
+
+
+class TwoByTwo(nn.Module):
+    """An attention of as many heads as a head has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.stem = nn.Conv2d(3, 4, 2, stride=2)
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, c = x.shape
+        q, k, v = self.qkv(4 * x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        maps = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        return self.out((maps @ v).transpose(1, 2).reshape(n, t, -1).mean(1))
+
+
+def test_the_number_of_heads_stays_where_their_width_is_the_same_number() -> None:
+    model = TwoByTwo().eval()
+    graph = ModelGraph(model, (3, 8, 8), min_width=1, probe=False, protect=["stem"])
+    assert [(g.name, g.blocks) for g in graph.groups] == [("qkv", 6)]
+    assert_pruned_is_masked(model, random_plan(graph, 0.3), torch.rand(2, 3, 8, 8))
+
+
+class Divides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.out((x * (x.shape[1] // 8) ** -0.5).mean((2, 3)))
+
+
+def test_a_division_by_zero_while_a_group_is_tried_leaves_the_group_out() -> None:
+    graph = ModelGraph(Divides(), (3, 8, 8))
+    assert not graph.groups
+    assert "does not run when it is pruned" in graph.unprunable[0].reason
+
+
+def test_a_shard_with_a_name_too_long_for_a_file_is_one_line() -> None:
+    places = '{"weight_map": {"fc.weight": "' + "a" * 600 + '"}}'
+    with pytest.raises(ModelError, match="is no file beside it"):
+        READERS["shards"](places.encode(), Folder())
