@@ -8,7 +8,7 @@ from robust_prune.data import DataSplits
 
 # PGD-20 before fine-tuning, difference to the same with data, in points, where up to half, and
 # where more, is removed: the most that any network and seed lost, rounded up
-# (benchmarks/records/2026-11-25_without-data, `points` of benchmarks.without_data.cells).
+# (benchmarks/records/2026-11-26_without-data, `points` of benchmarks.without_data.cells).
 POINTS_AT_HALF, POINTS_BEYOND = 5, 11
 GIVE_DATA = (
     "give training images with --data DIR (train/<class>/), or unlabelled pictures of their kind "

@@ -12,7 +12,7 @@ from benchmarks.without_data.cells import Cell, Pair, pairs, points, read, short
 from robust_prune.pipeline.grade import POINTS_AT_HALF, POINTS_BEYOND
 
 ROOT = Path(__file__).parents[2]
-RECORD = ROOT / "benchmarks" / "records" / "2026-11-25_without-data"
+RECORD = ROOT / "benchmarks" / "records" / "2026-11-26_without-data"
 
 
 def cell(arm: str, pgd: str, ratio: float = 0.5, seed: int = 0) -> Cell:
