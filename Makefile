@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # processes that share the tests, one core each
 JOBS ?= 2
+LEVEL ?= smoke
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 FUZZ_SECONDS ?= 1200
@@ -23,9 +24,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST)
 
+# LEVEL=cpu or gpu with DATA=folder of data sets; ONLY=some suites
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.criteria --level smoke
+	$(BIN)/python -m benchmarks --level $(LEVEL) --jobs $(JOBS) --only $(ONLY) \
+		$(if $(DATA),--data $(DATA))
 
 bench-zoo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.zoo

@@ -1,0 +1,38 @@
+"""The list of records, and how all suites are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import LEVELS, SUITES, command
+from benchmarks.index import RECORDS, commands, findings, index
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    page = (RECORDS.parent / "README.md").read_text(encoding="utf-8")
+    assert page == index(RECORDS), "python -m benchmarks --index"
+    for folder in RECORDS.iterdir():
+        assert f"records/{folder.name}/README.md" in page
+
+
+def test_commands_are_found_in_text_and_in_blocks() -> None:
+    text = "# T\n\nBy `python -m benchmarks.a --out\nX`, or\n\n    python -m benchmarks.b --n 1\n"
+    assert commands("r", text) == ["python -m benchmarks.b --n 1", "python -m benchmarks.a --out X"]
+    with pytest.raises(ValueError, match="record r gives no command"):
+        commands("r", "# T")
+
+
+def test_findings_leave_out_what_files_hold() -> None:
+    text = "- `cells`: lines\n- won by 3\n  points\n- lost\n"
+    assert findings(text) == ["won by 3 points", "lost"]
+    assert findings(text + "\n## Findings\n\n- level\n") == ["level"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_is_called_with_a_folder_of_its_own(suite: str, level: str) -> None:
+    call = command(suite, level, Path("data"), Path("out"), 2)
+    assert call[1:3] == ["-m", f"benchmarks.{suite}"]
+    assert call[call.index("--out") + 1] == "out"
