@@ -76,9 +76,9 @@ class TwoByTwo(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
-        n, t, c = x.shape
+        n, t, _ = x.shape
         q, k, v = self.qkv(4 * x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        maps = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        maps = (q @ k.transpose(-2, -1)).softmax(-1)
         return self.out((maps @ v).transpose(1, 2).reshape(n, t, -1).mean(1))
 
 
