@@ -15,7 +15,7 @@ from benchmarks.criteria.protocol import Bench
 from robust_prune import pipeline
 from robust_prune.adversaries import adversarial_set
 from robust_prune.allocation import Problem, best_composed, make_plan
-from robust_prune.criteria import Estimator, channel_scores, sensitivities, structural_curves
+from robust_prune.criteria import channel_scores, sensitivities, structural_curves
 from robust_prune.finetune import Attack, pgd_at
 from robust_prune.graph import ModelGraph
 from robust_prune.pipeline import Settings
@@ -41,7 +41,7 @@ def run(bench: Bench, out: Path, n: int, tell: Callable[[str], None]) -> None:
     scores = channel_scores(model, graph, score="l2")
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    methods: tuple[Estimator, ...] = ("first-order", "ascent")
+    methods: tuple[str, ...] = ("first-order", "ascent")
     for method in methods:
         sensitivity = sensitivities(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ def test_the_page_is_what_the_records_say() -> None:
     assert page == index(RECORDS), "python -m benchmarks --index"
     for folder in RECORDS.iterdir():
         assert f"records/{folder.name}/README.md" in page
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECORDS.parent.rglob("*.py")), ids=lambda p: str(p.relative_to(RECORDS.parent))
+)
+def test_every_benchmark_can_be_imported(path: Path) -> None:
+    importlib.import_module(".".join(path.relative_to(RECORDS.parents[1]).with_suffix("").parts))
 
 
 def test_commands_are_found_in_text_and_in_blocks() -> None:
