@@ -122,7 +122,11 @@ def compare(ours: Sequence[Cell], theirs: Sequence[Cell], attack: Attack) -> flo
     differences is one observation, and the mean of those is tested against 0 by the normal
     approximation.
     """
-    differences = paired(ours, theirs, attack)
+    return p_of(paired(ours, theirs, attack))
+
+
+def p_of(differences: Sequence[Sequence[int]]) -> float:
+    """Return the p-value of one run (exact McNemar), or of several whose images are the same."""
     if len(differences) == 1:
         (only,) = differences
         return PairedTest(sum(d > 0 for d in only), sum(d < 0 for d in only)).p_value
@@ -218,8 +222,13 @@ def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def spread(runs: Sequence[Cell], attack: Attack) -> str:
+    """Write the accuracy of runs with its interval; nothing where none was attacked."""
+    return interval_of([getattr(c, attack) for c in runs])
+
+
+def interval_of(verdicts: Sequence[str]) -> str:
     """One seed: the Wilson interval over images. More: the t interval over seeds."""
-    found = [getattr(c, attack) for c in runs if getattr(c, attack)]
+    found = [v for v in verdicts if v]
     if not found:
         return ""
     if len(found) == 1:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.criteria.protocol import percent
-from benchmarks.criteria.summary import T_95, clustered, p_value
+from benchmarks.criteria.summary import interval_of, p_of, p_value
 from benchmarks.matrix.cells import Cell
 from benchmarks.matrix.levels import CAPACITY, DENSE, LITTLE, LONG, OURS, UNTUNED
-from robust_prune.statistics import PairedTest, Proportion
 
 ATTACKS = ("clean", "pgd", "autoattack")
 GOALS = {UNTUNED: 5.0, LITTLE: 3.0, LONG: 1.5}  # points over torch-pruning's best arm
@@ -108,14 +107,6 @@ def paired(ours: Sequence[Cell], theirs: Sequence[Cell], attack: str) -> list[tu
     ]
 
 
-def p_of(differences: Sequence[Sequence[int]]) -> float:
-    """Return the p-value of one run (exact McNemar), or of several whose images are the same."""
-    if len(differences) > 1:
-        return clustered(differences)
-    (only,) = differences
-    return PairedTest(sum(d > 0 for d in only), sum(d < 0 for d in only)).p_value
-
-
 def mean(cells: Iterable[Cell], attack: str) -> float:
     """Return the mean accuracy over seeds, in percent."""
     return statistics.mean(percent(getattr(c, attack)) for c in cells)
@@ -134,11 +125,12 @@ def _table(block: Block, cells: Sequence[Cell]) -> str:
     ]
     for arm in sorted(arms, key=lambda arm: -mean(arms[arm], "pgd")):
         runs = arms[arm]
+        found = (interval_of([getattr(c, attack) for c in runs]) for attack in ATTACKS)
         lines.append(
             f"| {arm} | {len(runs)} | {statistics.mean(c.macs for c in runs) / 1e6:.2f} "
             f"| {statistics.mean(c.params for c in runs):,.0f} "
             f"| {statistics.mean(c.log_capacity for c in runs):.1f} "
-            f"| {' | '.join(_spread(runs, attack) for attack in ATTACKS)} |"
+            f"| {' | '.join(found)} |"
         )
     return "\n".join(lines)
 
@@ -158,16 +150,3 @@ def _arms(cells: Sequence[Cell], block: Block) -> dict[str, list[Cell]]:
         if (key.data, key.network, key.method, ratio, key.tuning) == block:
             found.setdefault(key.arm, []).append(cell)
     return found
-
-
-def _spread(runs: Sequence[Cell], attack: str) -> str:
-    """One seed: the Wilson interval over images. More: the t interval over seeds."""
-    found = [getattr(c, attack) for c in runs if getattr(c, attack)]
-    if not found:
-        return ""
-    if len(found) == 1:
-        low, high = Proportion(found[0].count("1"), len(found[0])).interval
-        return f"{percent(found[0]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    values = [percent(f) for f in found]
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"

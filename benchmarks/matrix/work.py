@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.criteria import peers
 from benchmarks.criteria.dense import dense_model, digest
 from benchmarks.criteria.networks import Network
-from benchmarks.criteria.protocol import verdicts
+from benchmarks.criteria.protocol import BATCHNORM_IMAGES, verdicts
 from benchmarks.matrix.cells import Cell
 from benchmarks.matrix.levels import DENSE, Images, Key, Level, Tuning
 from robust_prune.adversaries import adversarial_set
@@ -24,10 +24,7 @@ from robust_prune.models import open_model, save
 from robust_prune.modules import ImageModel, seeded
 from robust_prune.pipeline import Settings, run
 from robust_prune.repair import recalibrate_batchnorm_
-from robust_prune.types import Budget
-
-BATCHNORM_IMAGES = 2048
-NAMED = ("digits", "cifar10", "cifar100", "svhn")
+from robust_prune.types import DATA_NAMES, Budget
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Bench:
         folder = self.data / images.name if self.data else None
         if folder is not None and folder.is_dir():
             return open_data(folder, input_size=images.size)
-        if images.name not in NAMED:
+        if images.name not in DATA_NAMES:
             raise RobustPruneError(
                 f"{images.name}: no such folder below --data {self.data}; put one there, in the "
                 "layout of the original or as train/<class>/ and test/<class>/"

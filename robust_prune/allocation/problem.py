@@ -31,6 +31,7 @@ class Problem:
         fixed: widths that are decided, by group.
         price: what the model takes at given widths, in milliseconds, where the budget is about
             that.
+        layers: weights by layer at given widths, of the layers that groups touch.
     """
 
     groups: Sequence[ChannelGroup]
