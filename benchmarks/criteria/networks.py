@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import vgg
 
 from robust_prune.modules import ImageModel, seeded
-from robust_prune.types import ModelSpec
+from robust_prune.types import ModelSpec, ThreatModel
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -23,7 +23,7 @@ class Network:
     """A dense network: how it is built, and how the suite trains it.
 
     `warm` names weights to start from where the file is there; `training` overrides settings of
-    `TrainingConfig`.
+    `TrainingConfig`; `threat` is the network's own where its data's is not what it can hold.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Network:
     warm: str = ""
     mean: tuple[float, ...] = CIFAR_MEAN
     std: tuple[float, ...] = CIFAR_STD
+    threat: ThreatModel | None = None
 
     def create(self, classes: int, size: tuple[int, int, int], seed: int = 0) -> ImageModel:
         """Return the network with random weights."""

@@ -12,6 +12,7 @@ import timm
 from torch import nn
 
 from benchmarks.criteria.networks import Network, narrow_resnet, narrow_vgg, small_mobilevit
+from benchmarks.without_data.networks import plain_residual
 from robust_prune.models import build_model, resolve_spec
 from robust_prune.types import ThreatModel
 
@@ -95,6 +96,10 @@ class Level:
         """Return the network of a name."""
         return next(n for n in self.networks if n.name == name)
 
+    def threat(self, key: Key) -> ThreatModel:
+        """Return what a cell is attacked with, in training and in the end."""
+        return self.network(key.network).threat or self.images(key.data).threat
+
     def tuning(self, name: str) -> Tuning:
         """Return the fine-tuning of a name."""
         return next(t for t in self.tunings if t.name == name)
@@ -176,12 +181,18 @@ CPU = Level(
         Network("vgg13", partial(narrow_vgg, width=16), {**_WARM, "epochs": 16, "lr": 0.05}),
         Network("mobilevit", small_mobilevit, {**_WARM, "epochs": 16, "lr": 0.05}),
         Network("mobilevit2", _mobilevit2, {**_WARM, "epochs": 16, "lr": 0.05}),
+        Network(
+            "plain",
+            plain_residual,
+            {**_FLAT, "epochs": 40, "lr": 0.05},
+            threat=ThreatModel.linf("2/255"),
+        ),
     ),
     ratios=(0.5, 0.75, 0.9),
     tunings=(
         Tuning(UNTUNED, autoattack=1000),
         Tuning(LITTLE, 1, images=2000, lr=0.02),
-        Tuning(LONG, 5, autoattack=1000),
+        Tuning(LONG, 12, autoattack=1000),
     ),
 )
 GPU = Level(

@@ -53,8 +53,7 @@ class Bench:
         """Return the robust dense model, trained by the method that tunes its pruned ones."""
         trained = {**network.training, "method": key.method}
         named = replace(network, name=f"{network.name}-{key.method}", training=trained)
-        threat = self.level.images(key.data).threat
-        args = named, splits, threat, self.cache, None, self.device, self.tell
+        args = named, splits, self.level.threat(key), self.cache, None, self.device, self.tell
         return dense_model(*args)[0]
 
 
@@ -65,11 +64,11 @@ def measure(bench: Bench, key: Key) -> Cell:
         RobustPruneError: there is no such data.
     """
     level = bench.level
-    images, tuning = level.images(key.data), level.tuning(key.tuning)
-    splits = bench.splits(images)
+    threat, tuning = level.threat(key), level.tuning(key.tuning)
+    splits = bench.splits(level.images(key.data))
     dense = bench.dense(key, splits, level.network(key.network))
     start = time.process_time()
-    empty = Cell(key, str(images.threat), dense=digest(dense))
+    empty = Cell(key, str(threat), dense=digest(dense))
     try:
         with seeded(key.seed):
             model = pruned(bench, key, dense, splits)
@@ -78,10 +77,10 @@ def measure(bench: Bench, key: Key) -> Cell:
     told = _tune_(bench, key, tuning, model, splits) if tuning.epochs else empty
     assert splits.test is not None
     size = splits.input_size
-    found = verdicts(model, splits.test, level.test_images, images.threat, "pgd")
+    found = verdicts(model, splits.test, level.test_images, threat, "pgd")
     if tuning.autoattack:
         n = tuning.autoattack
-        found |= verdicts(model, splits.test, n, images.threat, "autoattack", only=True)
+        found |= verdicts(model, splits.test, n, threat, "autoattack", only=True)
     graph = ModelGraph(model, size, probe=False)
     cost = count_cost(model, size)
     return replace(
@@ -116,7 +115,7 @@ def pruned(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> Ima
 
 
 def _prune(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> ImageModel:
-    level, threat = bench.level, bench.level.images(key.data).threat
+    level, threat = bench.level, bench.level.threat(key)
     peer = next((p for p in peers.PEERS if p.name == key.arm), None)
     if peer is None:
         allocation, _, score = key.arm.rpartition("-")
@@ -150,7 +149,7 @@ def _tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: Da
     config = TrainingConfig(
         method=key.method,
         epochs=tuning.epochs,
-        threat=bench.level.images(key.data).threat,
+        threat=bench.level.threat(key),
         attack_steps=tuning.steps,
         lr=tuning.lr,
         ema=0.999,
