@@ -74,7 +74,7 @@ def measure(bench: Bench, key: Key) -> Cell:
             model = pruned(bench, key, dense, splits)
     except RobustPruneError as error:
         return replace(empty, error=str(error))
-    told = _tune_(bench, key, tuning, model, splits) if tuning.epochs else empty
+    told = tune_(bench, key, tuning, model, splits) if tuning.epochs else empty
     assert splits.test is not None
     size = splits.input_size
     found = verdicts(model, splits.test, level.test_images, threat, "pgd")
@@ -140,7 +140,7 @@ def _prune(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> Ima
     return model
 
 
-def _tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: DataSplits) -> Cell:
+def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: DataSplits) -> Cell:
     """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights."""
     train, validation = splits.train, splits.validation
     assert validation is not None

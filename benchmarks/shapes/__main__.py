@@ -1,0 +1,207 @@
+"""What widths decide: one network in many shapes of one cost, all tuned alike.
+
+    python -m benchmarks.shapes --data DIR --out RECORD [--network plain] [--ratio 0.75]
+
+Shapes come from the rules of allocation, from log-capacity weighted by MRS in several ways, and at
+random; all have L2 scores, reconstruction, and the fine-tuning of the matrix. Every shape is a
+file of OUT/shapes, and a run that stops is taken up where it was; --seeds makes more of the
+same shapes. What is chosen among shapes is chosen on validation images; test images are attacked
+beside them. The dense model is the matrix's, kept in --cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.criteria.dense import CACHE, digest
+from benchmarks.criteria.protocol import verdicts
+from benchmarks.matrix.levels import DENSE, LEVELS, LONG, UNTUNED, Key
+from benchmarks.matrix.work import Bench, tune_
+from benchmarks.shapes.drawing import Evidence, shapes
+from benchmarks.shapes.telling import Shape, page, read
+from robust_prune.adversaries import AdversarialSet, adversarial_loss, adversarial_set
+from robust_prune.allocation import Problem, log_capacity, make_plan
+from robust_prune.criteria import (
+    calibration_images,
+    channel_scores,
+    sensitivities,
+    structural_curves,
+)
+from robust_prune.data import DataSplits
+from robust_prune.files import write_text
+from robust_prune.graph import ModelGraph
+from robust_prune.models import library_versions
+from robust_prune.modules import ImageModel, seeded
+from robust_prune.pipeline import Settings, hardware, run
+from robust_prune.types import Budget, PruningPlan
+
+VALIDATION_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model, its data, and what is measured on it once for all shapes."""
+
+    bench: Bench
+    key: Key
+    splits: DataSplits
+    model: ImageModel
+    attacked: AdversarialSet
+
+    @property
+    def settings(self) -> Settings:
+        """What every shape is pruned with but its plan."""
+        level = self.bench.level
+        return Settings(
+            budget=Budget("macs", self.key.ratio),
+            threat=level.threat(self.key),
+            seed=self.key.seed,
+            score="l2",
+            calibration_images=level.calibration_images,
+            batch_size=level.batch_size,
+        )
+
+    def plans(self, drawn: int) -> dict[str, PruningPlan]:
+        """Return the plan of every shape."""
+        size = self.splits.input_size
+        graph = ModelGraph(self.model, size)
+        scores = channel_scores(self.model, graph, score="l2", adversarial=self.attacked)
+        curves = structural_curves(self.model, graph, scores, self.attacked)
+        told = sensitivities(self.model, self.attacked, groups=graph.groups)
+        budget = Budget("macs", self.key.ratio)
+        problem = Problem(graph.groups, graph.cost, budget, layers=graph.layers)
+        return {
+            name: make_plan(
+                problem,
+                widths,
+                {group: units.tolist() for group, units in scores.items()},
+                allocation=name,
+                score="l2",
+                seed=self.key.seed,
+                input_size=size,
+                ties=graph.ties,
+            )
+            for name, widths in shapes(problem, Evidence(told, curves), drawn).items()
+        }
+
+
+def measure(subject: Subject, name: str, plan: PruningPlan | None) -> Shape:
+    """Prune to a plan, or take the dense model, tune and attack it."""
+    bench, splits, threat = subject.bench, subject.splits, subject.settings.threat
+    key = subject.key.with_arm(DENSE if plan is None else name)
+    with seeded(key.seed):
+        if plan is None:
+            model = bench.dense(key, splits, bench.level.network(key.network))
+        else:
+            found = run(subject.model, splits, Settings(**{**vars(subject.settings), "plan": plan}))
+            assert isinstance(found.model, ImageModel)
+            model = found.model
+    assert splits.validation is not None
+    assert splits.test is not None
+    images, labels = splits.validation.take(512, 0)
+    broken = adversarial_set(model, images, labels, threat=threat, steps=10, seed=0)
+    before = verdicts(model, splits.validation, VALIDATION_IMAGES, threat, "pgd")["pgd"]
+    loss = adversarial_loss(model, broken)
+    tuned = tune_(bench, key, bench.level.tuning(LONG), model, splits)
+    graph = ModelGraph(model, splits.input_size, probe=False)
+    layers = graph.layers({})
+    on_test = verdicts(model, splits.test, bench.level.test_images, threat, "pgd")
+    return Shape(
+        name=name,
+        seed=key.seed,
+        widths={g.name: g.width for g in graph.groups},
+        layers=dict(layers),
+        macs=graph.cost({}).macs,
+        params=graph.cost({}).params,
+        log_capacity=log_capacity(layers),
+        loss=loss,
+        before=before,
+        validation=verdicts(model, splits.validation, VALIDATION_IMAGES, threat, "pgd")["pgd"],
+        clean=on_test["clean"],
+        pgd=on_test["pgd"],
+        best_epoch=tuned.best_epoch,
+        notes=tuned.notes,
+    )
+
+
+def open_subject(options: argparse.Namespace, seed: int) -> Subject:
+    """Open data and dense model, and attack the calibration images."""
+    level = LEVELS[options.level]
+    bench = Bench(
+        level, options.data, options.cache, options.device, lambda s: print(s, flush=True)
+    )
+    method = level.methods[0]
+    key = Key(options.images, options.network, method, options.ratio, UNTUNED, LONG, seed)
+    splits = bench.splits(level.images(key.data))
+    model = bench.dense(key, splits, level.network(key.network))
+    images, labels = calibration_images(model, splits, level.calibration_images, seed)
+    attacked = adversarial_set(model, images, labels, threat=level.threat(key), seed=seed)
+    return Subject(bench, key, splits, model, attacked)
+
+
+def main() -> None:
+    """Measure the shapes that are missing, and write the page."""
+    options = _options()
+    out: Path = options.out or Path(tempfile.mkdtemp(prefix="shapes-"))
+    (out / "shapes").mkdir(parents=True, exist_ok=True)
+    if not options.summary:
+        for seed in options.seeds:
+            subject = open_subject(options, seed)
+            _note_settings(options, subject, out)
+            plans: Mapping[str, PruningPlan | None] = {DENSE: None, **subject.plans(options.drawn)}
+            for name, plan in plans.items():
+                path = out / "shapes" / f"{name}-{seed}.json"
+                if path.exists() or (options.only and name not in options.only):
+                    continue
+                shape = measure(subject, name, plan)
+                write_text(path, json.dumps(asdict(shape)) + "\n")
+                print(f"{path.stem}: {shape.told}", flush=True)
+    text = page(read(out), out)
+    write_text(out / "summary.md", text)
+    print(text)
+
+
+def _note_settings(options: argparse.Namespace, subject: Subject, out: Path) -> None:
+    level, network = subject.bench.level, subject.bench.level.network(options.network)
+    settings: dict[str, Any] = {
+        **{name: getattr(options, name) for name in ("level", "images", "network", "ratio")},
+        "drawn": options.drawn,
+        "threat": str(subject.settings.threat),
+        "tuning": asdict(level.tuning(LONG)),
+        "training": network.training,
+        "dense": digest(subject.model),
+        "versions": library_versions(),
+        "hardware": hardware(torch.device(options.device)),
+    }
+    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--level", choices=sorted(LEVELS), default="cpu")
+    parser.add_argument("--images", default="cifar10", help="data set of the level")
+    parser.add_argument("--network", default="plain", help="network of the level")
+    parser.add_argument("--ratio", type=float, default=0.75, help="of the multiply-adds, removed")
+    parser.add_argument("--drawn", type=int, default=16, help="shapes at random")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="SHAPE")
+    parser.add_argument("--data", type=Path, help="folder of data sets by name")
+    parser.add_argument("--cache", type=Path, default=CACHE / "matrix")
+    parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--summary", action="store_true", help="only print what is recorded")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
