@@ -32,12 +32,12 @@ from benchmarks.criteria.dense import CACHE
 from benchmarks.criteria.protocol import percent
 from benchmarks.matrix import cells, summary
 from benchmarks.matrix.levels import DENSE, LEVELS, UNTUNED, Key, Level
-from benchmarks.matrix.work import Bench, measure
+from benchmarks.matrix.work import Bench, judge, measure
 from robust_prune.errors import RobustPruneError
 from robust_prune.models import library_versions
 from robust_prune.pipeline import hardware
 
-TRAIN = "train"  # what a process is asked for that trains a dense model alone
+TRAIN, MEASURE, JUDGE = "train", "measure", "judge"  # what a process is asked for
 
 
 def main() -> None:
@@ -80,6 +80,17 @@ def _parent(level: Level, options: argparse.Namespace, out: Path) -> None:
     asked = _asked(level.cells(best), options.only)
     asked = [k for k in asked if (k.data, k.network, k.method) in there]
     _all(cells.missing(out, asked), options, out, tell)
+    measured = [c for c in cells.read(out) if c.key in set(asked)]
+    resting = [
+        c for c in summary.claims(measured, level.claimed) if level.tuning(c.key.tuning).autoattack
+    ]
+    _all(
+        [c.key for c in resting if not cells.read_one(out, c.key).autoattack],
+        options,
+        out,
+        tell,
+        JUDGE,
+    )
     left = cells.missing(out, asked)
     tell(f"{len(cells.read(out))} cells measured, {len(left)} left")
 
@@ -89,7 +100,7 @@ def _all(
     options: argparse.Namespace,
     out: Path,
     tell: Callable[[str], None],
-    what: str = "measure",
+    what: str = MEASURE,
 ) -> list[Key]:
     """Run a process for each, several at once; return those that ended well."""
     devices: queue.Queue[str] = queue.Queue()
@@ -123,7 +134,8 @@ def _child(level: Level, options: argparse.Namespace, out: Path) -> None:
         if options.what == TRAIN:
             bench.dense(key, bench.splits(level.images(key.data)), level.network(key.network))
             return
-        cell = measure(bench, key)
+        judging = options.what == JUDGE
+        cell = judge(bench, cells.read_one(out, key)) if judging else measure(bench, key)
     except RobustPruneError as error:
         raise SystemExit(str(error)) from None
     cells.write(out, cell)
@@ -184,7 +196,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     parser.add_argument("--cell", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--what", default="measure", help=argparse.SUPPRESS)
+    parser.add_argument("--what", default=MEASURE, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -52,6 +52,11 @@ def read(record: Path) -> list[Cell]:
     return [_cell(json.loads(p.read_text())) for p in sorted((record / "cells").glob("*.json"))]
 
 
+def read_one(record: Path, key: Key) -> Cell:
+    """Return a cell that a record holds."""
+    return _cell(json.loads(path_of(record, key).read_text()))
+
+
 def missing(record: Path, keys: Iterable[Key]) -> list[Key]:
     """Return the cells that a record does not hold yet, each once."""
     return [key for key in dict.fromkeys(keys) if not path_of(record, key).exists()]

@@ -40,7 +40,7 @@ class Tuning:
     images: int = 0
     steps: int = 2
     lr: float = 0.1
-    autoattack: int = 0  # test images that AutoAttack takes, 0 for none
+    autoattack: int = 0  # test images that AutoAttack takes where a claim rests on it, 0 for none
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Level:
     test_images: int = 5000
     calibration_images: int = 256
     batch_size: int = 128
+    claimed: float = 0.05
 
     def images(self, name: str) -> Images:
         """Return the data set of a name."""
@@ -173,6 +174,7 @@ SMOKE = Level(
     test_images=200,
     calibration_images=64,
     batch_size=32,
+    claimed=1.0,
 )
 CPU = Level(
     data=tuple(Images(n, (3, 32, 32), _EPS) for n in ("cifar10", "cifar100", "tiny-imagenet-20")),
@@ -206,5 +208,6 @@ GPU = Level(
     ),
     test_images=10_000,
     calibration_images=512,
+    claimed=1.0,
 )
 LEVELS = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU}

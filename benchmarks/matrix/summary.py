@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.criteria.protocol import percent
 from benchmarks.criteria.summary import interval_of, p_of, p_value
@@ -50,7 +51,7 @@ def compared(cells: Sequence[Cell]) -> str:
         "| points | p | p, Holm |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found = [c for ours in (OURS, CAPACITY) for c in comparisons(cells, ours)]
+    found = comparisons(cells, OURS, CAPACITY)
     for item, corrected in zip(found, holm([c.p for c in found]), strict=True):
         data, network, method, ratio, tuning = item.block
         reached = " **" if item.gain >= GOALS.get(tuning, math.inf) and corrected < 0.01 else " "
@@ -64,10 +65,10 @@ def compared(cells: Sequence[Cell]) -> str:
     return "\n".join((*lines, "", f"Bold: the goal ({goals} points) is met, p after Holm < 0.01."))
 
 
-def comparisons(cells: Sequence[Cell], ours: str) -> list[Comparison]:
-    """Return our arm against torch-pruning's best, block by block, by the hardest attack there."""
+def comparisons(cells: Sequence[Cell], *arms_of_ours: str) -> list[Comparison]:
+    """Return our arms against torch-pruning's best, block by block, by the hardest attack there."""
     found = []
-    for block in _blocks(cells):
+    for ours, block in itertools.product(arms_of_ours, _blocks(cells)):
         arms = _arms(cells, block)
         if ours not in arms:
             continue
@@ -83,6 +84,22 @@ def comparisons(cells: Sequence[Cell], ours: str) -> list[Comparison]:
             n = len(differences[0])
             p = p_of(differences)
             found.append(Comparison(block, ours, best, attack, gain, p, len(differences), n))
+    return found
+
+
+def claims(cells: Sequence[Cell], least_p: float) -> list[Cell]:
+    """Return the models that a claim would rest on: our better arm's and the best peer's.
+
+    Where they differ by PGD with p of `least_p` or less; all seeds.
+    """
+    good = [replace(c, autoattack="") for c in cells if not c.error]
+    found: list[Cell] = []
+    for block in _blocks(good):
+        here = [c for c in comparisons(good, OURS, CAPACITY) if c.block == block]
+        best = max(here, key=lambda c: c.gain, default=None)
+        if best is not None and best.p <= least_p:
+            arms = _arms(good, block)
+            found += [*arms[best.ours], *arms[best.theirs]]
     return found
 
 

@@ -79,8 +79,9 @@ def measure(bench: Bench, key: Key) -> Cell:
     size = splits.input_size
     found = verdicts(model, splits.test, level.test_images, threat, "pgd")
     if tuning.autoattack:
-        n = tuning.autoattack
-        found |= verdicts(model, splits.test, n, threat, "autoattack", only=True)
+        path = _kept(bench, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(model, path)
     graph = ModelGraph(model, size, probe=False)
     cost = count_cost(model, size)
     return replace(
@@ -94,9 +95,21 @@ def measure(bench: Bench, key: Key) -> Cell:
         log_capacity=log_capacity(graph.layers({})),
         clean=found["clean"],
         pgd=found["pgd"],
-        autoattack=found.get("autoattack", ""),
         cpu_seconds=round(time.process_time() - start, 1),
     )
+
+
+def judge(bench: Bench, cell: Cell) -> Cell:
+    """Attack a measured model, kept since then, by AutoAttack."""
+    key, level = cell.key, bench.level
+    splits = bench.splits(level.images(key.data))
+    start = time.process_time()
+    model = _opened(bench, key, splits, _kept(bench, key))
+    assert splits.test is not None
+    n = level.tuning(key.tuning).autoattack
+    found = verdicts(model, splits.test, n, level.threat(key), "autoattack", only=True)
+    seconds = round(cell.cpu_seconds + time.process_time() - start, 1)
+    return replace(cell, autoattack=found["autoattack"], cpu_seconds=seconds)
 
 
 def pruned(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> ImageModel:
@@ -108,6 +121,14 @@ def pruned(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> Ima
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save(_prune(bench, key, dense, splits), path)
+    return _opened(bench, key, splits, path)
+
+
+def _kept(bench: Bench, key: Key) -> Path:
+    return bench.cache / "tuned" / f"{key.label}.safetensors"
+
+
+def _opened(bench: Bench, key: Key, splits: DataSplits, path: Path) -> ImageModel:
     network = bench.level.network(key.network)
     loaded, _ = open_model(path, model=network.create(splits.classes, splits.input_size))
     assert isinstance(loaded, ImageModel)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.matrix import cells, summary
 from benchmarks.matrix.cells import Cell
-from benchmarks.matrix.levels import DENSE, LEVELS, LONG, OURS, SMOKE, UNTUNED, Key
+from benchmarks.matrix.levels import CAPACITY, DENSE, LEVELS, LONG, OURS, SMOKE, UNTUNED, Key
 
 BLOCK = ("digits", "resnet10-narrow", "pgd-at", 0.75)
 PEER = "tp-l2-local"
@@ -86,3 +86,17 @@ def test_an_arm_that_fails_is_named() -> None:
     key = cell(PEER, "").key
     text = summary.tables([cell(OURS, "10"), Cell(key, error="no such channels")])
     assert f"{key.label}: no such channels" in text
+
+
+def test_autoattack_takes_what_a_claim_would_rest_on() -> None:
+    won = [cell(CAPACITY, "1" * 60 + "0" * 40), cell(OURS, "1" * 50 + "0" * 50)]
+    arms = [
+        *won,
+        cell(PEER, "1" * 30 + "0" * 70),
+        cell("tp-worse", "0" * 100),
+        cell(DENSE, "1" * 100),
+    ]
+    assert [c.key.arm for c in summary.claims(arms, 0.05)] == [CAPACITY, PEER]
+    even = [cell(OURS, "10" * 50), cell(PEER, "10" * 50)]
+    assert summary.claims(even, 0.05) == []
+    assert [c.key.arm for c in summary.claims(even, 1.0)] == [OURS, PEER]
