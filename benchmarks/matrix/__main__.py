@@ -65,8 +65,10 @@ def _parent(level: Level, options: argparse.Namespace, out: Path) -> None:
             print(line, file=stream, flush=True)
 
     _note_settings(level, options, out)
-    screens = _asked(level.screens(), options.only)
-    keys = [*screens, *_asked(level.cells({}), options.only)]
+    keys = _asked(level.cells({}), options.only)
+    blocks = {(k.data, k.network, k.method, k.ratio) for k in keys}
+    screens = [k for k in level.screens() if (k.data, k.network, k.method, k.ratio) in blocks]
+    keys = [*screens, *keys]
     tell(f"{options.level}: {len(cells.missing(out, keys))} cells and more to measure")
     start = Key("", "", "", 0.0, DENSE, UNTUNED, level.seeds[0])
     trained = dict.fromkeys(
@@ -81,16 +83,10 @@ def _parent(level: Level, options: argparse.Namespace, out: Path) -> None:
     asked = [k for k in asked if (k.data, k.network, k.method) in there]
     _all(cells.missing(out, asked), options, out, tell)
     measured = [c for c in cells.read(out) if c.key in set(asked)]
-    resting = [
-        c for c in summary.claims(measured, level.claimed) if level.tuning(c.key.tuning).autoattack
-    ]
-    _all(
-        [c.key for c in resting if not cells.read_one(out, c.key).autoattack],
-        options,
-        out,
-        tell,
-        JUDGE,
-    )
+    if not options.no_autoattack:
+        judged = [c.key for c in summary.claims(measured, level.claimed) if not c.autoattack]
+        judged = [k for k in judged if level.tuning(k.tuning).autoattack]
+        _all(judged, options, out, tell, JUDGE)
     left = cells.missing(out, asked)
     tell(f"{len(cells.read(out))} cells measured, {len(left)} left")
 
@@ -194,6 +190,7 @@ def _options() -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="WORD", help="cells with all words"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-autoattack", action="store_true", help="leave it for another run")
     parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     parser.add_argument("--cell", default="", help=argparse.SUPPRESS)
     parser.add_argument("--what", default=MEASURE, help=argparse.SUPPRESS)

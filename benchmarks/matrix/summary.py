@@ -92,10 +92,11 @@ def claims(cells: Sequence[Cell], least_p: float) -> list[Cell]:
 
     Where they differ by PGD with p of `least_p` or less; all seeds.
     """
-    good = [replace(c, autoattack="") for c in cells if not c.error]
+    good = [c for c in cells if not c.error]
+    by_pgd = [replace(c, autoattack="") for c in good]
     found: list[Cell] = []
     for block in _blocks(good):
-        here = [c for c in comparisons(good, OURS, CAPACITY) if c.block == block]
+        here = [c for c in comparisons(by_pgd, OURS, CAPACITY) if c.block == block]
         best = max(here, key=lambda c: c.gain, default=None)
         if best is not None and best.p <= least_p:
             arms = _arms(good, block)
