@@ -35,7 +35,7 @@ class Example:
 
     def paired(self) -> Example:
         """Return two of a batch of one: some networks take no less in train mode."""
-        return replace(self, inputs=_paired(self.inputs))
+        return self._with(_pair)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,25 +45,27 @@ class Example:
 
     def to(self, dtype: torch.dtype) -> Example:
         """Return the example with other floating-point numbers."""
-        return replace(self, inputs=_converted(self.inputs, dtype))
+        return self._with(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def without_values(self) -> Example:
+        """Return the example on the meta device, where only shapes are computed."""
+        return self._with(lambda t: t.to("meta"))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Example:
+        return replace(self, inputs=_mapped(self.inputs, change))
 
 
-def _converted(value: Any, dtype: torch.dtype) -> Any:
+def _pair(tensor: Tensor) -> Tensor:
+    single = tensor.ndim > 0 and len(tensor) == 1
+    return tensor.expand(2, *tensor.shape[1:]).clone() if single else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the same nest of mappings, lists and tuples with other tensors in it."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _converted(item, dtype) for key, item in value.items()}
+        return {key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_converted(item, dtype) for item in value)
-    return value
-
-
-def _paired(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        single = value.ndim > 0 and len(value) == 1
-        return value.expand(2, *value.shape[1:]).clone() if single else value
-    if isinstance(value, Mapping):
-        return {key: _paired(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_paired(item) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     return value

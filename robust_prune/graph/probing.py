@@ -17,7 +17,7 @@ from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.tracing import couple, train_mode
 from robust_prune.graph.wiring import MIN_WIDTH, Wiring
-from robust_prune.modules import copied, difference, evaluating
+from robust_prune.modules import copied, difference, evaluating, uncollected
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -36,6 +36,7 @@ class _Trial:
     example: Example
     draw: int = 0
 
+    @uncollected()
     def problem(self, names: Sequence[str]) -> str | None:
         """Drop a part of these groups and return what goes wrong, or None."""
         dropped = {
@@ -91,7 +92,8 @@ def wired(
     """
 
     def wire(ties: Sequence[tuple[str, str]]) -> Wiring:
-        with evaluating(net):
+        with evaluating(net), uncollected():
+            pair = example.paired()
             coupling = couple(
                 net,
                 example.run,
@@ -99,7 +101,7 @@ def wired(
                 ties,
                 whole_heads,
                 outputs_stay,
-                example.paired().run,
+                (pair.run, pair.without_values().run),
             )
             return Wiring.of(net, coupling, min_width)
 
@@ -123,7 +125,7 @@ def probed(
     tied to their inputs', as code that divides the one by the heads to know the other needs;
     culprits that are left are searched by halving.
     """
-    stirred = copied(net).eval().double()
+    stirred = _in_float64(net).eval()
     example = example.to(torch.float64)
     _randomize_(stirred)
     names = _returned_not(wiring)
@@ -151,6 +153,17 @@ def probed(
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()
+
+
+def _in_float64(net: nn.Module) -> nn.Module:
+    """Return a copy, converted as `net.double()` does, without a copy in between."""
+    converted: dict[int, Tensor] = {}
+    for tensor in (*net.parameters(), *net.buffers()):
+        kind = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        twin = tensor.detach().to(kind, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        converted[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+    return copied(net, converted)
 
 
 def _broken(net: nn.Module, wiring: Wiring, example: Example) -> dict[str, str]:

@@ -14,6 +14,7 @@ from robust_prune.modules.contexts import (
     requires_grad,
     restore_random_states,
     seeded,
+    uncollected,
 )
 from robust_prune.modules.copying import copied
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
@@ -69,5 +70,6 @@ __all__ = [
     "seeded",
     "set_fields_",
     "takes_channels_last",
+    "uncollected",
     "watching",
 ]

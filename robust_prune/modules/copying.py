@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robust_prune.errors import ModelError
+
+# what a class may have of its own to say about copies
+COPYING = (
+    *("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"),
+    *("__getnewargs__", "__getnewargs_ex__", "__new__"),
+)
+PLAIN = {int, float, bool, str, type(None)}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,15 +34,51 @@ def copied(model: M, shared: dict[int, Any] | None = None) -> M:
     Raises:
         ModelError: the module holds something that can't be copied, such as a lock or an open file.
     """
+    memo: dict[int, Any] = {} if shared is None else shared
     try:
         with _WithoutGraph():
-            return copy.deepcopy(model, shared)
+            return _module(model, memo)
     except Exception as error:  # the user's classes copy themselves
         line = (str(error).splitlines() or [""])[0][:200]
         raise ModelError(
             f"the {type(model).__name__} can't be copied, and only a copy is pruned: "
             f"{type(error).__name__}: {line}; take out of the module what is no weight or setting"
         ) from error
+
+
+def _module(module: M, memo: dict[int, Any]) -> M:
+    """Copy a module as `copy.deepcopy` does, by its attributes, in a third of the time."""
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    kind = type(module)
+    slots = any(vars(each).get("__slots__") for each in kind.__mro__)
+    if slots or any(
+        getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in COPYING
+    ):
+        return copy.deepcopy(module, memo)
+    twin = kind.__new__(kind)
+    memo[id(module)] = twin
+    vars(twin).update({name: _value(value, memo) for name, value in vars(module).items()})
+    return twin
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute; most are empty dictionaries, which `copy.deepcopy` takes its time over."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return _module(value, memo)
+    if kind is dict or (kind is OrderedDict and not vars(value)):
+        twin = memo[id(value)] = kind()
+        for key, item in value.items():
+            twin[_value(key, memo)] = _value(item, memo)
+        return twin
+    if kind is set and all(type(item) in PLAIN for item in value):
+        return memo.setdefault(id(value), set(value))
+    return copy.deepcopy(value, memo)
 
 
 class _WithoutGraph(TorchFunctionMode):

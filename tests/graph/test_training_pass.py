@@ -164,4 +164,7 @@ def test_ordinary_networks_have_nothing_more_in_train_mode() -> None:
 
     example = Example(torch.rand(1, 3, 16, 16))
     for net in (OwnNet(), nn.Sequential(stage(3, 8), nn.Dropout(), nn.Flatten())):
-        assert not couple(net.eval(), example.run, {}, train_run=example.paired().run).trains
+        pair = example.paired()
+        for shapes in (pair.without_values(), Example(None)):  # the latter can't be run
+            runs = pair.run, shapes.run
+            assert not couple(net.eval(), example.run, {}, train_runs=runs).trains

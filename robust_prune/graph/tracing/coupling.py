@@ -23,15 +23,17 @@ from robust_prune.graph.tracing.tracer import Labels, Tracer, following
 from robust_prune.graph.tracing.training import trace_training
 from robust_prune.modules import tensors_in
 
+Run = Callable[[nn.Module], Any]
+
 
 def couple(
     net: nn.Module,
-    run: Callable[[nn.Module], Any],
+    run: Run,
     protected: Mapping[str, str],
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
     outputs_stay: bool = True,
-    train_run: Callable[[nn.Module], Any] | None = None,
+    train_runs: tuple[Run, Run] | None = None,
 ) -> Coupling:
     """Trace a network in eval mode on one example, and what train mode adds; return its groups.
 
@@ -43,12 +45,13 @@ def couple(
             does not say so.
         whole_heads: an attention loses whole heads, not the same dims of every head.
         outputs_stay: the channels of what it returns can't be removed.
-        train_run: runs it in train mode; None where that is not to be followed.
+        train_runs: run it in train mode, with values and on the meta device; None where that is
+            not to be followed.
     """
     tracer = Tracer(net, RULES, whole_heads)
     with torch.no_grad(), adapted(net), following(net, tracer), tracer:
         out = run(net)
-    trains = train_run is not None and trace_training(net, train_run, tracer, outputs_stay)
+    trains = train_runs is not None and trace_training(net, *train_runs, tracer, outputs_stay)
     labels = tracer.labels
     outputs = [tracer.returned(tensor) for tensor in tensors_in((out,))]
     for atoms in outputs if outputs_stay else ():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
@@ -16,6 +16,7 @@ from robust_prune.graph.tracing.adapters import adapted
 from robust_prune.graph.tracing.tracer import Call, Tracer, call_of, following
 from robust_prune.modules import copied, seeded, tensors_in
 
+RUN_ERRORS = ModelError, RuntimeError, ValueError, AssertionError, TypeError, IndexError
 REASON = "only a pass in train mode uses it"
 
 
@@ -42,54 +43,63 @@ def train_mode(net: nn.Module) -> Iterator[None]:
 
 
 class _Calls(TorchFunctionMode):
-    """Records which module calls which function with which parameters."""
+    """Records which module calls which function with which parameters.
 
-    def __init__(self, net: nn.Module) -> None:
+    Args:
+        parameters: ids to record parameters by, by their ids in the network that runs.
+    """
+
+    def __init__(self, parameters: Mapping[int, int]) -> None:
         super().__init__()
-        self.parameters = {id(parameter) for parameter in net.parameters()}
+        self.parameters = parameters
         self.stack: list[str] = []
         self.found: set[Call] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        owner = self.stack[-1] if self.stack else ""
-        self.found.add(call_of(owner, func, args, kwargs or {}, self.parameters))
+        running = self.stack[-1] if self.stack else ""
+        owner, name, given = call_of(running, func, args, kwargs or {}, self.parameters)
+        self.found.add((owner, name, tuple(self.parameters[key] for key in given)))
         return func(*args, **(kwargs or {}))
 
 
 def trace_training(
-    net: nn.Module, run: Callable[[nn.Module], Any], tracer: Tracer, outputs_stay: bool = True
+    net: nn.Module,
+    run: Callable[[nn.Module], Any],
+    run_shapes: Callable[[nn.Module], Any],
+    tracer: Tracer,
+    outputs_stay: bool = True,
 ) -> bool:
     """Follow a pass in train mode as well, if it calls anything that the pass before did not.
 
     What it alone makes stays whole: nothing measured in eval mode says what such channels are
-    worth. It runs on a copy that shares parameters and buffers, so that what modules count or keep
-    stays as it was.
+    worth. It runs on copies that share parameters and buffers, or have their shapes alone, so that
+    what modules count or keep stays as it was.
 
     Args:
         net: left as it was.
         run: runs it, on two images: some functions take no batch of one in train mode.
+        run_shapes: the same on the meta device, where shapes are computed and nothing else.
         tracer: has followed a pass in eval mode.
         outputs_stay: the channels of what it returns can't be removed.
 
     Returns:
         Whether there was more to follow. A network that does not run in train mode has no more.
     """
-    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
-    try:
-        twin = copied(net, shared)
-        calls = _Calls(twin)
-        with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, calls), calls:
-            run(twin)
-    except (ModelError, RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+    tensors = [*net.parameters(), *net.buffers()]
+    by_shape = _calls(net, run_shapes, {id(t): _without_values(t) for t in tensors})
+    if by_shape is not None and by_shape <= tracer.calls:
         return False
-    if calls.found <= tracer.calls:
+    shared = {id(tensor): tensor for tensor in tensors}
+    calls = _calls(net, run, shared)
+    if calls is None or calls <= tracer.calls:
         return False
     labels = tracer.labels
     made = set(labels.out_dims)
     uses = {key: list(times) for key, times in labels.uses.items()}
     gates, scaled = list(labels.gates), list(labels.scaled)
+    twin = copied(net, dict(shared))
     tracer.follow(twin)
     with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, tracer), tracer:
         out = run(twin)
@@ -100,3 +110,31 @@ def trace_training(
             labels.fix(labels.axes[key, dim], REASON)
     labels.uses, labels.gates, labels.scaled = uses, gates, scaled
     return True
+
+
+def _calls(
+    net: nn.Module, run: Callable[[nn.Module], Any], stands_for: Mapping[int, Tensor]
+) -> set[Call] | None:
+    """Return what a copy calls in train mode, by the network's own parameters; None if it fails.
+
+    Args:
+        net: left as it was.
+        run: runs the copy.
+        stands_for: what the copy has for a parameter or buffer of the network, by its id.
+    """
+    calls = _Calls({id(stands_for[id(p)]): id(p) for p in net.parameters()})
+    try:
+        twin = copied(net, dict(stands_for))
+        with torch.no_grad(), train_mode(twin), adapted(twin), following(twin, calls), calls:
+            run(twin)
+    except RUN_ERRORS:
+        return None
+    return calls.found
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
