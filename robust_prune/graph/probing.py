@@ -21,6 +21,8 @@ from robust_prune.modules import copied, difference, evaluating, uncollected
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+# a draw in which widths that the code may take for one another are not the same share
+APART = 2
 RUN_ERRORS = (
     *(ModelError, RuntimeError, AssertionError, LookupError, ValueError, TypeError),
     *(ArithmeticError, AttributeError),
@@ -42,7 +44,7 @@ class _Trial:
         dropped = {
             name: gone
             for name, gone in _draw(self.wiring.groups, self.draw).items()
-            if name in names
+            if name in names and not (self.draw == APART and name in self.wiring.followers)
         }
         try:
             # removing replaces tensors, so that only silencing needs copies of its own
@@ -131,7 +133,10 @@ def probed(
     names = _returned_not(wiring)
     if _Trial(stirred, wiring, example).problem(names) is None:
         single = example.to(torch.float32)
-        if _Trial(stirred.float(), wiring, single, draw=1).problem(names) is None:
+        apart = _Trial(stirred, wiring, example, draw=APART) if wiring.followers else None
+        if (apart is None or apart.problem(names) is None) and (
+            _Trial(stirred.float(), wiring, single, draw=1).problem(names) is None
+        ):
             return wiring, ()
         stirred = stirred.double()
     try:
@@ -167,10 +172,14 @@ def _in_float64(net: nn.Module) -> nn.Module:
 
 
 def _broken(net: nn.Module, wiring: Wiring, example: Example) -> dict[str, str]:
-    """Return the groups that can't be pruned by either of two draws, with what goes wrong."""
-    first = _search(_Trial(net, wiring, example))
-    left = wiring.without(first)
-    return {**first, **_search(_Trial(net, left, example, draw=1))}
+    """Return the groups that can't be pruned by one of the draws, with what goes wrong."""
+    broken = _search(_Trial(net, wiring, example))
+    broken |= _search(_Trial(net, wiring.without(broken), example, draw=1))
+    left = wiring.without(broken)
+    for name, problem in _search(_Trial(net, left, example, APART)).items():
+        # pruned together they may be right
+        broken |= dict.fromkeys((name, *left.partners.get(name, ())), problem)
+    return broken
 
 
 def _search(trial: _Trial) -> dict[str, str]:
@@ -218,7 +227,7 @@ def _returned_not(wiring: Wiring) -> list[str]:
 
 
 def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
-    """Return by group True [units] for those to drop, in the first or the second of two draws.
+    """Return by group True [units] for those to drop, in the first or in another draw.
 
     The first drops some 30 to 70 % at random, the second what the first has kept, and no two
     groups of the same size lose equally many in both: code that takes one width for another shows.

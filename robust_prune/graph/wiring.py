@@ -168,6 +168,26 @@ class Wiring:
         lengths = self.coupling.lengths
         return tuple(pair for pair in dict.fromkeys(ties) if len({lengths[e] for e in pair}) == 1)
 
+    @functools.cached_property
+    def partners(self) -> Mapping[str, frozenset[str]]:
+        """By group the groups of its size whose width the code may take for its own."""
+        named = {f"{s.tensor}:{s.dim}": n for n, slots in self.slots.items() for s in slots}
+        found: dict[str, set[str]] = {}
+        for pair in self.possible_ties(dict.fromkeys(self.slots, "")):
+            one, other = (named[end] for end in pair)
+            found.setdefault(one, set()).add(other)
+            found.setdefault(other, set()).add(one)
+        return {name: frozenset(others) for name, others in found.items()}
+
+    @functools.cached_property
+    def followers(self) -> frozenset[str]:
+        """One of each two partners: the groups that stay whole while the others go."""
+        found: set[str] = set()
+        for group in self.groups:
+            if group.name not in found:
+                found |= self.partners.get(group.name, frozenset())
+        return frozenset(found)
+
     def wider_ties(self, broken: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         """Return layers' rows and columns, as `tensor:dim`, that may have to go together.
 

@@ -89,6 +89,34 @@ def test_the_number_of_heads_stays_where_their_width_is_the_same_number() -> Non
     assert_pruned_is_masked(model, random_plan(graph, 0.3), torch.rand(2, 3, 8, 8))
 
 
+class Divided(nn.Module):
+    """An attention whose code divides the input's width by the heads to know a head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.stem, self.norm = nn.Conv2d(3, 8, 2, stride=2), nn.LayerNorm(8)
+        self.qkv, self.proj, self.out = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        maps = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        x = x + self.proj((maps @ v).transpose(1, 2).reshape(n, t, -1))
+        return self.out(x.mean(1))
+
+
+@pytest.mark.parametrize(("whole_heads", "blocks", "ratio"), [(False, 2, 0.3), (True, 4, 0.5)])
+def test_widths_that_go_alike_in_a_trial_are_tried_apart_too(
+    whole_heads: bool, blocks: int, ratio: float
+) -> None:
+    model = Divided().eval()
+    graph = ModelGraph(model, (3, 8, 8), min_width=1, whole_heads=whole_heads)
+    assert [g.blocks for g in graph.groups] == [blocks]
+    assert_pruned_is_masked(model, random_plan(graph, ratio), torch.rand(2, 3, 8, 8))
+
+
 class Divides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
