@@ -240,7 +240,7 @@ def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
         counts = list(range(max(1, round(0.3 * units)), max(2, round(0.7 * units) + 1)))
         counts = [min(n, units - 1) for n in counts]
         order = torch.randperm(units, generator=torch.Generator().manual_seed(salt))
-        if draw:
+        if draw == 1:
             # from the other end: code that halves a width is right where one channel of four goes
             count = counts[-1 - (rank + rank // len(counts)) % len(counts)]
             order = order.flip(0)

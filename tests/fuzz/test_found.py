@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robust_prune.errors import ModelError
 from robust_prune.graph import ModelGraph, prune_
+from tests.fuzz.networks import Block, Drawn, Network
 from tests.fuzz.readers import READERS, Folder
 from tests.graph.test_graph import assert_pruned_is_masked, random_plan
 
@@ -115,6 +116,15 @@ def test_widths_that_go_alike_in_a_trial_are_tried_apart_too(
     graph = ModelGraph(model, (3, 8, 8), min_width=1, whole_heads=whole_heads)
     assert [g.blocks for g in graph.groups] == [blocks]
     assert_pruned_is_masked(model, random_plan(graph, ratio), torch.rand(2, 3, 8, 8))
+
+
+def test_widths_are_tried_apart_where_attention_is_not_flat() -> None:
+    """Two channels that are left are the same two numbers behind a layer norm, for most tokens."""
+    drawn = Drawn(
+        (Block("Operation", 8, 224), Block("Attention", 6, 231)), Block("linear", 6, 7481), 26
+    )
+    graph = ModelGraph(Network(drawn).double().eval(), (3, 8, 8), min_width=1)
+    assert "parts.1.enter" not in {g.name for g in graph.groups if g.blocks == 1}
 
 
 class Divides(nn.Module):
