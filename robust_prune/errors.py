@@ -59,6 +59,10 @@ class AttackError(RobustPruneError):
     exit_code = 6
 
 
+class MemoryFullError(RobustPruneError):
+    """The machine has not enough memory for the work, however little is done at a time."""
+
+
 class Interrupted(RobustPruneError):  # noqa: N818 - it is the user's decision, not a fault
     """The user stopped the run; the message says what was kept."""
 
@@ -68,3 +72,10 @@ class Interrupted(RobustPruneError):  # noqa: N818 - it is the user's decision, 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or a CPU."""
+    signs = "can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(s in str(error) for s in signs))

@@ -18,6 +18,7 @@ from robust_prune.distributed import ALONE, Processes
 from robust_prune.errors import DataError, UsageError
 from robust_prune.graph import count_cost
 from robust_prune.modules import (
+    as_memory_allows,
     check_float32,
     check_outputs,
     contiguous,
@@ -26,6 +27,7 @@ from robust_prune.modules import (
     predict,
     requires_grad,
     seeded,
+    telling_of_memory,
 )
 from robust_prune.statistics import Proportion
 from robust_prune.types import Evaluation, Measurement, ThreatModel
@@ -118,8 +120,11 @@ def evaluate(
                 continue
             if name in labels:
                 report(f"{labels[name]} on {len(test.labels)} images")
-            with seeded(seed):
-                found[name] = _joined(makers[name](), processes, len(test.labels))
+            with seeded(seed), telling_of_memory(report) as lines:
+                part = makers[name]()
+                if lines:
+                    part = replace(part, details={**part.details, "memory": lines})
+                found[name] = _joined(part, processes, len(test.labels))
             if on_measured is not None:
                 on_measured(found[name])
         channels, height, width = test.images.shape[1:]
@@ -158,6 +163,8 @@ def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
         details["robust_after"] = {
             name: sum(p.details["robust_after"].get(name, 0) for p in parts) for name in names
         }
+    if memory := [line for p in parts for line in p.details.get("memory", ())]:
+        details["memory"] = list(dict.fromkeys(memory))
     flags = list(dict.fromkeys(flag for p in parts for flag in p.flags))
     if "without_gradient" in details:
         details["without_gradient"] = sum(p.details["without_gradient"] for p in parts)
@@ -176,16 +183,21 @@ def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
 def latency_ms(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
     """Return the median milliseconds of one forward pass over these images."""
     images = images.to(device_of(model))
-    times = []
-    with evaluating(model):
+
+    def measured(size: int) -> float:
+        times = []
         for i in range(repeats + 2):
             _synchronize(images.device)
             start = time.perf_counter()
-            model(images)
+            for part in torch.split(images, size):
+                model(part)
             _synchronize(images.device)
             if i >= 2:
                 times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+        return statistics.median(times)
+
+    with evaluating(model):
+        return as_memory_allows(measured, len(images), "the latency")
 
 
 def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: float) -> float:
@@ -194,14 +206,18 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
     APGD-CE makes 100 passes on all images that are right; targeted APGD and FAB 100 passes for
     each of up to 9 classes, and Square 5,000 forward passes, on those that survive.
     """
-    sample = images[:64].to(device_of(model)).requires_grad_(True)
-    with evaluating(model), requires_grad(model, False):
+
+    def seconds_of_an_image(size: int) -> float:
+        sample = images[:size].to(device_of(model)).requires_grad_(True)
         model(sample).sum().backward()
         _synchronize(sample.device)
         start = time.perf_counter()
         model(sample).sum().backward()
         _synchronize(sample.device)
-        both = (time.perf_counter() - start) / len(sample)
+        return (time.perf_counter() - start) / len(sample)
+
+    with evaluating(model), requires_grad(model, False):
+        both = as_memory_allows(seconds_of_an_image, min(64, len(images)), "an estimate")
     targets = min(9, max(1, classes - 1))
     passes = 100 + robust * (100 * targets + 2 * 100 * targets + 0.42 * 5000)
     return passes * both * len(images)
@@ -280,7 +296,7 @@ def _autoattack(
         "version": "standard",
         "attacks": list(result.attacks),
         "robust_after": result.robust_after,
-        "batch_size": batch_size,
+        "batch_size": result.batch_size,
     }
     return _measurement("autoattack", result.robust, start, details, result.flags)
 

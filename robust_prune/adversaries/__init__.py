@@ -4,6 +4,7 @@ from robust_prune.adversaries.adversarial_images import (
     AdversarialSet,
     adversarial_loss,
     adversarial_set,
+    gradients_of,
 )
 from robust_prune.adversaries.autoattack import autoattack
 from robust_prune.adversaries.folding import Folded
@@ -21,6 +22,7 @@ __all__ = [
     "adversarial_loss",
     "adversarial_set",
     "autoattack",
+    "gradients_of",
     "kl_from",
     "pgd",
     "project",

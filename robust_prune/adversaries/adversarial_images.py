@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.adversaries.pgd import pgd
-from robust_prune.modules import device_of, evaluating, requires_grad
-from robust_prune.types import (
-    ThreatModel,
-)
+from robust_prune.adversaries.projections import random_start
+from robust_prune.modules import as_memory_allows, device_of, evaluating, requires_grad
+from robust_prune.types import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -60,32 +61,76 @@ def adversarial_set(
     """
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    parts = []
+
+    def attack(batch: tuple[Tensor, ...], size: int) -> list[Tensor]:
+        return [
+            pgd(
+                model,
+                clean,
+                target,
+                threat=threat,
+                steps=steps,
+                step_size=step_size or threat.eps / 4,
+                start=start,
+            )
+            for clean, target, start in zip(*(torch.split(t, size) for t in batch), strict=True)
+        ]
+
+    parts: list[Tensor] = []
     with evaluating(model), requires_grad(model, False):
         for clean, target in zip(
             torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
         ):
-            parts.append(
-                pgd(
-                    model,
-                    clean.to(device),
-                    target.to(device),
-                    threat=threat,
-                    steps=steps,
-                    step_size=step_size or threat.eps / 4,
-                    generator=generator,
-                )
-            )
+            clean = clean.to(device)
+            batch = clean, target.to(device), random_start(clean, threat, generator)
+            parts += as_memory_allows(functools.partial(attack, batch), len(clean), "attacks")
     return AdversarialSet(
         torch.cat(parts), labels.to(device), threat, f"PGD-{steps}", seed, batch_size
     )
 
 
+@torch.enable_grad()
+def gradients_of(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    images: Tensor,
+    labels: Tensor,
+    reduction: Literal["mean", "sum"],
+) -> tuple[float, Sequence[Tensor | None]]:
+    """Return the cross-entropy of a batch and its gradient by each weight, None by those unused.
+
+    Parts are added up where memory does not suffice for the batch; batch norms must be in eval
+    mode, so that the sum is the same up to rounding.
+    """
+
+    def run(size: int) -> tuple[float, Sequence[Tensor | None]]:
+        total, sums = 0.0, list[Tensor | None]([None] * len(weights))
+        for part, target in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+            share = len(part) / len(images) if reduction == "mean" else 1.0
+            loss = share * F.cross_entropy(model(part), target, reduction=reduction)
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            pairs = zip(sums, found, strict=True)
+            sums = [b if a is None else a if b is None else a + b for a, b in pairs]
+            total += float(loss.detach())
+        return total, sums
+
+    return as_memory_allows(run, len(images), "gradients")
+
+
 @torch.no_grad()
 def adversarial_loss(model: nn.Module, adversarial: AdversarialSet) -> float:
     """Return the mean cross-entropy, in nats, of the model in the mode it is in."""
+
+    def loss(images: Tensor, labels: Tensor, size: int) -> float:
+        return sum(
+            float(F.cross_entropy(model(part), target, reduction="sum"))
+            for part, target in zip(
+                torch.split(images, size), torch.split(labels, size), strict=True
+            )
+        )
+
     total = sum(
-        float(F.cross_entropy(model(images), labels, reduction="sum"))
+        as_memory_allows(functools.partial(loss, images, labels), len(images), "losses")
         for images, labels in adversarial.batches()
     )
     return total / len(adversarial)

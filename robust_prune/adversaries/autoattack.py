@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries.quick import quick
 from robust_prune.errors import AttackError
-from robust_prune.modules import device_of, evaluating, predict, requires_grad, seeded
+from robust_prune.modules import (
+    as_memory_allows,
+    device_of,
+    evaluating,
+    predict,
+    requires_grad,
+    seeded,
+)
 from robust_prune.types import ThreatModel
 
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -25,7 +33,8 @@ class AutoAttackResult:
     """AutoAttack's verdict image by image.
 
     `robust` [N] is true where the label survived every attack and the returned image too;
-    `robust_after` counts the survivors after each attack; `flags` are its own warnings.
+    `robust_after` counts the survivors after each attack; `flags` are its own warnings;
+    `batch_size` is smaller than asked for where memory did not suffice.
     """
 
     robust: Tensor
@@ -33,6 +42,7 @@ class AutoAttackResult:
     attacks: tuple[str, ...]
     robust_after: dict[str, int]
     flags: tuple[str, ...]
+    batch_size: int
 
 
 def autoattack(
@@ -77,8 +87,24 @@ def autoattack(
             f"AutoAttack's Square needs images of at least 5 pixels a side for l2, not "
             f"{images.shape[2]}x{images.shape[3]}"
         )
+    run = functools.partial(_run, model, images, labels, threat, seed, stand_in, on_progress)
+    with evaluating(model), requires_grad(model, False), _keep_trace():
+        return as_memory_allows(run, batch_size, "AutoAttack", "its draws depend on that")
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    stand_in: bool,
+    on_progress: Callable[[str], None] | None,
+    batch_size: int,
+) -> AutoAttackResult:
+    """Run it from the start, with so many images at a time."""
     device = device_of(model)
-    with evaluating(model), requires_grad(model, False), seeded(seed), _keep_trace():
+    with seeded(seed):
         classes = _classes(model, images[:2].to(device))
         attacked = quick(model, images) if stand_in else model
         attack = AutoAttack(
@@ -99,6 +125,7 @@ def autoattack(
         attacks=tuple(attack.attacks_to_run),
         robust_after=watcher.robust_after(len(images)),
         flags=(*flags, *watcher.warnings),
+        batch_size=batch_size,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from robust_prune.adversaries.losses import Loss, cross_entropy
 from robust_prune.adversaries.projections import project, random_start, steepest
 from robust_prune.errors import AttackError
-from robust_prune.modules import device_of, evaluating, requires_grad
+from robust_prune.modules import as_memory_allows, device_of, evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
 
@@ -20,7 +22,7 @@ def pgd(
     threat: ThreatModel,
     steps: int,
     step_size: float | None = None,
-    start: bool = True,
+    start: bool | Tensor = True,
     generator: torch.Generator | None = None,
     loss: Loss | None = None,
 ) -> Tensor:
@@ -34,7 +36,7 @@ def pgd(
         steps: gradient steps; 1 is the fast gradient sign method.
         step_size: length of a step in the threat's norm; default 2.5 * eps / steps, but at least
             eps / 4 as in the usual 2/255 for 8/255.
-        start: begin at a random point of the ball.
+        start: begin at a random point of the ball, or at this one [N, C, H, W].
         generator: source of that point (CPU); torch's global generator if None.
         loss: logits [N, K] -> loss [N]; cross-entropy against `labels` if None.
 
@@ -48,7 +50,9 @@ def pgd(
     loss = loss or cross_entropy(labels)
     images = images.detach()
     delta = torch.zeros_like(images)
-    if start:
+    if isinstance(start, Tensor):
+        delta = project(start, images, threat)
+    elif start:
         delta = project(random_start(images, threat, generator), images, threat)
     for _ in range(steps):
         delta.requires_grad_(True)
@@ -68,7 +72,7 @@ def survivors(
     threat: ThreatModel,
     steps: int,
     step_size: float,
-    generator: torch.Generator | None = None,
+    start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return [N] booleans: right on the clean image and on every iterate of PGD; and of these,
     attacked without ever having a gradient.
@@ -81,14 +85,13 @@ def survivors(
         images: [N, C, H, W] in [0, 1].
         labels: [N].
         threat: norm and eps.
-        steps: gradient steps after a random start.
+        steps: gradient steps after the start.
         step_size: length of a step in the threat's norm.
-        generator: source of the random start (CPU).
+        start: `random_start` of the images.
     """
     right: Tensor = model(images).argmax(1) == labels
-    start = project(random_start(images, threat, generator), images, threat)
     left = right.nonzero().squeeze(1)
-    delta, blind = start[left], right.clone()
+    delta, blind = project(start, images, threat)[left], right.clone()
     for _ in range(steps):
         if len(left) == 0:
             return right, blind
@@ -163,20 +166,28 @@ def pgd_verdicts(
     """Return [N] booleans twice: right to the end of PGD, and of these, without any gradient."""
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    with evaluating(model), requires_grad(model, False), torch.no_grad():
-        parts = [
+
+    def attack(batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, Tensor]]:
+        return [
             survivors(
                 model,
-                clean.to(device),
-                target.to(device),
+                clean,
+                target,
                 threat=threat,
                 steps=steps,
                 step_size=step_size or threat.eps / 4,
-                generator=generator,
+                start=start,
             )
-            for clean, target in zip(
-                torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-            )
+            for clean, target, start in zip(*(torch.split(t, size) for t in batch), strict=True)
         ]
+
+    parts = []
+    with evaluating(model), requires_grad(model, False), torch.no_grad():
+        for clean, target in zip(
+            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+        ):
+            clean = clean.to(device)
+            batch = clean, target.to(device), random_start(clean, threat, generator)
+            parts += as_memory_allows(functools.partial(attack, batch), len(clean), "attacks")
     right, blind = (torch.cat(verdicts).cpu() for verdicts in zip(*parts, strict=True))
     return right, blind

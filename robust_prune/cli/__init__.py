@@ -19,7 +19,13 @@ import typer
 
 from robust_prune.cli import compress, evaluate, export, info, opening, sensitivity, train
 from robust_prune.cli.output import Output
-from robust_prune.errors import Interrupted, RobustPruneError
+from robust_prune.errors import (
+    Interrupted,
+    MemoryFullError,
+    RobustPruneError,
+    first_line,
+    out_of_memory,
+)
 from robust_prune.untrusted import readable
 
 PROGRAM_FLAGS = ("--json", "--quiet", "-q")
@@ -111,6 +117,12 @@ def _run() -> Any:
             _usage_error(error)
         if os.environ.get("ROBUST_PRUNE_DEBUG"):
             raise
+        if out_of_memory(error):
+            _fail(
+                f"memory does not suffice ({first_line(error)}); take smaller images "
+                "(--input-size), a smaller --batch-size, a smaller model or another machine",
+                MemoryFullError.exit_code,
+            )
         _fail(
             f"a fault of robust-prune: {type(error).__name__}: {_last_line(str(error))}; "
             "ROBUST_PRUNE_DEBUG=1 shows where",

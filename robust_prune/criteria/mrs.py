@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from robust_prune.adversaries import AdversarialSet, adversarial_loss
+from robust_prune.adversaries import AdversarialSet, adversarial_loss, gradients_of
 from robust_prune.errors import ModelError, UsageError
 from robust_prune.graph import weight_of
 from robust_prune.modules import evaluating, network_of, requires_grad
@@ -136,12 +135,11 @@ def first_order(
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in adversarial.batches():
-            loss = F.cross_entropy(model(images), labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            loss, gradients = gradients_of(model, weights, images, labels, "sum")
             for accumulated, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     accumulated += gradient
-            total += float(loss.detach())
+            total += loss
     n = len(adversarial)
     values = {
         name: float(rho * weight.detach().norm() * gradient.norm() / n)
@@ -193,8 +191,7 @@ def _climb(
     try:
         for _ in range(epochs):
             for images, labels in adversarial.batches():
-                loss = F.cross_entropy(model(images), labels)
-                (gradient,) = torch.autograd.grad(loss, weight, allow_unused=True)
+                _, (gradient,) = gradients_of(model, [weight], images, labels, "mean")
                 if gradient is None or not float(gradient.norm()) > 0:
                     return best
                 with torch.no_grad():

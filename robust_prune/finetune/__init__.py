@@ -3,6 +3,7 @@
 from robust_prune.finetune.attack import Attack, Method
 from robust_prune.finetune.awp import awp
 from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.finetune.gradients import gradients_
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.loop import train_
 from robust_prune.finetune.methods import (
@@ -45,6 +46,7 @@ __all__ = [
     "bind",
     "check_optimizer",
     "collapse",
+    "gradients_",
     "interruptions",
     "is_single_step",
     "layout_of",

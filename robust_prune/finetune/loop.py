@@ -19,18 +19,19 @@ from robust_prune.finetune.attack import Attack
 from robust_prune.finetune.averaging import WeightAverage
 from robust_prune.finetune.choosing import Choice
 from robust_prune.finetune.config import EpochRecord, History, Progress, TrainingConfig
+from robust_prune.finetune.gradients import gradients_
 from robust_prune.finetune.interruptions import interruptions
 from robust_prune.finetune.preparing import Prepared, optimizer_of, prepare
 from robust_prune.finetune.registry import resolve_method
 from robust_prune.finetune.saved import STATE_ERRORS, Saved, check_state
 from robust_prune.finetune.validation import VALIDATION_STEPS, validate
 from robust_prune.modules import (
-    float32_logits,
     make_contiguous_,
     random_states,
     restore_random_states,
     running_statistics,
     seeded,
+    telling_of_memory,
 )
 
 
@@ -74,7 +75,8 @@ def train_(
     run = _Run(model, training, ready, processes, saved, on_progress, on_epoch)
     interrupted = False
     try:
-        with seeded(config.seed), interruptions() as asked:
+        told = telling_of_memory(lambda line: run.choice.notes.append(line))
+        with seeded(config.seed), interruptions() as asked, told:
             run.start()
             while not run.finished:
                 run.batches(asked)
@@ -170,22 +172,22 @@ class _Run:
     def _learn(self, images: Tensor, labels: Tensor, attack: Attack, asked: bool) -> bool:
         """Take one step; return whether any process was asked to stop."""
         config, processes = self.config, self.processes
-        draws = mixed(config.seed, self.step * processes.size + processes.rank)
-        attack.generator.manual_seed(draws)
-        torch.manual_seed(draws)  # dropout and the like: by step and process
         images = images.to(self.ready.device, memory_format=self.ready.layout)
         labels = labels.to(self.ready.device)
-        clean = self.epoch <= config.clean_epochs
-        logits = float32_logits(self.model) if self.ready.amp else contextlib.nullcontext()
-        with logits, torch.autocast(self.ready.device.type, torch.bfloat16, enabled=self.ready.amp):
-            loss = (
-                attack.cross_entropy(self.model(images), labels)
-                if clean
-                else self.method(self.model, images, labels, attack)
-            )
         n = len(images)
-        sums = torch.tensor([float(loss.detach()) * n, n, asked], dtype=torch.float64)
-        total, whole, stop = processes.total(sums).tolist()
+        clean = self.epoch <= config.clean_epochs
+        whole, stop = processes.total(torch.tensor([n, asked], dtype=torch.float64)).tolist()
+        loss = gradients_(
+            self.model,
+            images,
+            labels,
+            attack,
+            None if clean else self.method,
+            seed=mixed(config.seed, self.step * processes.size + processes.rank),
+            share=n * processes.size / whole,  # processes average gradients: it counts by images
+            amp=self.ready.amp,
+        )
+        total = processes.total(torch.tensor([loss * n], dtype=torch.float64)).item()
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is {total / whole} in epoch {self.epoch}, after {self.step} steps; try "
@@ -193,9 +195,6 @@ class _Run:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step, config.epochs * self.ready.batches)
-        self.optimizer.zero_grad(set_to_none=True)
-        # processes average gradients, so that a share counts by its images
-        (loss * (n * processes.size / whole)).backward()
         if processes.size > 1:
             self._agree()
         if config.clip_grad is not None:

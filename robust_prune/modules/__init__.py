@@ -26,6 +26,7 @@ from robust_prune.modules.layout import (
     plain_layout,
     takes_channels_last,
 )
+from robust_prune.modules.memory import as_memory_allows, telling_of_memory
 from robust_prune.modules.outputs import (
     difference,
     outputs_of,
@@ -37,6 +38,7 @@ from robust_prune.modules.resize import Fields, fields_of, fit_, narrow_, set_fi
 from robust_prune.modules.watching import batch_norms, watching
 
 __all__ = [
+    "as_memory_allows",
     "predict",
     "difference",
     "tensors_in",
@@ -71,5 +73,6 @@ __all__ = [
     "set_fields_",
     "takes_channels_last",
     "uncollected",
+    "telling_of_memory",
     "watching",
 ]

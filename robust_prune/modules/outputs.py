@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.modules.contexts import evaluating
 from robust_prune.modules.layout import device_of
+from robust_prune.modules.memory import as_memory_allows
 
 
 @torch.no_grad()
@@ -59,6 +60,10 @@ def difference(found: object, expected: object) -> float:
 def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Return the classes [N] predicted in eval mode, on the CPU."""
     device = device_of(model)
-    parts = torch.split(images, batch_size)
-    with evaluating(model):
+
+    def run(size: int) -> Tensor:
+        parts = torch.split(images, size)
         return torch.cat([model(part.to(device)).argmax(1).cpu() for part in parts])
+
+    with evaluating(model):
+        return as_memory_allows(run, min(batch_size, max(1, len(images))), "predictions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from robust_prune.allocation import allocate_evenly
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.modules import copied, seeded
+from robust_prune.modules import copied, seeded, telling_of_memory
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
 from robust_prune.pipeline.keeping import forget, is_kept, keep_weights, load_weights_, once
@@ -38,8 +39,9 @@ def run(
 
     With `folder` every station keeps what it has done there, and takes up what is there already.
     """
-    with seeded(settings.seed), torch.enable_grad():
+    with seeded(settings.seed), torch.enable_grad(), contextlib.ExitStack() as stack:
         job, state = begin(model, splits, settings, events or Events(), folder, processes)
+        stack.enter_context(telling_of_memory(job.journal.note))
         for step in range(1, settings.prune_steps + 1):
             state = prune(job, state, step)
             if settings.finetune is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robust_prune.modules import device_of, evaluating
+from robust_prune.modules import as_memory_allows, device_of, evaluating
 
 
 @torch.no_grad()
@@ -41,7 +42,12 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
             used = 0
             for images, _ in batches:
                 if len(images) > 1:
-                    model(images.to(device))
+                    as_memory_allows(
+                        functools.partial(_count_, model, layers, images.to(device)),
+                        len(images),
+                        "batch-norm statistics",
+                        "they are averages over these parts",
+                    )
                     used += 1
         except BaseException:
             used = 0
@@ -52,3 +58,17 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
                 if not used:
                     layer.load_state_dict(state)
     return len(layers) if used else 0
+
+
+def _count_(model: nn.Module, layers: Sequence[_BatchNorm], images: Tensor, size: int) -> None:
+    """Let the statistics count a batch, or nothing of it where it can't be run."""
+    states = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in layers]
+    # statistics of a single image would be of no use where maps are of one pixel
+    parts = [part for part in torch.split(images, max(2, size)) if len(part) > 1]
+    try:
+        for part in parts:
+            model(part)
+    except BaseException:
+        for layer, state in zip(layers, states, strict=True):
+            layer.load_state_dict(state)
+        raise

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import (
+    as_memory_allows,
     batch_norms,
     channels_last,
     device_of,
@@ -29,6 +30,7 @@ RIDGE = 0.1  # of the mean squared input
 POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
 STAND_IN_ROWS = 2048  # for a layer, where its maps have as many positions
 ACTIVATION_BYTES = 1 << 30
+WHAT = "reconstruction", "that is all of them"
 Rows = tuple[Tensor, Tensor]  # indices of outputs, and the factor of each
 
 
@@ -206,18 +208,23 @@ class Reconstruction:
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
-        images = images[: images_that_fit(model, images[:1], len(images))]
-        return cls(images, dense_moments(model, images))
+        most = images_that_fit(model, images[:1], len(images))
+        return as_memory_allows(
+            lambda size: cls(images[:size], dense_moments(model, images[:size])), most, *WHAT
+        )
 
     @classmethod
     def of_stand_ins(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Do so on few images of another kind, with more positions of each."""
-        images = images[: images_that_fit(model, images[:1], len(images))]
         quick = takes_channels_last(model, images[:1])
-        most = max(POSITIONS, STAND_IN_ROWS // len(images))
-        with anchors_of(model) as anchors, channels_last(model, quick):
-            dense = dense_moments(model, images, most=most)
-        return cls(images, dense, anchors, quick)
+
+        def run(size: int) -> Reconstruction:
+            most = max(POSITIONS, STAND_IN_ROWS // size)
+            with anchors_of(model) as anchors, channels_last(model, quick):
+                dense = dense_moments(model, images[:size], most=most)
+            return cls(images[:size], dense, anchors, quick)
+
+        return as_memory_allows(run, images_that_fit(model, images[:1], len(images)), *WHAT)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""

@@ -82,7 +82,7 @@ def test_survivors_are_right_on_every_iterate(norm: str) -> None:
         threat=threat,
         steps=5,
         step_size=threat.eps / 4,
-        generator=torch.Generator().manual_seed(0),
+        start=random_start(images, threat, torch.Generator().manual_seed(0)),
     )
     assert torch.equal(found, right)
     assert not blind.any()

@@ -211,3 +211,28 @@ def test_damaged_pictures_are_counted_in_the_result(
     assert "1 of 20 test pictures can't be read and were left out: data/test/3/0.png" in told.err
     result = json.loads(told.out)
     assert (result["n"], result["left_out"]) == (19, {"train": 0, "test": 1})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_memory_that_does_not_suffice(
+    error: Exception,
+    pruned: tuple[bytes, str, bytes],
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    Path("m.safetensors").write_bytes(pruned[2])
+    monkeypatch.setattr("torch.nn.Module.load_state_dict", full)
+    message = refused(1, "info", "m.safetensors")
+    assert "memory does not suffice" in message
+    assert "--input-size" in message

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from robust_prune.adversaries import AdversarialSet
 from robust_prune.criteria.scores.taylor import taylor
 from robust_prune.graph import Groups
-from robust_prune.modules import evaluating, network_of, requires_grad
+from robust_prune.modules import as_memory_allows, evaluating, network_of, requires_grad
 from robust_prune.registry import channel_score
 
 
@@ -39,6 +40,12 @@ def fisher(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict
     read: list[tuple[str, Tensor]] = []
     seen: set[str] = set()
 
+    def changes_of(images: Tensor, labels: Tensor, size: int) -> dict[str, Tensor]:
+        """By layer [n, channels], what goes with each input channel of an image."""
+        parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+        found = [_changes(model, modules, read, part, target) for part, target in parts]
+        return {name: torch.cat([changes[name] for changes in found]) for name in found[0]}
+
     def look(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = (args[0] if args else next(iter(kwargs.values()))).clone()
@@ -54,14 +61,8 @@ def fisher(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict
     try:
         with evaluating(model), requires_grad(model, False):
             for images, labels in adversarial.batches():
-                read.clear()
-                loss = F.cross_entropy(model(images), labels, reduction="sum")
-                gradients = torch.autograd.grad(loss, [x for _, x in read], allow_unused=True)
-                changes: dict[str, Tensor] = {}
-                for (name, x), gradient in zip(read, gradients, strict=True):
-                    if gradient is not None and len(x) % len(images) == 0:
-                        by_image = _by_image(modules[name], x.detach() * gradient, len(images))
-                        changes[name] = changes.get(name, 0) + by_image
+                work = functools.partial(changes_of, images, labels)
+                changes = as_memory_allows(work, len(images), "gradients")
                 seen |= set(changes)
                 for name, slots in readers.items():
                     change = torch.zeros(len(images), len(scores[name]), dtype=torch.float64)
@@ -78,6 +79,25 @@ def fisher(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict
         first_order = taylor(model, graph, adversarial)
         scores |= {name: first_order[name] for name in blind}
     return scores
+
+
+def _changes(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    read: list[tuple[str, Tensor]],
+    images: Tensor,
+    labels: Tensor,
+) -> dict[str, Tensor]:
+    """Run a batch, and return what the hooks `read`, times its gradient, by layer and image."""
+    read.clear()
+    loss = F.cross_entropy(model(images), labels, reduction="sum")
+    gradients = torch.autograd.grad(loss, [x for _, x in read], allow_unused=True)
+    changes: dict[str, Tensor] = {}
+    for (name, x), gradient in zip(read, gradients, strict=True):
+        if gradient is not None and len(x) % len(images) == 0:
+            by_image = _by_image(modules[name], x.detach() * gradient, len(images))
+            changes[name] = changes.get(name, 0) + by_image
+    return changes
 
 
 def _by_image(layer: nn.Module, products: Tensor, n: int) -> Tensor:

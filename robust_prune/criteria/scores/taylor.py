@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries import AdversarialSet
+from robust_prune.adversaries import AdversarialSet, gradients_of
 from robust_prune.criteria.scoring import sum_by_unit
 from robust_prune.graph import Groups
 from robust_prune.modules import evaluating, network_of, requires_grad
@@ -39,10 +38,8 @@ def taylor(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in adversarial.batches():
-            loss = F.cross_entropy(model(images), labels)
-            gradients = dict(
-                zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
-            )
+            _, found = gradients_of(model, weights, images, labels, "mean")
+            gradients = dict(zip(names, found, strict=True))
             products = {
                 name: weight.detach() * gradient
                 for name, weight in zip(names, weights, strict=True)
