@@ -173,13 +173,18 @@ def _in_float64(net: nn.Module) -> nn.Module:
 
 def _broken(net: nn.Module, wiring: Wiring, example: Example) -> dict[str, str]:
     """Return the groups that can't be pruned by one of the draws, with what goes wrong."""
-    broken = _search(_Trial(net, wiring, example))
-    broken |= _search(_Trial(net, wiring.without(broken), example, draw=1))
-    left = wiring.without(broken)
-    for name, problem in _search(_Trial(net, left, example, APART)).items():
-        # pruned together they may be right
-        broken |= dict.fromkeys((name, *left.partners.get(name, ())), problem)
-    return broken
+    broken: dict[str, str] = {}
+    while True:
+        before = len(broken)
+        for draw in (0, 1, APART):
+            left = wiring.without(broken)
+            found = _search(_Trial(net, left, example, draw))
+            for name, problem in found.items():
+                # partners may be right when they are pruned together, and neither alone
+                others = left.partners.get(name, ()) if draw == APART else ()
+                broken |= dict.fromkeys((name, *others), problem)
+        if len(broken) == before:  # what was right beside groups that are out by now is tried anew
+            return broken
 
 
 def _search(trial: _Trial) -> dict[str, str]:

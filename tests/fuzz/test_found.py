@@ -127,6 +127,14 @@ def test_widths_are_tried_apart_where_attention_is_not_flat() -> None:
     assert "parts.1.enter" not in {g.name for g in graph.groups if g.blocks == 1}
 
 
+def test_what_is_right_beside_a_group_that_is_left_out_is_tried_without_it() -> None:
+    """Halves of 12 channels by `shape // 2`, the first read in three groups: both go, or none."""
+    kinds = (("Depthwise", 4, 137), ("Tied", 6, 1086), ("Chunks", 12, 13829), ("Chunks", 6, 20624))
+    drawn = Drawn(tuple(Block(*kind) for kind in kinds), Block("convolution", 12, 4356), 2)
+    graph = ModelGraph(Network(drawn).double().eval(), (3, 8, 8), min_width=1, whole_heads=True)
+    assert [g.blocks for g in graph.groups if g.name.startswith("parts.3")] == [6]
+
+
 class Divides(nn.Module):
     def __init__(self) -> None:
         super().__init__()

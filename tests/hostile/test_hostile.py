@@ -228,7 +228,7 @@ def test_memory_that_does_not_suffice(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise error
 
     Path("m.safetensors").write_bytes(pruned[2])
