@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from robust_prune.errors import ModelError, first_line
+from robust_prune.errors import ModelError, first_line, out_of_memory
 from robust_prune.graph.tracing import adapted, name_of, work_of
 from robust_prune.modules import device_of, evaluating, network_of
 from robust_prune.types import Cost
@@ -184,6 +184,8 @@ def checked(input_size: tuple[int, int, int]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         line = first_line(error)[:160]
         size = "x".join(map(str, input_size))
         raise ModelError(f"the model does not take a {size} image: {line}") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import ModelError, first_line
+from robust_prune.errors import ModelError, first_line, out_of_memory
 from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
@@ -59,6 +59,8 @@ class _Trial:
             silence_(masked, self.wiring, dropped)
             error = difference(found, self.example.run(masked))
         except RUN_ERRORS as fault:
+            if out_of_memory(fault):
+                raise
             line = first_line(fault)[:120]
             return f"the model does not run when it is pruned: {line}"
         if not error < TOLERANCES[self.example.dtype]:

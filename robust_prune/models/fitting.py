@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import ModelError, first_line
+from robust_prune.errors import ModelError, first_line, out_of_memory
 from robust_prune.models.builders import default_input_size
 from robust_prune.models.matching import needed
 from robust_prune.modules import Fields, ImageModel, evaluating, fit_, set_fields_
@@ -30,6 +30,8 @@ def fill_(net: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
     try:
         problems = net.load_state_dict(given, strict=False)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         lines = str(error).splitlines()
         detail = lines[1].strip() if len(lines) > 1 else lines[0]
         raise ModelError(

@@ -348,3 +348,12 @@ def test_the_advice_for_a_computed_weight_works_on_it(
         ModelGraph(model, (3, 16, 16))
     plain(model.first)
     assert ModelGraph(model, (3, 16, 16)).groups
+
+
+def test_a_trial_that_runs_out_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr("robust_prune.graph.probing.silence_", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        ModelGraph(tiny_resnet(), (3, 32, 32))
