@@ -123,6 +123,8 @@ def _run() -> Any:
                 "(--input-size), a smaller --batch-size, a smaller model or another machine",
                 MemoryFullError.exit_code,
             )
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            _fail(f"{error.filename}: {error.strerror}", 1)
         _fail(
             f"a fault of robust-prune: {type(error).__name__}: {_last_line(str(error))}; "
             "ROBUST_PRUNE_DEBUG=1 shows where",
@@ -142,7 +144,7 @@ def _usage_error(error: Any) -> NoReturn:
         print(message)
         sys.exit(0)
     command = getattr(getattr(error, "ctx", None), "command_path", "robust-prune")
-    _fail(f"{message} See {command} --help.", getattr(error, "exit_code", 2))
+    _fail(f"{' '.join(message.split())} See {command} --help.", getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -126,6 +126,8 @@ def _option(name: str) -> str:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name in FILES and value is not None and value not in DATA_NAMES and Path(value).exists():
+    from robust_prune.files import is_there
+
+    if name in FILES and value is not None and value not in DATA_NAMES and is_there(value):
         return str(Path(value).resolve())
     return str(value) if isinstance(value, Path) else value

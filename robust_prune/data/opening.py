@@ -35,6 +35,7 @@ from robust_prune.data.splits import (
     plain_loader,
 )
 from robust_prune.errors import DataError, UsageError
+from robust_prune.files import is_folder
 from robust_prune.modules import ImageModel, image_channels
 from robust_prune.types import DATA_NAMES
 
@@ -78,12 +79,12 @@ def open_data(
         name, parts, source = found
     else:
         path = Path(spec)
-        name = path.resolve().name
-        if not path.is_dir():
+        if not is_folder(path):
             raise DataError(
                 f"data {str(spec)!r} is neither a folder nor one of {', '.join(DATA_NAMES)}; an "
                 "image folder needs train/<class>/ and test/<class>/ or val/<class>/"
             )
+        name = path.resolve().name
         parts = (
             read_tiny_imagenet(path) if (path / "wnids.txt").exists() else read_image_folder(path)
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from robust_prune.errors import ModelError, UsageError
+from robust_prune.files import is_there
 from robust_prune.models.bounds import bounded
 from robust_prune.models.builders import (
     build_model,
@@ -112,13 +113,13 @@ def open_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Like `load`, and return the record stored with the model beside it (empty if none)."""
     name = str(path_or_name)
-    if name.startswith(PREFIX) and not Path(name).exists() and (folder := fetched(name)):
+    if name.startswith(PREFIX) and not is_there(name) and (folder := fetched(name)):
         path_or_name = name = str(folder)
-    if not Path(name).exists() and is_name(name):
+    if not is_there(name) and is_name(name):
         spec = resolve_spec(name, model_kwargs, cifar_stem=cifar_stem, mean=mean, std=std)
         spec = replace(spec, input_size=input_size or default_input_size(spec))
         return build_model(spec, pretrained=True).to(device).eval(), {}
-    if not Path(name).exists():
+    if not is_there(name):
         raise ModelError(f"{name}: no such file or folder, nor a network of timm{similar(name)}")
     found = read(path_or_name, trust_pickle=trust_pickle)
     given = Given(arch, model_kwargs, cifar_stem, mean, std)

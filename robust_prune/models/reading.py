@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from robust_prune.errors import ModelError, UnsafeFileError, first_line
+from robust_prune.files import is_there
 from robust_prune.models.content import Content, content_of
 from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
 from robust_prune.models.values import STAND_INS
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> ModelFi
         ModelError: the file is missing, broken, or holds no weights.
     """
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise ModelError(f"{path}: no such file or folder")
     if path.is_dir():
         return _read_folder(path, trust_pickle)

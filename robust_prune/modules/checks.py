@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import DataError, ModelError
+from robust_prune.errors import DataError, ModelError, UsageError
 from robust_prune.modules.contexts import evaluating
 from robust_prune.modules.image_model import network_of
 from robust_prune.modules.layout import device_of
 
 
 def check_float32(model: nn.Module) -> None:
-    """Raise ModelError where weights are of another floating-point type than images."""
+    """Raise ModelError where weights are of another floating-point type than images.
+
+    A UsageError says that what is given is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model must be a torch.nn.Module, not {type(model).__name__}; robust_prune.load "
+            "opens a file or a name"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
@@ -36,6 +44,9 @@ def check_outputs(
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"the model must give logits [N, K], not {what}; wrap it so that it does")
+    if not logits.is_floating_point():
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise ModelError(f"the model must give logits as floating-point numbers, not {kind}")
     outputs = logits.shape[1]
     if getattr(network_of(model), "num_classes", None) == 0:
         raise ModelError(

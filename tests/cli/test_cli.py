@@ -432,3 +432,13 @@ def test_a_request_to_stop_in_training_keeps_the_best_epoch(
     assert code == 0, err
     whole, again = load("whole.safetensors"), load("m.safetensors")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_a_missing_option_of_several_values_is_named_in_one_line(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    """typer's own message has a line for each value."""
+    code, _, err = run("export", "m.safetensors")
+    assert code == 2
+    assert err.startswith("error: Missing option '--format'")
+    assert err.count("\n") == 1

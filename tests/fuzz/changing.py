@@ -52,12 +52,12 @@ def _value(data: bytes, generator: random.Random) -> bytes:
     """Another value at a random place of JSON, or a key renamed, or one entry taken twice."""
     try:
         tree = json.loads(data)
-        places = list(_places(tree))
-    except (ValueError, TypeError, RecursionError):  # no JSON, a mere number, or too deep
+        places = list(_places(tree)) if isinstance(tree, (dict, list)) else []
+    except (ValueError, RecursionError):  # no JSON, or too deep
+        places = []
+    if not places:
         return _flip(data, generator)
     for _ in range(generator.choice((1, 1, 2))):
-        if not places:
-            break
         holder, key = generator.choice(places)
         if isinstance(holder, dict) and generator.random() < 0.2:
             holder[generator.choice(("", "x", "schema", "\u202e"))] = holder.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from robust_prune.errors import ModelError
 from robust_prune.graph import ModelGraph, prune_
+from tests.fuzz.changing import changed
 from tests.fuzz.networks import Block, Drawn, Network
 from tests.fuzz.readers import READERS, Folder
 from tests.graph.test_graph import assert_pruned_is_masked, random_plan
@@ -155,3 +157,9 @@ def test_a_shard_with_a_name_too_long_for_a_file_is_one_line() -> None:
     places = '{"weight_map": {"fc.weight": "' + "a" * 600 + '"}}'
     with pytest.raises(ModelError, match="is no file beside it"):
         READERS["shards"](places.encode(), Folder())
+
+
+def test_a_text_in_json_is_changed_as_bytes_are() -> None:
+    """Its letters are no places that could hold another value."""
+    for seed in range(20):
+        assert isinstance(changed(b'"abc"', random.Random(seed)), bytes)
