@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import re
 import reprlib
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.bin")
 LIBRARY = "robust-prune"  # what `library_name` says in config.json of ours
 INDEX = ".index.json"  # beside weights in several files: which tensor is in which
+MESSAGE_LENGTH = 2000
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(STAND_INS)):
             warnings.simplefilter("ignore")  # advice to callers of torch.load
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with _short_searches():
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None and not zipfile.is_zipfile(path) and not _looks_pickled(path):
@@ -209,6 +212,33 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
         if not zipfile.is_zipfile(path) and not _looks_pickled(path):
             raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
         raise ModelError(f"{path}: not readable by torch.load: {first_line(error)}") from None
+
+
+class _ShortSearches:
+    """`re`, searching no more than the beginning of a text."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(re, name)
+
+    def search(self, pattern: str, text: str) -> re.Match[str] | None:
+        return re.search(pattern, text[:MESSAGE_LENGTH])
+
+
+@contextlib.contextmanager
+def _short_searches() -> Iterator[None]:
+    """Keep torch.load from searching its message in time that is quadratic in names of the file.
+
+    A name of 8,000 letters took it 20 seconds.
+    """
+    own = getattr(torch.serialization, "re", None)
+    if own is not re:  # of another version of torch, or in another thread
+        yield
+        return
+    torch.serialization.re = _ShortSearches()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.serialization.re = re
 
 
 def _check_archive(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def test_a_plan_of_a_graph_that_left_groups_out_is_replayed_without_a_note(
     with caplog.at_level(logging.WARNING):
         prune_(model, plan)
     assert not caplog.records
+
+
+def test_what_breaks_a_large_network_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robust_prune.graph.probing.LARGE", 0)
+    graph = ModelGraph(Insists().eval(), (3, 8, 8))
+    assert [g.name for g in graph.groups] == ["stem"]
 
 
 class TwoByTwo(nn.Module):
@@ -163,3 +170,11 @@ def test_a_text_in_json_is_changed_as_bytes_are() -> None:
     """Its letters are no places that could hold another value."""
     for seed in range(20):
         assert isinstance(changed(b'"abc"', random.Random(seed)), bytes)
+
+
+def test_a_name_of_any_length_in_a_pickle_is_refused_at_once() -> None:
+    """torch.load searches its message, in which the name stands, in quadratic time."""
+    begun = time.perf_counter()
+    with pytest.raises(ModelError, match="can run any code"):
+        READERS["pickle"](b"\x80\x02c" + b"a" * 30_000 + b"\nb\n.", Folder())
+    assert time.perf_counter() - begun < 5
