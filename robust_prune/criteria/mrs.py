@@ -129,20 +129,24 @@ def first_order(
     """
     layers = weighted_layers(model)
     weights = [weight_of(layer) for layer in layers.values()]
-    sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
+    sums: list[Tensor | None] = [None] * len(weights)
     total = 0.0
     with evaluating(model), requires_grad(model, False):
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in adversarial.batches():
             loss, gradients = gradients_of(model, weights, images, labels, "sum")
-            for accumulated, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    accumulated += gradient
+            for i, gradient in enumerate(gradients):
+                before = sums[i]
+                if before is None:
+                    sums[i] = gradient
+                elif gradient is not None:
+                    before += gradient
+            del gradients  # as large as the model
             total += loss
     n = len(adversarial)
     values = {
-        name: float(rho * weight.detach().norm() * gradient.norm() / n)
+        name: 0.0 if gradient is None else float(rho * weight.detach().norm() * gradient.norm() / n)
         for name, weight, gradient in zip(layers, weights, sums, strict=True)
     }
     return total / n, values

@@ -31,7 +31,7 @@ from robust_prune.graph.probing import wired
 from robust_prune.graph.tracing import Count, Slot
 from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import MIN_WIDTH
-from robust_prune.modules import copied, evaluating, make_contiguous_, network_of
+from robust_prune.modules import evaluating, make_contiguous_, network_of, own_, sharing
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 
 logger = logging.getLogger(__name__)
@@ -258,8 +258,9 @@ class ModelGraph:
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """Return a copy of the model, pruned by `plan`; model and graph stay as they are."""
-        smaller = copied(self.model)
+        smaller = sharing(self.model)
         self._cut_(smaller, Remaining(self._wiring, network_of(smaller)), plan)
+        own_(smaller, self.model)
         return smaller
 
     def _cut_(self, model: nn.Module, whole: Remaining, plan: PruningPlan) -> None:

@@ -17,10 +17,18 @@ from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.tracing import couple, train_mode
 from robust_prune.graph.wiring import MIN_WIDTH, Wiring
-from robust_prune.modules import copied, difference, evaluating, uncollected
+from robust_prune.modules import (
+    copied,
+    difference,
+    evaluating,
+    release_memory,
+    sharing,
+    uncollected,
+)
 from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+LARGE = 10**8  # parameters; above, trials are in float32, and one copy is there at a time
 # a draw in which widths that the code may take for one another are not the same share
 APART = 2
 RUN_ERRORS = (
@@ -37,6 +45,7 @@ class _Trial:
     wiring: Wiring
     example: Example
     draw: int = 0
+    again: Callable[[], nn.Module] | None = None  # makes `net` anew where memory is dear
 
     @uncollected()
     def problem(self, names: Sequence[str]) -> str | None:
@@ -47,15 +56,14 @@ class _Trial:
             if name in names and not (self.draw == APART and name in self.wiring.followers)
         }
         try:
-            # removing replaces tensors, so that only silencing needs copies of its own
-            shared = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
-            pruned = copied(self.net, shared)
+            pruned = self.again() if self.again else sharing(self.net)
             Remaining(self.wiring, pruned).remove_(dropped)
             found = self.example.run(pruned)
             if self.wiring.coupling.trains:
                 with train_mode(pruned):
                     self.example.paired().run(pruned)
-            masked = copied(self.net)
+            del pruned
+            masked = self.again() if self.again else copied(self.net)
             silence_(masked, self.wiring, dropped)
             error = difference(found, self.example.run(masked))
         except RUN_ERRORS as fault:
@@ -113,6 +121,8 @@ def wired(
     if not probe:
         return traced, tuple(ties)
     wiring, ties = probed(net, example, traced, wire)
+    if is_large(net):
+        release_memory()
     return replace(wiring, group_of=traced.group_of), ties
 
 
@@ -125,62 +135,77 @@ def probed(
 ) -> tuple[Wiring, tuple[tuple[str, str], ...]]:
     """Return the wiring of the groups for which pruning does what masking does, and its ties.
 
-    Tried on a copy in float64, all groups at once. Where that fails, the widths of attentions are
-    tied to their inputs', as code that divides the one by the heads to know the other needs;
-    culprits that are left are searched by halving.
+    Tried on a copy in float64 (float32 for more than `LARGE` parameters), all groups at once. Where
+    that fails, the widths of attentions are tied to their inputs', as code that divides the one by
+    the heads to know the other needs; culprits that are left are searched by halving.
     """
-    stirred = _in_float64(net).eval()
-    example = example.to(torch.float64)
-    _randomize_(stirred)
+    dtype = torch.float32 if is_large(net) else torch.float64
+
+    def stir() -> nn.Module:
+        made = _in_type(net, dtype).eval()
+        _randomize_(made)
+        return made
+
+    again = stir if is_large(net) else None
+    stirred = net if again else stir()
+    example = example.to(dtype)
     names = _returned_not(wiring)
-    if _Trial(stirred, wiring, example).problem(names) is None:
+    if _Trial(stirred, wiring, example, again=again).problem(names) is None:
         single = example.to(torch.float32)
-        apart = _Trial(stirred, wiring, example, draw=APART) if wiring.followers else None
+        apart = _Trial(stirred, wiring, example, APART, again) if wiring.followers else None
         if (apart is None or apart.problem(names) is None) and (
-            _Trial(stirred.float(), wiring, single, draw=1).problem(names) is None
+            _Trial(stirred.float(), wiring, single, 1, again).problem(names) is None
         ):
             return wiring, ()
-        stirred = stirred.double()
-    try:
-        example.run(stirred)
-    except RUN_ERRORS:  # float32 is part of its code
-        stirred, example = stirred.float(), example.to(torch.float32)
-    found = _broken(stirred, wiring, example)
+        stirred = stirred.to(dtype)
+    if not again:
+        try:
+            example.run(stirred)
+        except RUN_ERRORS:  # float32 is part of its code
+            stirred, example = stirred.float(), example.to(torch.float32)
+    found = _broken(stirred, wiring, example, again)
     if not found:
         return wiring, ()
     ties = wiring.possible_ties(found)
     if ties:
         tied = wire(ties)
-        still = _broken(stirred, tied, example)
+        still = _broken(stirred, tied, example, again)
         wider = tied.wider_ties(still)
         if wider:
             ties = (*ties, *wider)
             tied = wire(ties)
-            still = _broken(stirred, tied, example)
+            still = _broken(stirred, tied, example, again)
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()
 
 
-def _in_float64(net: nn.Module) -> nn.Module:
-    """Return a copy, converted as `net.double()` does, without a copy in between."""
+def _in_type(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy, converted as `net.to(dtype)` does, without a copy in between."""
     converted: dict[int, Tensor] = {}
     for tensor in (*net.parameters(), *net.buffers()):
-        kind = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
         twin = tensor.detach().to(kind, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         converted[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
     return copied(net, converted)
 
 
-def _broken(net: nn.Module, wiring: Wiring, example: Example) -> dict[str, str]:
+def is_large(net: nn.Module) -> bool:
+    """Whether copies in float64 are too much for memory."""
+    return sum(parameter.numel() for parameter in net.parameters()) > LARGE
+
+
+def _broken(
+    net: nn.Module, wiring: Wiring, example: Example, again: Callable[[], nn.Module] | None
+) -> dict[str, str]:
     """Return the groups that can't be pruned by one of the draws, with what goes wrong."""
     broken: dict[str, str] = {}
     while True:
         before = len(broken)
         for draw in (0, 1, APART):
             left = wiring.without(broken)
-            found = _search(_Trial(net, left, example, draw))
+            found = _search(_Trial(net, left, example, draw, again))
             for name, problem in found.items():
                 # partners may be right when they are pruned together, and neither alone
                 others = left.partners.get(name, ()) if draw == APART else ()

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from robust_prune.errors import PlanError
 from robust_prune.graph.applying import mask_
-from robust_prune.graph.probing import RUN_ERRORS, TOLERANCES
-from robust_prune.modules import copied, device_of, difference, evaluating
+from robust_prune.graph.probing import RUN_ERRORS, TOLERANCES, is_large
+from robust_prune.modules import copied, device_of, difference, evaluating, release_memory
 from robust_prune.types import PruningPlan
 
 
@@ -33,11 +33,17 @@ def masking_error(
         The largest difference over the largest logit; some 1e-15 in float64 where pruning is
         right, infinite where the logits are not finite.
     """
-    masked = mask_(copied(dense).to(dtype), plan)
-    exact = copied(pruned).to(dtype)
+    if is_large(dense):
+        release_memory()
     images = images.to(device_of(dense), dtype)
-    with evaluating(masked), evaluating(exact):
-        return difference(exact(images), masked(images))
+    as_it_is = all(t.dtype == dtype for t in pruned.parameters())
+    found = _outputs(pruned if as_it_is else copied(pruned).to(dtype), images)
+    return difference(found, _outputs(mask_(copied(dense).to(dtype), plan), images))
+
+
+def _outputs(model: nn.Module, images: Tensor) -> object:
+    with evaluating(model):
+        return model(images)
 
 
 def check_pruned(
@@ -45,9 +51,9 @@ def check_pruned(
 ) -> tuple[float, torch.dtype]:
     """Return the masking error and what it was computed in; PlanError if it is not rounding.
 
-    Computed in float64, or in float32 for models whose code insists on it.
+    Computed in float64, or in float32 for large models and those whose code insists on it.
     """
-    dtype = torch.float64
+    dtype = torch.float32 if is_large(dense) else torch.float64
     try:
         error = masking_error(dense, pruned, plan, images, dtype)
     except RUN_ERRORS:  # no float64 on this device or in this code

@@ -234,11 +234,11 @@ def _short_searches() -> Iterator[None]:
     if own is not re:  # of another version of torch, or in another thread
         yield
         return
-    torch.serialization.re = _ShortSearches()  # type: ignore[assignment]
+    torch.serialization.re = _ShortSearches()  # type: ignore[assignment, attr-defined]
     try:
         yield
     finally:
-        torch.serialization.re = re
+        torch.serialization.re = re  # type: ignore[attr-defined]
 
 
 def _check_archive(path: Path) -> None:

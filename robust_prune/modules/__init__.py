@@ -16,7 +16,7 @@ from robust_prune.modules.contexts import (
     seeded,
     uncollected,
 )
-from robust_prune.modules.copying import copied
+from robust_prune.modules.copying import copied, own_, sharing
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
 from robust_prune.modules.layout import (
     channels_last,
@@ -26,7 +26,7 @@ from robust_prune.modules.layout import (
     plain_layout,
     takes_channels_last,
 )
-from robust_prune.modules.memory import as_memory_allows, telling_of_memory
+from robust_prune.modules.memory import as_memory_allows, release_memory, telling_of_memory
 from robust_prune.modules.outputs import (
     difference,
     outputs_of,
@@ -64,15 +64,18 @@ __all__ = [
     "narrow_",
     "network_of",
     "outputs_of",
+    "own_",
     "plain_layout",
     "random_states",
+    "release_memory",
     "requires_grad",
     "restore_random_states",
     "running_statistics",
     "seeded",
     "set_fields_",
+    "sharing",
     "takes_channels_last",
-    "uncollected",
     "telling_of_memory",
+    "uncollected",
     "watching",
 ]

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -79,6 +80,29 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
     if kind is set and all(type(item) in PLAIN for item in value):
         return memo.setdefault(id(value), set(value))
     return copy.deepcopy(value, memo)
+
+
+def sharing(model: M) -> M:
+    """Return a copy of a module whose parameters are its own and lie where the model's lie.
+
+    Writing into one of them writes into the model's, so that whoever does puts it back; what
+    replaces parameters, as pruning does, leaves the model alone. `own_` ends it.
+    """
+    parameters = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter
+    }
+    return copied(model, dict(parameters))
+
+
+@torch.no_grad()
+def own_(copy_: nn.Module, model: nn.Module) -> None:
+    """Give a copy a storage of its own for each parameter that lies where one of the model's is."""
+    places = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for parameter in copy_.parameters():
+        if parameter.untyped_storage().data_ptr() in places:
+            parameter.data = parameter.data.clone()
 
 
 class _WithoutGraph(TorchFunctionMode):

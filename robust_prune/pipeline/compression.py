@@ -11,7 +11,7 @@ from torch import nn
 from robust_prune.allocation import allocate_evenly
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.modules import copied, seeded, telling_of_memory
+from robust_prune.modules import copied, own_, seeded, telling_of_memory
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
 from robust_prune.pipeline.keeping import forget, is_kept, keep_weights, load_weights_, once
@@ -44,6 +44,7 @@ def run(
         stack.enter_context(telling_of_memory(job.journal.note))
         for step in range(1, settings.prune_steps + 1):
             state = prune(job, state, step)
+            own_(state.model, job.dense)  # where a step prunes nothing, too
             if settings.finetune is not None:
                 state = tune(job, state, step)
         if settings.evaluation != "none":
@@ -69,6 +70,7 @@ def prune(job: Job, state: State, step: int) -> State:
         cut = job.processes.on_first(lambda: prune_first(job, state.model, settings, step))
         if not job.processes.first:
             graph_of(state.model, job.input_size, settings).apply_(cut.plan)
+            own_(state.model, job.dense)
         job.processes.share_(state.model)
         state = state.after(cut)
         if not last and settings.finetune is None:
@@ -104,6 +106,7 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     def cut_again_(_: object) -> None:
         job.journal.stage(f"pruned as before{where}: plan {planned.plan.digest}")
         graph.apply_(planned.plan)
+        own_(model, job.dense)
         load_weights_(job, pruning, model)
 
     planned = once(job, planning, Planned.from_plain, plan_anew)
@@ -120,6 +123,7 @@ def cut_(job: Job, observed: Observed, plan: PruningPlan, settings: Settings, wh
     journal.stage(f"pruning {len(plan.groups)} groups{where}")
     with journal.timed("prune"):
         graph.apply_(plan)
+        own_(model, job.dense)
     prove(job, whole, model, plan)
     repair_(job, model, observed, plan, rows, settings)
     for line in plan.notes:

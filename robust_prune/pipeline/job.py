@@ -22,7 +22,7 @@ from robust_prune.finetune import (
     resolve_method,
 )
 from robust_prune.models import image_size_of
-from robust_prune.modules import ImageModel, contiguous, copied, make_contiguous_
+from robust_prune.modules import ImageModel, contiguous, make_contiguous_, sharing
 from robust_prune.pipeline.grade import GIVE_DATA, grade_of
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.run_folder import RunFolder
@@ -143,7 +143,7 @@ def begin(
     input_size = image_size_of(model, splits.input_size if splits else settings.input_size)
     journal = Journal(events, splits.notes if splits else ())
     job = Job(contiguous(model), splits, settings, input_size, events, journal, folder, processes)
-    working = copied(model)
+    working = sharing(model)  # until it is cut: two copies of a large model are much
     make_contiguous_(working)
     if isinstance(working, ImageModel):
         working.spec = replace(working.spec, input_size=input_size)

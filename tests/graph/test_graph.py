@@ -357,3 +357,19 @@ def test_a_trial_that_runs_out_of_memory_is_no_verdict(monkeypatch: pytest.Monke
     monkeypatch.setattr("robust_prune.graph.probing.silence_", full)
     with pytest.raises(RuntimeError, match="allocate memory"):
         ModelGraph(tiny_resnet(), (3, 32, 32))
+
+
+@pytest.mark.parametrize("arch", ["mobilevit_xxs", "vit_tiny_patch16_224"])
+def test_a_large_network_has_the_groups_of_a_small_one(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials in float32, from one copy at a time."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64} if arch.startswith("vit") else {}
+    net, size = timm.create_model(arch, num_classes=10, **kwargs).eval(), (3, 64, 64)
+    expected = ModelGraph(net, size)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    monkeypatch.setattr("robust_prune.graph.probing.LARGE", 0)
+    graph = ModelGraph(net, size)
+    assert (graph.groups, graph.ties) == (expected.groups, expected.ties)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())

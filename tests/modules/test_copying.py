@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import robust_prune
 from robust_prune.errors import ModelError
-from robust_prune.modules import copied
+from robust_prune.modules import copied, own_, sharing
 from tests.conftest import OwnNet
 
 
@@ -84,3 +84,15 @@ def test_what_cant_be_copied_is_named_in_one_line() -> None:
     with pytest.raises(ModelError, match=r"the OwnNet can't be copied.*lock") as caught:
         copied(net)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sharing_copy_has_its_own_storage_once_it_owns_it() -> None:
+    model = OwnNet()
+    copy_ = sharing(model)
+    pairs = list(zip(model.parameters(), copy_.parameters(), strict=True))
+    assert all(a is not b and a.data_ptr() == b.data_ptr() for a, b in pairs)
+    assert copy_.norm.running_mean.data_ptr() != model.norm.running_mean.data_ptr()
+    copy_.requires_grad_(False)
+    assert all(p.requires_grad for p in model.parameters())
+    own_(copy_, model)
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)

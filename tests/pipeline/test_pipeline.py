@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -374,3 +375,14 @@ def test_names_of_before_still_work_and_warn() -> None:
         compress(tiny_resnet(), data, allocation="uniform", training_options={"ema": 0.5})
     with pytest.warns(DeprecationWarning, match="'method' is now 'estimator'"):
         assert sensitivity(tiny_resnet(), data, method="structural", n=8).method == "structural"
+
+
+@pytest.mark.parametrize("options", [{}, {"prune_steps": 2}, {"protect": ["layer1.*"]}])
+def test_the_result_shares_no_memory_with_the_model_given(options: dict[str, Any]) -> None:
+    """Until it is cut the copy lies where the model does."""
+    model = tiny_resnet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = compress(model, None, prune_ratio=0.3, calibration_images=4, **options)
+    own = {t.untyped_storage().data_ptr() for t in result.model.state_dict().values()}
+    assert not own & {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

@@ -40,16 +40,13 @@ def taylor(model: nn.Module, graph: Groups, adversarial: AdversarialSet) -> dict
         for images, labels in adversarial.batches():
             _, found = gradients_of(model, weights, images, labels, "mean")
             gradients = dict(zip(names, found, strict=True))
-            products = {
-                name: weight.detach() * gradient
-                for name, weight in zip(names, weights, strict=True)
-                if (gradient := gradients[name]) is not None
-            }
             share = len(images) / len(adversarial)
             for name, slots in gates.items():
                 change = torch.zeros_like(scores[name])
                 for slot in slots:
-                    if slot.tensor in products:
-                        change += sum_by_unit(slot, products[slot.tensor], len(change))
+                    gradient = gradients[slot.tensor]
+                    if gradient is not None:  # products one by one: all would be another model
+                        product = tensors[slot.tensor].detach() * gradient
+                        change += sum_by_unit(slot, product, len(change))
                 scores[name] += share * change.square()
     return scores
