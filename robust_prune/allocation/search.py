@@ -111,4 +111,5 @@ def best_composed(
         if i == 0 or losses[i] < losses[best]:
             best = i
             on_best(plan)
+        del pruned  # before the next is made
     return best, losses

@@ -5,6 +5,7 @@ from robust_prune.graph.costs import count_cost, weight_of
 from robust_prune.graph.dependency import DependencyGraph, Importance
 from robust_prune.graph.graph import ModelGraph
 from robust_prune.graph.items import Group, Groups
+from robust_prune.graph.probing import is_large
 from robust_prune.graph.pruners import dependency_graph
 from robust_prune.graph.tracing import Atoms, Slot, adapter, compress
 from robust_prune.graph.verify import check_pruned, masking_error
@@ -24,6 +25,7 @@ __all__ = [
     "compress",
     "count_cost",
     "dependency_graph",
+    "is_large",
     "mask_",
     "masking_error",
     "prune_",

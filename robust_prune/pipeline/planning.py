@@ -17,7 +17,7 @@ from robust_prune.allocation import (
     passes_of,
     width_after,
 )
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import ModelGraph, is_large
 from robust_prune.latency import LatencyModel
 from robust_prune.options import shares
 from robust_prune.pipeline.job import Job
@@ -160,7 +160,8 @@ def _best(
     def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
         if observed.reconstruction is not None:
             fits = observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
-            latest[:] = [Repaired.of(pruned, fits)]
+            if not is_large(graph.model):  # then rather fitted twice than held twice
+                latest[:] = [Repaired.of(pruned, fits)]
         if splits.in_distribution:
             batches = splits.train.batches(
                 64, seed=settings.seed, limit=2 * len(labels), verdicts=False

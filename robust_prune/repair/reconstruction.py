@@ -248,8 +248,10 @@ class Repaired:
 
     @classmethod
     def of(cls, pruned: nn.Module, fits: tuple[Fit, ...]) -> Repaired:
-        """Keep a copy of parameters and buffers as they are now."""
-        return cls({name: t.detach().clone() for name, t in _tensors(pruned).items()}, fits)
+        """Keep parameters, which must not change any more, and a copy of buffers."""
+        parameters = {name: p.detach() for name, p in pruned.named_parameters()}
+        buffers = {name: b.detach().clone() for name, b in pruned.named_buffers()}
+        return cls({**parameters, **buffers}, fits)
 
     @torch.no_grad()
     def put_into_(self, pruned: nn.Module) -> None:

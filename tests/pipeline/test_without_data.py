@@ -194,3 +194,15 @@ def test_effort_with_stand_ins_is_within_bounds(macs: int, side: int) -> None:
     assert effort.clean >= effort.images
     assert 4 <= effort.batch_size <= 64
     assert effort.images <= effort_with_data(None, macs, cpu=False).images
+
+
+def test_a_large_network_is_fitted_twice_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No candidate is kept beside it."""
+    options = {"prune_ratio": 0.4, "calibration_images": 4, "seed": 3}
+    small = compress(tiny_resnet(), None, **options)
+    monkeypatch.setattr("robust_prune.graph.probing.LARGE", 0)
+    large = compress(tiny_resnet(), None, **options)
+    assert large.plan.digest == small.plan.digest
+    assert large.report["self_check"]["dtype"] == "float32"
+    for one, other in zip(large.model.parameters(), small.model.parameters(), strict=True):
+        assert torch.equal(one, other)
