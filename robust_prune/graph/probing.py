@@ -25,12 +25,12 @@ from robust_prune.modules import (
     sharing,
     uncollected,
 )
-from robust_prune.types import ChannelGroup
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 LARGE = 10**8  # parameters; above, trials are in float32, and one copy is there at a time
-# a draw in which widths that the code may take for one another are not the same share
+# a draw in which, of widths that the code may take for one another, one stays whole
 APART = 2
+LEAST_APART = 0.1  # share of the channels; less can pass for rounding where attention is flat
 RUN_ERRORS = (
     *(ModelError, RuntimeError, AssertionError, LookupError, ValueError, TypeError),
     *(ArithmeticError, AttributeError),
@@ -52,7 +52,7 @@ class _Trial:
         """Drop a part of these groups and return what goes wrong, or None."""
         dropped = {
             name: gone
-            for name, gone in _draw(self.wiring.groups, self.draw).items()
+            for name, gone in _draw(self.wiring, self.draw).items()
             if name in names and not (self.draw == APART and name in self.wiring.followers)
         }
         try:
@@ -152,10 +152,10 @@ def probed(
     names = _returned_not(wiring)
     if _Trial(stirred, wiring, example, again=again).problem(names) is None:
         single = example.to(torch.float32)
-        apart = _Trial(stirred, wiring, example, APART, again) if wiring.followers else None
-        if (apart is None or apart.problem(names) is None) and (
-            _Trial(stirred.float(), wiring, single, 1, again).problem(names) is None
-        ):
+        apart = _are_apart(wiring) or (
+            _Trial(stirred, wiring, example, APART, again).problem(names) is None
+        )
+        if apart and _Trial(stirred.float(), wiring, single, 1, again).problem(names) is None:
             return wiring, ()
         stirred = stirred.to(dtype)
     if not again:
@@ -258,19 +258,22 @@ def _returned_not(wiring: Wiring) -> list[str]:
     return [group.name for group in wiring.groups if group.name not in returned]
 
 
-def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
+def _draw(wiring: Wiring, draw: int) -> dict[str, Tensor]:
     """Return by group True [units] for those to drop, in the first or in another draw.
 
     The first drops some 30 to 70 % at random, the second what the first has kept, and no two
     groups of the same size lose equally many in both: code that takes one width for another shows.
+    Where it is likely to (`Wiring.partners`), one group begins with few and the other with many.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, int] = {}
-    for salt, group in enumerate(groups):
+    for salt, group in enumerate(wiring.groups):
         units = group.units
         rank = seen[units] = seen.get(units, -1) + 1
         counts = list(range(max(1, round(0.3 * units)), max(2, round(0.7 * units) + 1)))
         counts = [min(n, units - 1) for n in counts]
+        if group.name in wiring.followers:
+            counts.reverse()
         order = torch.randperm(units, generator=torch.Generator().manual_seed(salt))
         if draw == 1:
             # from the other end: code that halves a width is right where one channel of four goes
@@ -282,6 +285,16 @@ def _draw(groups: Sequence[ChannelGroup], draw: int) -> dict[str, Tensor]:
         gone[order[:count]] = True
         found[group.name] = gone
     return found
+
+
+def _are_apart(wiring: Wiring) -> bool:
+    """Whether the first draw takes other shares of all widths that the code may confuse."""
+    shares = {name: float(gone.double().mean()) for name, gone in _draw(wiring, 0).items()}
+    return all(
+        abs(shares[name] - shares[other]) >= LEAST_APART
+        for name, others in wiring.partners.items()
+        for other in others
+    )
 
 
 @torch.no_grad()
