@@ -174,6 +174,8 @@ class Wiring:
         named = {f"{s.tensor}:{s.dim}": n for n, slots in self.slots.items() for s in slots}
         found: dict[str, set[str]] = {}
         for pair in self.possible_ties(dict.fromkeys(self.slots, "")):
+            if not named.keys() >= set(pair):  # columns are written as `:1`, not all are there
+                continue
             one, other = (named[end] for end in pair)
             found.setdefault(one, set()).add(other)
             found.setdefault(other, set()).add(one)

@@ -192,7 +192,7 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None and not zipfile.is_zipfile(path) and not _looks_pickled(path):
+        if found is None and not _is_archive(path) and not _looks_pickled(path):
             raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
         if trust_pickle:
             return _unpickle(path)
@@ -209,7 +209,7 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
             "its source"
         ) from None
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything
-        if not zipfile.is_zipfile(path) and not _looks_pickled(path):
+        if not _is_archive(path) and not _looks_pickled(path):
             raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
         raise ModelError(f"{path}: not readable by torch.load: {first_line(error)}") from None
 
@@ -241,9 +241,16 @@ def _short_searches() -> Iterator[None]:
         torch.serialization.re = re  # type: ignore[attr-defined]
 
 
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one of several disks
+        return True
+
+
 def _check_archive(path: Path) -> None:
     """Refuse programs (TorchScript, torch.export) and archives that unpack to much more."""
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:

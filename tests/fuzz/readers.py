@@ -43,9 +43,22 @@ _seen: list[str] | None = None
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _seen is None:
         return
+    if event == "compile" and _imports_torch():
+        return
     writes = event == "open" and "w" in str(arguments[1]) and PREFIX not in str(arguments[0])
     if writes or event in FORBIDDEN:
         _seen.append(f"{event} {arguments}"[:200])
+
+
+def _imports_torch() -> bool:
+    """Whether a module of torch's own is being imported, as it does at its first use."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and name.partition(".")[0] == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 sys.addaudithook(_audit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import struct
 import time
 
 import pytest
@@ -67,6 +68,14 @@ def test_a_plan_of_a_graph_that_left_groups_out_is_replayed_without_a_note(
     with caplog.at_level(logging.WARNING):
         prune_(model, plan)
     assert not caplog.records
+
+
+def test_a_transposed_convolution_may_read_what_an_attention_makes() -> None:
+    """Its columns are the first dimension of its weight."""
+    kinds = ("Mixer", 160), ("Attention", 1112), ("Upward", 160), ("Upward", 53)
+    parts = tuple(Block(kind, 12, choices) for kind, choices in kinds)
+    drawn = Drawn(parts, Block("convolution", 6, 631), 53)
+    assert ModelGraph(Network(drawn).double().eval(), (3, 8, 8), min_width=1).groups
 
 
 def test_what_breaks_a_large_network_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +179,13 @@ def test_a_text_in_json_is_changed_as_bytes_are() -> None:
     """Its letters are no places that could hold another value."""
     for seed in range(20):
         assert isinstance(changed(b'"abc"', random.Random(seed)), bytes)
+
+
+def test_a_part_of_an_archive_on_several_disks_is_one_line() -> None:
+    locator = b"PK\x06\x07" + struct.pack("<LQL", 1, 0, 2)
+    data = locator + b"PK\x05\x06" + bytes(18)
+    with pytest.raises(ModelError, match="a broken archive"):
+        READERS["checkpoint"](data, Folder())
 
 
 def test_a_name_of_any_length_in_a_pickle_is_refused_at_once() -> None:
