@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robust_prune.cli.budgets import check_budget, read_plan
 from robust_prune.cli.opening import (
     all_processes,
     open_model,
@@ -36,7 +37,6 @@ from robust_prune.options import (
     ThreatOptions,
     chosen,
 )
-from robust_prune.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,8 +100,8 @@ def compress(
         raise UsageError("name a model to compress, or a folder to go on with: --resume DIR")
     name = f"{_stem(model)}-pruned"
     folder = writing.resume or writing.out or Path(name)
-    replayed = None if plan is None else _read_plan(plan)
-    _check_budget(arguments["prune_ratio"], replayed)
+    replayed = None if plan is None else read_plan(plan)
+    check_budget(arguments["prune_ratio"], budget.max_drop, replayed)
     processes = _first_may_write(folder / f"{name}.safetensors", writing, running)
 
     from robust_prune.cli.progress import training_shown
@@ -172,13 +172,6 @@ def _events(
     )
 
 
-def _check_budget(prune_ratio: float | None, replayed: PruningPlan | None) -> None:
-    if prune_ratio is not None and replayed is not None:
-        raise UsageError("--plan brings its own budget; leave out --ratio, or the plan")
-    if prune_ratio is None and replayed is None:
-        raise UsageError("say how much to remove: --ratio 0.5 removes half of the multiply-adds")
-
-
 def _settings(
     budget: BudgetOptions,
     planning: PlanningOptions,
@@ -209,10 +202,17 @@ def _announce(
 
     budget = settings.budget
     tuning = f"{settings.finetune}, {settings.epochs} epochs" if settings.finetune else "none"
-    asked = ", ".join(
-        f"{100 * b.prune_ratio:g} % of the {'time' if settings.latency else b.target}"
-        for b in (budget, *settings.also_budgets)
-    )
+    if settings.max_drop is None:
+        asked = ", ".join(
+            f"{100 * b.prune_ratio:g} % of the {'time' if settings.latency else b.target}"
+            for b in (budget, *settings.also_budgets)
+        )
+    else:
+        asked = (
+            f"as much of the {'time' if settings.latency else budget.target} as costs "
+            f"{settings.max_drop:g} percentage points of robust accuracy "
+            f"({settings.max_drop_of} models)"
+        )
     output.line(
         f"remove {asked}; allocation "
         f"{settings.allocation}, score {settings.score}, MRS {settings.estimator}; threat "
@@ -278,24 +278,6 @@ def _evaluation(
         missing = "data" if splits is None else "labelled test images"
         raise UsageError(f"--eval {asked.evaluation} needs {missing}; name it with --data")
     return replace(asked, evaluation="none", n_eval=n)
-
-
-def _read_plan(path: Path) -> PruningPlan:
-    from robust_prune.errors import PlanError
-    from robust_prune.types import PruningPlan
-
-    try:
-        data = read_json(path)
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such plan or report") from None
-    except OSError as error:
-        raise PlanError(f"{path}: can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise PlanError(f"{path}: not JSON: {error}") from None
-    try:
-        return PruningPlan.from_plain(data.get("plan", data) if isinstance(data, dict) else data)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
 
 
 def _stem(model: str) -> str:

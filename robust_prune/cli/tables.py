@@ -25,6 +25,9 @@ def show_report(output: Output, record: Mapping[str, Any]) -> None:
     output.line(report.check_line(record))
     if grade := report.grade_line(record):
         output.line(grade)
+    if (found := record.get("drop_search")) is not None:
+        tried = report.drop_table(found)
+        output.table(report.drop_line(record, found), tried.head, tried.rows)
     if accuracies := report.accuracy_table(record):
         label = f"{accuracies.label}: {report.headline(record)}"
         output.table(label, accuracies.head, accuracies.rows)

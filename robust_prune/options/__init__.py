@@ -21,7 +21,12 @@ from robust_prune.options.groups import (
     TrainingOptions,
 )
 from robust_prune.options.parsing import shares
-from robust_prune.options.planning import BudgetOptions, LatencyOptions, PlanningOptions
+from robust_prune.options.planning import (
+    BudgetOptions,
+    DropOf,
+    LatencyOptions,
+    PlanningOptions,
+)
 from robust_prune.options.reference import reference
 from robust_prune.options.stating import (
     Options,
@@ -39,6 +44,7 @@ __all__ = [
     "BatchNormMode",
     "BudgetOptions",
     "DataOptions",
+    "DropOf",
     "EvaluationOptions",
     "FINE_TUNING_EPOCHS",
     "FINE_TUNING_METHOD",

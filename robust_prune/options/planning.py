@@ -13,6 +13,7 @@ from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
 from robust_prune.types import TARGETS
 
 AskedTarget = Literal["macs", "params", "channels", "latency"]
+DropOf = Literal["untuned", "tuned"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -31,6 +32,17 @@ class BudgetOptions(Options):
     )
     target: AskedTarget = option(
         "macs", "macs, params, channels, or latency: measured milliseconds on this device."
+    )
+    max_drop: float | None = option(
+        None,
+        "In place of a ratio: as much goes as costs at most so many percentage points of robust "
+        "accuracy, measured on held-out training images.",
+        within=Range(0, 100, "high", "in percentage points of robust accuracy"),
+    )
+    max_drop_of: DropOf = option(
+        "untuned",
+        "Which models --max-drop measures: untuned, or tuned, where every ratio that is tried is "
+        "fine-tuned first.",
     )
 
 

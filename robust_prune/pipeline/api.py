@@ -13,7 +13,7 @@ from robust_prune.adversaries import adversarial_set
 from robust_prune.criteria import calibration_images, measure_mrs
 from robust_prune.data import open_for, stand_ins
 from robust_prune.distributed import processes
-from robust_prune.errors import RunError
+from robust_prune.errors import RunError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.models import image_size_of
 from robust_prune.modules import check_float32, contiguous, device_of
@@ -26,6 +26,7 @@ from robust_prune.options import (
     PlanningOptions,
     RunOptions,
     SensitivityOptions,
+    stated,
     takes,
 )
 from robust_prune.pipeline.compression import run
@@ -35,6 +36,7 @@ from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, budget_of, eval_images
 from robust_prune.types import PruningPlan, Sensitivity, ThreatModel
 
+BUDGET = tuple(stated(BudgetOptions))
 REPEATED = ("protect", "only", "ratio_of", "also")  # several texts, or one; shares by name
 
 
@@ -73,11 +75,11 @@ def compress(
         resume: go on with the run in `run_dir`; on a CPU to what it would have been, bit for bit.
         input_size: (channels, height, width), where neither model nor data tell.
         seed: of everything random.
-        options: those of the budget (`prune_ratio`, `target`), of planning (`allocation`, `score`,
-            `protect`, `ratio_of={"layer3.*": 0.7}` and more), of fine-tuning (`finetune`, a
-            method's name or a function (model, images, labels, attack) -> loss, `epochs`, `lr` and
-            more; no method means none) and of the evaluation (`evaluation`, `n_eval`);
-            `robust_prune.options` says all of them.
+        options: those of the budget (`prune_ratio` or `max_drop`, `target`), of planning
+            (`allocation`, `score`, `protect`, `ratio_of={"layer3.*": 0.7}` and more), of
+            fine-tuning (`finetune`, a method's name or a function (model, images, labels, attack)
+            -> loss, `epochs`, `lr` and more; no method means none) and of the evaluation
+            (`evaluation`, `n_eval`); `robust_prune.options` says all of them.
 
     Returns:
         `model` (of the caller's class, in eval mode), `plan`, and `report` as plain data.
@@ -91,7 +93,9 @@ def compress(
         UsageError: an option is not known, or has a value that it can't have.
     """
     check_float32(model)
-    budget = BudgetOptions(**{n: options.pop(n) for n in ("prune_ratio", "target") if n in options})
+    if options.get("max_drop") is not None and "prune_ratio" in options:
+        raise UsageError("prune_ratio and max_drop: one of them says how much goes; leave one out")
+    budget = BudgetOptions(**{n: options.pop(n) for n in BUDGET if n in options})
     options |= {name: _entries(options[name]) for name in REPEATED if name in options}
     if options.get("finetune") is not None:
         options.setdefault("epochs", FINE_TUNING_EPOCHS)

@@ -12,6 +12,7 @@ from robust_prune.allocation import allocate_evenly
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
 from robust_prune.modules import copied, own_, seeded, telling_of_memory
+from robust_prune.pipeline.drop_search import plan_within_drop
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
 from robust_prune.pipeline.keeping import forget, is_kept, keep_weights, load_weights_, once
@@ -97,7 +98,8 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     def plan_anew() -> Planned:
         forget(job, pruning)  # what another plan has cut
         measured = measure(job, observed(), settings)
-        return Planned(plan(job, observed(), measured, settings), measured.sensitivity)
+        making = plan if settings.max_drop is None else plan_within_drop
+        return Planned(making(job, observed(), measured, settings), measured.sensitivity)
 
     def cut_anew_() -> None:
         cut_(job, observed(), planned.plan, settings, where)

@@ -56,6 +56,8 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
         for name in settings.__dataclass_fields__
         if name not in ("plan", "finetune", "measured")
     }
+    if settings.max_drop is not None:
+        plain["budget"] = {"target": settings.budget.target}  # the plan says the ratio
     method = settings.finetune
     plain["finetune"] = method if isinstance(method, (str, type(None))) else qualified(method)
     return plain

@@ -11,7 +11,7 @@ from torch import nn
 from robust_prune import evaluation
 from robust_prune.data import DataSplits
 from robust_prune.distributed import Processes
-from robust_prune.errors import DataError
+from robust_prune.errors import DataError, UsageError
 from robust_prune.evaluation import TestImages
 from robust_prune.finetune import (
     History,
@@ -116,7 +116,8 @@ class State:
         whole = self.plans[0]
         for later in self.plans[1:]:
             whole = whole.then(later)
-        return whole if job.settings.latency else replace(whole, budget=job.settings.budget)
+        searched = job.settings.latency or job.settings.max_drop is not None
+        return whole if searched else replace(whole, budget=job.settings.budget)
 
     def left(self, job: Job) -> float:
         """Return the share of the dense model's target that is there now."""
@@ -172,6 +173,8 @@ def _check_without_data(job: Job, model: nn.Module) -> None:
     )
     if settings.finetune is not None or settings.evaluation != "none":
         raise DataError("fine-tuning and evaluation need data; name it with --data")
+    if settings.max_drop is not None:
+        raise DataError("--max-drop measures on held-out images; name the data with --data")
 
 
 def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
@@ -184,6 +187,8 @@ def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
         )
     if not splits.labelled:
         _check_unlabelled(job, splits)
+    if settings.max_drop is not None:
+        _check_search(job, splits)
     if settings.evaluation != "none" and splits.test is None:
         raise DataError("there is no test split to evaluate on; give test images as test=")
     if settings.finetune is not None:
@@ -191,6 +196,19 @@ def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
         optimizer_of(model, config)
         layout_of(model, config)
         batches_of(len(splits.train), config.batch_size, job.processes.size)
+
+
+def _check_search(job: Job, splits: DataSplits) -> None:
+    """Raise where no accuracy can be measured to search by."""
+    if not splits.labelled:
+        raise DataError("--max-drop needs labels to measure accuracy; name labelled --data")
+    if splits.validation is None:
+        raise DataError(
+            f"{len(splits.train)} images are too few to keep some back for --max-drop; it needs "
+            "20 or more"
+        )
+    if job.settings.max_drop_of == "tuned" and job.processes.size > 1:
+        raise UsageError("--max-drop-of tuned: in one process only; leave it out, or start one")
 
 
 def _check_unlabelled(job: Job, splits: DataSplits) -> None:

@@ -73,6 +73,39 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """What a ratio cost: robust accuracy lost on `images`, and its interval, all in shares.
+
+    `removed` is the share of the budget's target that went.
+    """
+
+    prune_ratio: float
+    removed: float
+    images: int
+    dense: float
+    pruned: float
+    drop: float
+    interval: tuple[float, float]
+    within: bool
+
+
+@dataclass(frozen=True)
+class DropSearch:
+    """The search for the largest ratio within `max_drop` percentage points of robust accuracy.
+
+    `models` says whether those measured were fine-tuned; `chosen` is the ratio that was taken.
+    """
+
+    max_drop: float
+    models: str
+    attack: str
+    seed: int
+    split: str
+    chosen: float
+    tried: tuple[Tried, ...]
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What the stations of one pruning step tell; None where one has told nothing.
 
@@ -83,6 +116,7 @@ class Pruned:
     calibration: Mapping[str, Any] | None = None
     curves: tuple[Curve, ...] | None = None
     search: Search | None = None
+    drop_search: DropSearch | None = None
     latency: Timed | None = None
     self_check: SelfCheck | None = None
     reconstruction: Fitted | None = None
@@ -99,11 +133,13 @@ class Pruned:
         curves, search = data.get("curves"), data.get("search")
         check, fitted = data.get("self_check"), data.get("reconstruction")
         batchnorm, latency = data.get("batchnorm"), data.get("latency")
+        drops = data.get("drop_search")
         return cls(
             reachable=data.get("reachable"),
             calibration=data.get("calibration"),
             curves=None if curves is None else tuple(map(_curve, curves)),
             search=None if search is None else _search(search),
+            drop_search=None if drops is None else _drop_search(drops),
             latency=None if latency is None else Timed(**latency),
             self_check=None if check is None else SelfCheck(**check),
             reconstruction=None if fitted is None else _fitted(fitted),
@@ -171,6 +207,16 @@ def _search(data: Mapping[str, Any]) -> Search:
         Candidate(c["loss"], c["params"], tuple(c["widths"])) for c in data["candidates"]
     )
     return Search(data["attack"], data["images"], data["chosen"], candidates)
+
+
+def _drop_search(data: Mapping[str, Any]) -> DropSearch:
+    return DropSearch(**{**data, "tried": tuple(map(tried, data["tried"]))})
+
+
+def tried(data: Mapping[str, Any]) -> Tried:
+    """Build what a ratio cost from parsed JSON."""
+    low, high = data["interval"]
+    return Tried(**{**data, "interval": (low, high)})
 
 
 def _fitted(data: Mapping[str, Any]) -> Fitted:

@@ -20,6 +20,7 @@ from robust_prune.finetune import (
 )
 from robust_prune.options import (
     BudgetOptions,
+    DropOf,
     EvaluationOptions,
     FineTuningOptions,
     Judge,
@@ -35,6 +36,7 @@ from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, Tar
 
 CALIBRATION_IMAGES = 512
 EVAL_IMAGES = {"cpu": 200, "cuda": 1000}
+LEAST_RATIO = 0.01  # that a search over ratios begins at
 PARTS = ("ratio_of", "also", "measured")  # options of plans that are made in one step
 LINF_8 = ThreatModel.linf("8/255")
 
@@ -45,11 +47,14 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
 
     `prune_steps` prunes and fine-tunes so often, with sensitivity measured anew each time; `epochs`
     are those of all steps together. No method means no fine-tuning, no evaluation means none. With
-    `latency` the budget's ratio is of milliseconds, not of its target.
+    `latency` the budget's ratio is of milliseconds, not of its target. With `max_drop` it is what
+    a search over ratios begins at, and the plan says which was found.
     """
 
     budget: Budget = field(default_factory=lambda: Budget("macs", 0.5))
     latency: bool = False
+    max_drop: float | None = other_default(BudgetOptions, "max_drop", None)
+    max_drop_of: DropOf = other_default(BudgetOptions, "max_drop_of", BudgetOptions.max_drop_of)
     threat: ThreatModel = LINF_8
     epochs: int = other_default(FineTuningOptions, "epochs", 0)
     evaluation: Judge = other_default(EvaluationOptions, "evaluation", "none")
@@ -90,6 +95,10 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
             raise UsageError(f"{given[0]}: not with {self.prune_steps} pruning steps")
         if self.latency and (self.also or self.prune_steps > 1 or self.plan is not None):
             raise UsageError("--target latency: not with --also, --steps or --plan")
+        if self.max_drop is not None and (self.also or self.prune_steps > 1 or self.plan):
+            raise UsageError("--max-drop: not with --also, --steps or --plan")
+        if self.max_drop_of == "tuned" and (self.max_drop is None or self.finetune is None):
+            raise UsageError("--max-drop-of tuned: needs --max-drop, and fine-tuning")
         if any(budget.target == self.budget.target for budget in self.also_budgets):
             raise UsageError(f"--also {self.budget.target}: that is what --ratio is about")
 
@@ -122,9 +131,12 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
 def budget_of(options: BudgetOptions) -> dict[str, Any]:
     """Return what settings say of a budget that was asked for."""
     target: Target = "macs" if options.target == "latency" else options.target
+    ratio = options.prune_ratio if options.max_drop is None else LEAST_RATIO
     return {
-        "budget": Budget(target, options.prune_ratio),
+        "budget": Budget(target, ratio),
         "latency": options.target == "latency",
+        "max_drop": options.max_drop,
+        "max_drop_of": options.max_drop_of,
     }
 
 

@@ -4,8 +4,14 @@ from robust_prune.report.card import is_pruned, model_info, to_card
 from robust_prune.report.checking import check_record
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
-from robust_prune.report.rows import accuracy_rows, accuracy_table, cost_rows, percent
-from robust_prune.report.sentences import check_line, flags, grade_line, headline
+from robust_prune.report.rows import (
+    accuracy_rows,
+    accuracy_table,
+    cost_rows,
+    drop_table,
+    percent,
+)
+from robust_prune.report.sentences import check_line, drop_line, flags, grade_line, headline
 
 __all__ = [
     "SCHEMA",
@@ -14,6 +20,8 @@ __all__ = [
     "check_line",
     "check_record",
     "cost_rows",
+    "drop_line",
+    "drop_table",
     "flags",
     "grade_line",
     "headline",

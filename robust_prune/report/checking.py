@@ -71,6 +71,27 @@ class _Timed(msgspec.Struct):
     pruned_ms: Annotated[float, msgspec.Meta(gt=0)]
 
 
+Points = Annotated[float, msgspec.Meta(ge=-1, le=1)]
+
+
+class _Tried(msgspec.Struct):
+    prune_ratio: Share
+    images: Count
+    drop: Points
+    interval: tuple[Points, Points]
+    within: bool
+
+
+class _DropSearch(msgspec.Struct):
+    max_drop: float
+    models: Line
+    attack: Line
+    seed: int
+    split: Line
+    chosen: Share
+    tried: list[_Tried]
+
+
 class _Grade(msgspec.Struct):
     grade: Line
     labels: Line
@@ -95,6 +116,7 @@ class _Shown(msgspec.Struct):
     self_check: _Check | None = None
     calibration: _Grade | None = None
     latency: _Timed | None = None
+    drop_search: _DropSearch | None = None
     evaluation: _Evaluations | None = None
 
 
@@ -106,6 +128,9 @@ def check_record(record: Mapping[str, Any]) -> None:
             that the record gives figures of; the message is one line.
     """
     found = msgspec.convert(dict(record), _Shown)
+    drops = found.drop_search
+    if drops is not None and drops.chosen not in [one.prune_ratio for one in drops.tried]:
+        raise ValueError("the ratio that was taken was not tried - at `$.drop_search`")
     check = found.self_check
     if check is not None and check.done and None in (check.error, check.images, check.dtype):
         raise ValueError("done, without a result - at `$.self_check`")

@@ -78,7 +78,7 @@ def _outcome(record: Mapping[str, Any]) -> dict[str, Any]:
 def _inside(record: Mapping[str, Any]) -> dict[str, Any]:
     """What was done to the network, and what was measured to decide it."""
     plan, sensitivity, search = record["plan"], record["sensitivity"], record.get("search")
-    curves = record.get("curves")
+    curves, drops = record.get("curves"), record.get("drop_search")
     return {
         "check_line": sentences.check_line(record),
         "grade_line": sentences.grade_line(record),
@@ -92,6 +92,9 @@ def _inside(record: Mapping[str, Any]) -> dict[str, Any]:
         "curves_svg": Markup(plots.curves_svg(curves)) if curves else None,
         "search_line": sentences.search_line(search) if search else None,
         "search": rows.search_table(search) if search else None,
+        "drop_line": sentences.drop_line(record, drops) if drops else None,
+        "drops": rows.drop_table(drops) if drops else None,
+        "drops_svg": Markup(plots.drops_svg(drops)) if drops else None,
         "most_rows_open": MOST_ROWS_OPEN,
     }
 

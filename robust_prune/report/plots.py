@@ -64,6 +64,11 @@ def curves_svg(curves: Sequence[Mapping[str, Any]]) -> str:
     return _svg("Structural sensitivity", lambda axes: _curves(axes, curves), 4.2)
 
 
+def drops_svg(found: Mapping[str, Any]) -> str:
+    """Draw what every ratio of a search cost, with its interval, and the limit."""
+    return _svg("Robust accuracy lost at every ratio", lambda axes: _drops(axes, found), 2.8)
+
+
 def save_mrs_plot(sensitivity: Mapping[str, Any], path: Path) -> None:
     """Draw MRS by layer into a PNG, SVG or PDF file, by its suffix."""
     rows = mrs_rows(readable(sensitivity))
@@ -150,6 +155,31 @@ def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
     # matplotlib leaves out labels that begin with an underscore, but not texts that are set later
     for text, curve in zip(legend.get_texts(), ranked, strict=False):
         text.set(text=shortened(curve["group"], LONGEST_NAME), parse_math=False)
+
+
+def _drops(axes: Any, found: Mapping[str, Any]) -> None:
+    tried = found["tried"]
+    ratios = [100 * one["prune_ratio"] for one in tried]
+    drops = [100 * one["drop"] for one in tried]
+    ends = [[100 * end for end in one["interval"]] for one in tried]
+    axes.axhline(found["max_drop"], color=colour("mrs"), lw=1.2, ls="--", label="limit")
+    axes.errorbar(
+        ratios,
+        drops,
+        yerr=[
+            [drop - low for drop, (low, _) in zip(drops, ends, strict=True)],
+            [high - drop for drop, (_, high) in zip(drops, ends, strict=True)],
+        ],
+        fmt="o",
+        color=colour("pruned"),
+        ecolor=colour("pruned"),
+        elinewidth=1,
+        capsize=3,
+        label="measured, with its 95 % interval",
+    )
+    axes.set_xlabel("removed, as asked for (%)")
+    axes.set_ylabel("points lost")
+    _legend_above(axes, 2)
 
 
 def _few_ticks(axis: Any, span: float) -> None:

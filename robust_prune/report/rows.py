@@ -186,6 +186,25 @@ def search_table(search: Mapping[str, Any]) -> Table:
     return Table("Candidates of the allocation", head, rows, search["chosen"])
 
 
+def drop_table(found: Mapping[str, Any]) -> Table:
+    """Return what every ratio of a search cost; the one that was taken is marked."""
+    rows = []
+    for one in found["tried"]:
+        low, high = one["interval"]
+        taken = " (taken)" if one["prune_ratio"] == found["chosen"] else ""
+        rows.append(
+            (
+                f"{one['prune_ratio']:g}{taken}",
+                f"{100 * one['drop']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+                f"{one['images']:,}",
+                "within" if one["within"] else "beyond",
+            )
+        )
+    marked = [one["prune_ratio"] for one in found["tried"]].index(found["chosen"])
+    head = ("ratio", "points lost", "images", "")
+    return Table("Ratios that were tried", head, tuple(rows), marked)
+
+
 def step_table(record: Mapping[str, Any]) -> Table:
     """One row for each pruning step: what was left, and the epoch that was gone on with."""
     dense = record["cost"]["dense"]["macs"]

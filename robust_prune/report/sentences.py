@@ -162,6 +162,16 @@ def search_line(search: Mapping[str, Any]) -> str:
     )
 
 
+def drop_line(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return how the ratio was found, and on what."""
+    return (
+        f"the largest ratio tried at which {found['models']} models lose at most "
+        f"{found['max_drop']:g} percentage points of robust accuracy ({found['attack']}, seed "
+        f"{found['seed']}) against the dense model on the same {found['split']} images of "
+        f"{record['data_name']}; 95 % intervals of the paired difference"
+    )
+
+
 def mrs_line(s: Mapping[str, Any]) -> str:
     """Return how MRS was measured."""
     structural = s["method"] == "structural"

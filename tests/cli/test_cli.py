@@ -280,6 +280,18 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         "stem",
     ),
     "no ratio": (["compress", "good.safetensors"], 2, "--ratio 0.5"),
+    "ratio and drop": ([*GOOD, "--max-drop", "1"], 2, "leave one out"),
+    "drop without data": (["compress", "good.safetensors", "--max-drop", "1"], 4, "--data"),
+    "plan and drop": (
+        ["compress", "good.safetensors", "--max-drop", "1", "--plan", "none.json"],
+        5,
+        "no such plan",
+    ),
+    "drop of tuned models without tuning": (
+        ["compress", "good.safetensors", "--max-drop", "1", "--max-drop-of", "tuned"],
+        2,
+        "needs --max-drop, and fine-tuning",
+    ),
     "ratio in percent": ([*GOOD[:3], "50"], 2, "between 0 and 1"),
     "ratio is no number": ([*GOOD[:3], "half"], 2, "'--ratio'"),
     "ratio out of reach": ([*GOOD[:3], "0.9999"], 5, "at most"),

@@ -102,6 +102,15 @@ def record(name: str = "layer1.conv") -> dict[str, Any]:
             "attack": "PGD-5", "images": 256, "chosen": 1,
             "candidates": [{"loss": 1.9, "params": 95_000}, {"loss": 1.8, "params": 90_000}],
         },
+        "drop_search": {
+            "max_drop": 1.0, "models": name, "attack": name, "seed": 3, "split": "validation",
+            "chosen": 0.4, "tried": [
+                {"prune_ratio": 0.4, "removed": 0.4, "images": 200, "dense": 0.5, "pruned": 0.5,
+                 "drop": 0.004, "interval": [-0.01, 0.02], "within": True},
+                {"prune_ratio": 0.6, "removed": 0.6, "images": 400, "dense": 0.5, "pruned": 0.4,
+                 "drop": 0.1, "interval": [0.05, 0.14], "within": False},
+            ],
+        },
         "finetune": _history(),
         "steps": [{"plan": {"pruned": cost["dense"]}, "finetune": _history()}],
         "evaluation": {
@@ -186,7 +195,7 @@ def test_everything_of_the_record_is_on_the_page() -> None:
         "-50.0 %", "78.0 %", "[31.0, 49.0]", "0.267", "a note", "dense, AutoAttack: flag of",
         "stays whole: its channels", "2e-12", "0.500 -> 0.100", "rho 0.1, 512 images", "2 (taken)",
         "1 (kept)", "FGSM", "PGD-10 on 130 images", "4,000,000 (100.0 %)", "Time: 63 s", "torch",
-        "abcdef123456", "--plan report.json", "own.layer1.conv", "evaluated",
+        "abcdef123456", "--plan report.json", "own.layer1.conv", "evaluated", "0.4 (taken)",
     ):  # fmt: skip
         assert part in words, part
 
@@ -243,7 +252,7 @@ def test_a_record_without_data_has_a_page() -> None:
     found = record()
     _nothing_measured(found)
     found |= {"finetune": None, "steps": []}
-    for part in ("curves", "search", "reconstruction", "self_check"):
+    for part in ("curves", "search", "drop_search", "reconstruction", "self_check"):
         del found[part]
     text = report.to_html(found)
     assert text.count("<svg") == 2
