@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from robust_prune.models import load, save
     from robust_prune.pipeline import CompressResult, compress, sensitivity
     from robust_prune.types import Budget, PruningPlan, ThreatModel
+    from robust_prune.quantising import export_int8
 
 # imported on first use, so that `robust-prune --help` does not wait for torch
 _HOMES = {
     "adapter": "graph",
     "export": "exporting",
     "Budget": "types",
+    "export_int8": "quantising",
     "CompressResult": "pipeline",
     "DependencyGraph": "graph",
     "MRSImportance": "importance",
@@ -44,6 +46,7 @@ __all__ = [
     "export",
     "Budget",
     "CompressResult",
+    "export_int8",
     "DependencyGraph",
     "MRSImportance",
     "PruningPlan",

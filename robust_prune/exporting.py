@@ -70,7 +70,7 @@ def export(
         raise ModelError(f"{path.parent}: can't write there: {fault.strerror}") from None
     with drafts as folder:
         draft = Path(folder) / path.name
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             try:
                 run = (
                     _onnx(exact, images[1], draft)
@@ -94,13 +94,42 @@ def export(
     return Exported(path, to, error, BATCHES if run is not None else ())
 
 
-def _onnx(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor] | None:
-    missing = [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]
+def require(*packages: str) -> None:
+    """Raise a UsageError that says what to install where a package is missing."""
+    missing = [n for n in packages if importlib.util.find_spec(n) is None]
     if missing:
         raise UsageError(
             f"ONNX needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: pip "
             "install 'robust-prune[export]'"
         )
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file of ours as a module on images [N, C, H, W], by ONNX Runtime on a CPU.
+
+    Its logits have no gradient.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        super().__init__()
+        require("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [N, K]."""
+        found = self.session.run(None, {"images": images.detach().cpu().numpy()})[0]
+        return torch.from_numpy(found)
+
+
+def _onnx(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor] | None:
+    require("onnx", "onnxscript")
     torch.onnx.export(
         model,
         (images,),
@@ -115,12 +144,7 @@ def _onnx(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Te
     )
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    return OnnxModel(path)
 
 
 def _pt2(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -133,7 +157,7 @@ def _pt2(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Ten
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' progress reports off the terminal; their errors still rise."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

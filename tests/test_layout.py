@@ -41,6 +41,7 @@ ORDER = (
     "report",
     "exporting",
     "hub",
+    "quantising",
     "pipeline",
     "cli",
     "__main__",

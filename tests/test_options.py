@@ -25,6 +25,7 @@ from robust_prune.options import (
     OutputOptions,
     PlanningOptions,
     RunOptions,
+    QuantisingOptions,
     SensitivityOptions,
     ThreatOptions,
     TrainingOptions,
@@ -45,6 +46,7 @@ GROUPS = (
     PlanningOptions,
     RunOptions,
     SensitivityOptions,
+    QuantisingOptions,
     ThreatOptions,
     TrainingOptions,
 )

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ def autoattack(
     seed: int,
     batch_size: int = 250,
     stand_in: bool = True,
+    attacks: Sequence[str] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> AutoAttackResult:
     """Run AutoAttack's standard version: APGD-CE, targeted APGD, targeted FAB, Square.
@@ -68,6 +69,7 @@ def autoattack(
         stand_in: attack a quicker copy where one is proven (see `quick`): its logits differ from
             the model's by rounding, which can turn a verdict only where two classes tie. Without,
             images are pyautoattack's own, bit for bit.
+        attacks: run these alone, by AutoAttack's names; `square` needs no gradient.
         on_progress: called with a line for each batch an attack finished.
 
     With K classes at most K - 1 targets exist; below 4 classes the targeted DLR loss is not
@@ -111,6 +113,8 @@ def _run(
             attacked, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
         )
         flags = _fit_to_classes(attack, classes)
+        if attacks is not None:
+            attack.attacks_to_run, flags = list(attacks), []
         watcher = _Watcher(on_progress)
         attack.logger = watcher.logger
         attack.apgd.logger = attack.apgd_targeted.logger = watcher.logger

@@ -73,6 +73,7 @@ def survivors(
     steps: int,
     step_size: float,
     start: Tensor,
+    judge: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return [N] booleans: right on the clean image and on every iterate of PGD; and of these,
     attacked without ever having a gradient.
@@ -88,8 +89,10 @@ def survivors(
         steps: gradient steps after the start.
         step_size: length of a step in the threat's norm.
         start: `random_start` of the images.
+        judge: whose verdicts count, where that is another model than the one that gives gradients.
     """
-    right: Tensor = model(images).argmax(1) == labels
+    verdicts = judge or model
+    right: Tensor = verdicts(images).argmax(1) == labels
     left = right.nonzero().squeeze(1)
     delta, blind = project(start, images, threat)[left], right.clone()
     for _ in range(steps):
@@ -102,11 +105,13 @@ def survivors(
         gradient = gradient_of(loss, delta)
         blind[left] &= ~(gradient.flatten(1).abs().amax(1) > 0)  # NaN is no gradient either
         moved = delta.detach() + step_size * steepest(gradient, threat)
-        holds = logits.detach().argmax(1) == labels[left]
+        with torch.no_grad():
+            told = logits if judge is None else judge(images[left] + delta)
+        holds = told.detach().argmax(1) == labels[left]
         right[left[~holds]] = False
         delta, left = project(moved, images[left], threat)[holds], left[holds]
     if len(left):
-        right[left] = model(images[left] + delta).argmax(1) == labels[left]
+        right[left] = verdicts(images[left] + delta).argmax(1) == labels[left]
     return right, blind & right
 
 
@@ -162,8 +167,12 @@ def pgd_verdicts(
     seed: int,
     step_size: float | None = None,
     batch_size: int = 256,
+    judge: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return [N] booleans twice: right to the end of PGD, and of these, without any gradient."""
+    """Return [N] booleans twice: right to the end of PGD, and of these, without any gradient.
+
+    `judge` as `survivors` has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
 
@@ -177,6 +186,7 @@ def pgd_verdicts(
                 steps=steps,
                 step_size=step_size or threat.eps / 4,
                 start=start,
+                judge=judge,
             )
             for clean, target, start in zip(*(torch.split(t, size) for t in batch), strict=True)
         ]

@@ -35,6 +35,17 @@ def threat_model(options: ThreatOptions, record: Mapping[str, Any] | None = None
     return ThreatModel(norm, parse_eps(eps))
 
 
+def file_to_write(path: Path, force: bool) -> Path:
+    """Return the path of --out, where a file may be written there."""
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; name another file with --out, or --force overwrites it")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out {path}: there is no folder {path.parent}")
+    return path
+
+
 def writes() -> bool:
     """Whether this process is the one that writes, by what its launcher told it."""
     return os.environ.get("RANK", "0") == "0"

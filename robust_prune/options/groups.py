@@ -226,6 +226,23 @@ class JudgingOptions(EvaluationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisingOptions(Options):
+    """How a model is quantised, and then measured."""
+
+    panel = "With --int8"
+
+    int8: bool = option(
+        False,
+        "Static INT8 quantisation (ONNX alone), calibrated on training images and measured again.",
+    )
+    int8_images: int = option(512, "Training images to calibrate on.", within=Range(low=1))
+    evaluation: Judge = option(
+        "pgd", "How it is measured, beside the model it comes from.", flag="--eval"
+    )
+    n_eval: int = option(200, "Test images.", within=Range(low=1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(Options):
     """How MRS is measured by itself."""
 
