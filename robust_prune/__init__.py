@@ -8,6 +8,7 @@ from robust_prune._version import __version__
 from robust_prune.errors import RobustPruneError
 
 if TYPE_CHECKING:
+    from robust_prune.comparing import compare
     from robust_prune.evaluation import evaluate
     from robust_prune.exporting import export
     from robust_prune.graph import DependencyGraph, adapter, dependency_graph, prune_
@@ -15,20 +16,21 @@ if TYPE_CHECKING:
     from robust_prune.importance import MRSImportance
     from robust_prune.models import load, save
     from robust_prune.pipeline import CompressResult, compress, sensitivity
-    from robust_prune.types import Budget, PruningPlan, ThreatModel
     from robust_prune.quantising import export_int8
+    from robust_prune.types import Budget, PruningPlan, ThreatModel
 
 # imported on first use, so that `robust-prune --help` does not wait for torch
 _HOMES = {
     "adapter": "graph",
     "export": "exporting",
-    "Budget": "types",
     "export_int8": "quantising",
+    "Budget": "types",
     "CompressResult": "pipeline",
     "DependencyGraph": "graph",
     "MRSImportance": "importance",
     "PruningPlan": "types",
     "ThreatModel": "types",
+    "compare": "comparing",
     "compress": "pipeline",
     "dependency_graph": "graph",
     "evaluate": "evaluation",
@@ -44,15 +46,16 @@ _HOMES = {
 __all__ = [
     "adapter",
     "export",
+    "export_int8",
     "Budget",
     "CompressResult",
-    "export_int8",
     "DependencyGraph",
     "MRSImportance",
     "PruningPlan",
     "RobustPruneError",
     "ThreatModel",
     "__version__",
+    "compare",
     "compress",
     "dependency_graph",
     "evaluate",

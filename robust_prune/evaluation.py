@@ -102,7 +102,7 @@ def evaluate(
     threat = threat or ThreatModel.linf("8/255")
     check_float32(model)
     model = contiguous(model)
-    test = _test_images(model, data_, n, seed)
+    test = test_images(model, data_, n, seed)
     check_outputs(model, test.images, test.labels, test.classes or None)
     report = on_progress or (lambda line: None)
     share = _share(test, processes)
@@ -223,7 +223,8 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
     return passes * both * len(images)
 
 
-def _test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
+def test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
+    """Return the images that `evaluate` measures on when it is given `data_`."""
     if isinstance(data_, TestImages):
         return data_
     if isinstance(data_, (str, os.PathLike, DataSplits)):

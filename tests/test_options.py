@@ -17,6 +17,7 @@ from robust_prune import compress
 from robust_prune.errors import UsageError
 from robust_prune.options import (
     BudgetOptions,
+    ComparingOptions,
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
@@ -24,8 +25,8 @@ from robust_prune.options import (
     NewTrainingOptions,
     OutputOptions,
     PlanningOptions,
-    RunOptions,
     QuantisingOptions,
+    RunOptions,
     SensitivityOptions,
     ThreatOptions,
     TrainingOptions,
@@ -37,6 +38,7 @@ from robust_prune.options import (
 
 GROUPS = (
     BudgetOptions,
+    ComparingOptions,
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
@@ -44,9 +46,9 @@ GROUPS = (
     NewTrainingOptions,
     OutputOptions,
     PlanningOptions,
+    QuantisingOptions,
     RunOptions,
     SensitivityOptions,
-    QuantisingOptions,
     ThreatOptions,
     TrainingOptions,
 )

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from robust_prune.cli import compress, evaluate, export, info, opening, sensitivity, train
+from robust_prune.cli import compare, compress, evaluate, export, info, opening, sensitivity, train
 from robust_prune.cli.output import Output
 from robust_prune.errors import (
     Interrupted,
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("info")(info.info)
 app.command("export")(export.export)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from robust_prune.options.parsing import Size, builder_kwargs, image_size, numbers
+from robust_prune.options.parsing import Size, batch_sizes, builder_kwargs, image_size, numbers
 from robust_prune.options.planning import PlanningOptions
 from robust_prune.options.stating import Options, Range, option, other_default
 from robust_prune.registry import METHODS
@@ -240,6 +240,22 @@ class QuantisingOptions(Options):
         "pgd", "How it is measured, beside the model it comes from.", flag="--eval"
     )
     n_eval: int = option(200, "Test images.", within=Range(low=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparingOptions(Options):
+    """How several models are measured side by side."""
+
+    panel = "Comparison"
+
+    evaluation: Judge = option("pgd", "Strongest attack on all models.", flag="--eval")
+    n_eval: int = option(200, "Test images, the same for all.", within=Range(low=1))
+    batches: tuple[int, ...] | None = option(
+        None,
+        "Sizes of batches to time; default 1,16,64, and 0 for no timing.",
+        parse=batch_sizes,
+        metavar="NUMBERS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

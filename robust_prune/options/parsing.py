@@ -20,6 +20,16 @@ def numbers(text: str) -> tuple[float, ...]:
         raise UsageError(f"{text!r}: give numbers separated by commas, as 0.49,0.48,0.45") from None
 
 
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Read `1,16,64`, or 0 for none."""
+    parts = [part.strip() for part in text.split(",")]
+    if parts == ["0"]:
+        return ()
+    if any(not part.isdigit() or int(part) < 1 for part in parts):
+        raise UsageError(f"batches {text!r}: give numbers from 1 on, as 1,16,64, or 0 for none")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def image_size(text: str) -> Size:
     """Read `3,32,32`."""
     parts = text.replace("x", ",").split(",")

@@ -2,6 +2,12 @@
 
 from robust_prune.report.card import is_pruned, model_info, to_card
 from robust_prune.report.checking import check_record
+from robust_prune.report.comparison import (
+    accuracy_by_model,
+    comparison_line,
+    cost_by_model,
+    to_comparison_html,
+)
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
 from robust_prune.report.rows import (
@@ -15,6 +21,10 @@ from robust_prune.report.sentences import check_line, drop_line, flags, grade_li
 
 __all__ = [
     "SCHEMA",
+    "accuracy_by_model",
+    "comparison_line",
+    "cost_by_model",
+    "to_comparison_html",
     "accuracy_rows",
     "accuracy_table",
     "check_line",

@@ -30,7 +30,7 @@ def to_html(record: Mapping[str, Any]) -> str:
     """
     found = readable(record)
     return (
-        _templates()
+        templates()
         .get_template("report.html")
         .render(
             palette=plots.PALETTE,
@@ -45,7 +45,8 @@ def to_html(record: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """Return the templates, with what they call."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("robust_prune.report"),
         autoescape=True,

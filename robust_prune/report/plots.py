@@ -45,35 +45,35 @@ def colour(name: str) -> str:
 
 def accuracy_svg(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draw the accuracy of every model under every attack, with its interval."""
-    return _svg("Accuracy under every attack", lambda axes: _accuracy(axes, rows), 2.6)
+    return svg("Accuracy under every attack", lambda axes: _accuracy(axes, rows), 2.6)
 
 
 def channels_svg(groups: Sequence[Mapping[str, Any]]) -> str:
     """Draw how many channels every group had and keeps."""
-    return _svg("Channels of every group", lambda axes: _channels(axes, groups), _tall(len(groups)))
+    return svg("Channels of every group", lambda axes: _channels(axes, groups), tall(len(groups)))
 
 
 def mrs_svg(sensitivity: Mapping[str, Any]) -> str:
     """Draw MRS by layer."""
     rows = mrs_rows(sensitivity)
-    return _svg("MRS of every layer", lambda axes: _mrs(axes, rows), _tall(len(rows)))
+    return svg("MRS of every layer", lambda axes: _mrs(axes, rows), tall(len(rows)))
 
 
 def curves_svg(curves: Sequence[Mapping[str, Any]]) -> str:
     """Draw every group's loss over the share of its channels that goes."""
-    return _svg("Structural sensitivity", lambda axes: _curves(axes, curves), 4.2)
+    return svg("Structural sensitivity", lambda axes: _curves(axes, curves), 4.2)
 
 
 def drops_svg(found: Mapping[str, Any]) -> str:
     """Draw what every ratio of a search cost, with its interval, and the limit."""
-    return _svg("Robust accuracy lost at every ratio", lambda axes: _drops(axes, found), 2.8)
+    return svg("Robust accuracy lost at every ratio", lambda axes: _drops(axes, found), 2.8)
 
 
 def save_mrs_plot(sensitivity: Mapping[str, Any], path: Path) -> None:
     """Draw MRS by layer into a PNG, SVG or PDF file, by its suffix."""
     rows = mrs_rows(readable(sensitivity))
     with _style():
-        figure, axes = _figure(_tall(len(rows)))
+        figure, axes = _figure(tall(len(rows)))
         _mrs(axes, rows)
         with atomic(path) as temporary:
             figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
@@ -114,7 +114,7 @@ def _channels(axes: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     axes.barh(rows, kept, color=colour("pruned"), height=0.72, label="pruned")
     axes.set_xlabel("channels")
     _legend_above(axes, 2)
-    _name_rows(axes, [g["name"] for g in groups])
+    name_rows(axes, [g["name"] for g in groups])
 
 
 def _mrs(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -132,7 +132,7 @@ def _mrs(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(least, 1.2 * top)
     _few_ticks(axes.xaxis, top / least)
     axes.set_xlabel("MRS: rise of the adversarial loss (nats)")
-    _name_rows(axes, [row["name"] for row in rows])
+    name_rows(axes, [row["name"] for row in rows])
 
 
 def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
@@ -195,7 +195,8 @@ def _legend_above(axes: Any, columns: int) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
 
 
-def _name_rows(axes: Any, names: Sequence[str]) -> None:
+def name_rows(axes: Any, names: Sequence[str]) -> None:
+    """Name the rows of a picture, from the top."""
     # a dollar sign in a name is no formula
     labels = [shortened(name, LONGEST_NAME) for name in names]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
@@ -203,7 +204,8 @@ def _name_rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _tall(rows: int) -> float:
+def tall(rows: int) -> float:
+    """Return the height of a picture of so many rows, in inches."""
     return 1.0 + 0.2 * max(rows, 3)
 
 
@@ -229,8 +231,15 @@ def _style(**more: str) -> Iterator[None]:
         yield
 
 
-def _svg(label: str, draw: Callable[[Any], None], height: float) -> str:
+def svg(
+    label: str,
+    draw: Callable[[Any], None],
+    height: float,
+    more: Mapping[str, tuple[str, str]] | None = None,
+) -> str:
     """Return an SVG element whose words are text and whose colours are the page's.
+
+    `more` are colours beside the palette's.
 
     Its words are escaped by matplotlib's XML writer. Ids of groups are taken out: they would be
     the same in every picture of the page.
@@ -245,9 +254,10 @@ def _svg(label: str, draw: Callable[[Any], None], height: float) -> str:
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     text = re.sub(r'<g id="[\w.]+">', "<g>", text[text.index("<svg") :])
-    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", _in_page_colour, text)
+    names = {light: f"var(--{name})" for name, (light, _) in (more or {}).items()} | _VARIABLE
+    text = re.sub(
+        r"(fill|stroke): (#[0-9a-f]{6})\b",
+        lambda found: f"{found[1]}: {names.get(found[2], found[2])}",
+        text,
+    )
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-
-
-def _in_page_colour(found: re.Match[str]) -> str:
-    return f"{found[1]}: {_VARIABLE.get(found[2], found[2])}"
