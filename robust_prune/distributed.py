@@ -6,10 +6,14 @@ backend; one process needs nothing of it. The training loop stays plain PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from robust_prune import errors
 from robust_prune.errors import UsageError
 
 T = TypeVar("T")
+PROJECT = "robust-prune"  # what trackers call it
 PATIENCE = datetime.timedelta(hours=12)  # the first process plans and measures while others wait
 
 
@@ -156,3 +161,49 @@ def leave() -> None:
     """Close the connection to the other processes, where there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Any]:
+    """Start accelerate's trackers of experiments, and give them what a run was asked.
+
+    Args:
+        names: `tensorboard`, `mlflow`, `wandb` or `trackio`.
+        folder: where those that write files put them.
+        config: arguments of the run.
+
+    Raises:
+        UsageError: a package is missing, or a tracker can't be started.
+    """
+    if not names:
+        return []
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError(
+            "--track needs the package accelerate: pip install 'robust-prune[distributed]'"
+        )
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"--track {name} needs the package {name}: pip install {name}")
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # some of them ask it whether they are in the first process
+    more: dict[str, dict[str, Any]] = {
+        "tensorboard": {"logging_dir": str(folder)},
+        "wandb": {"dir": str(folder)},
+    }
+    plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in config.items()}
+    started: list[Any] = []
+    for name in dict.fromkeys(names):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # where only documents belong
+                tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **more.get(name, {}))
+                tracker.start()
+                tracker.store_init_configuration(plain)
+        except Exception as error:
+            for one in started:
+                one.finish()
+            raise UsageError(
+                f"--track {name}: can't be started: {errors.first_line(error)}"
+            ) from error
+        started.append(tracker)
+    return started

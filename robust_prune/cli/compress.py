@@ -123,18 +123,19 @@ def compress(
         seed=running.seed,
     )
     _announce(output, module, splits, settings)
-    with training_shown(output, folder if writing.tensorboard else None) as listeners:
+    with training_shown(output, writing, folder, arguments) as shown:
         result, paths = compress_file(
             module,
             splits,
             settings,
             folder,
             name,
-            _events(output, *listeners),
+            _events(output, shown.on_progress, shown.on_epoch),
             arguments={**arguments, "n_eval": settings.n_eval},
             resume=writing.resume is not None,
             processes=processes,
         )
+        shown.on_result(result.report)
     show_report(output, result.report)
     for path in paths.values():
         output.result(f"wrote {path}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from robust_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from robust_prune.finetune import EpochRecord, Progress
+    from robust_prune.options import OutputOptions
 
 FIRST_LINE_SECONDS = 10.0
 SCALARS = ("loss", "clean", "robust", "single_step", "lr", "images_per_second")
@@ -22,21 +24,29 @@ SCALARS = ("loss", "clean", "robust", "single_step", "lr", "images_per_second")
 
 @contextmanager
 def training_shown(
-    output: Output, tensorboard: Path | None = None
-) -> Iterator[tuple[Callable[[Progress], None], Callable[[EpochRecord], None]]]:
-    """Give listeners that show a bar with rate and time left, and a line per epoch.
+    output: Output, writing: OutputOptions, folder: Path, arguments: Mapping[str, Any]
+) -> Iterator[TrainingProgress]:
+    """Give what shows a bar with rate and time left, and a line per epoch, to trackers too.
 
-    `tensorboard` is the folder to write TensorBoard's files under.
+    Args:
+        output: the program's; silent in all processes but the first.
+        writing: which trackers there are.
+        folder: where TensorBoard's and other files go.
+        arguments: what the run was asked, for trackers.
     """
-    told = TrainingProgress(output, tensorboard)
+    from robust_prune.distributed import trackers
+
+    board = None if output.silent or not writing.tensorboard else _board(folder)
+    names = () if output.silent else writing.track
+    told = TrainingProgress(output, board, trackers(names, folder, arguments))
     with told.shown():
-        yield told.on_progress, told.on_epoch
+        yield told
 
 
 class TrainingProgress:
     """A bar with rate and time left where there is a terminal, lines now and then elsewhere."""
 
-    def __init__(self, output: Output, tensorboard: Path | None) -> None:
+    def __init__(self, output: Output, board: Any = None, trackers: Sequence[Any] = ()) -> None:
         self._output = output
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -47,19 +57,22 @@ class TrainingProgress:
             disable=output.quiet or not output.console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=None, status="")
-        self._board = None if output.silent else _board(tensorboard)
+        self._board, self._trackers = board, trackers
         self._runs = 0
         self._next_line = FIRST_LINE_SECONDS
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the bar, and close TensorBoard's files at the end."""
+        """Show the bar, and close TensorBoard's files and all trackers at the end."""
         try:
             with self._bar:
                 yield
         finally:
             if self._board is not None:
                 self._board.close()
+            with redirect_stdout(sys.stderr):  # some have a word to say at the end
+                for tracker in self._trackers:
+                    tracker.finish()
 
     def on_progress(self, p: Progress) -> None:
         """Hear of a batch."""
@@ -88,14 +101,33 @@ class TrainingProgress:
             f"  {what} clean {100 * e.clean:.1f} %, robust {100 * e.robust:.1f} % on "
             f"validation ({e.seconds:.0f} s{rate})"
         )
-        if self._board is None:
-            return
-        for name in SCALARS:
-            value = getattr(e, name)
-            tag = name if self._runs < 2 else f"{name}/step {self._runs}"
-            if value == value:  # not NaN
+        values = {name: getattr(e, name) for name in SCALARS}
+        tagged = {
+            name if self._runs < 2 else f"{name}/step {self._runs}": value
+            for name, value in values.items()
+            if value == value  # not NaN
+        }
+        if self._board is not None:
+            for tag, value in tagged.items():
                 self._board.add_scalar(tag, value, e.epoch)
-        self._board.flush()
+            self._board.flush()
+        for tracker in self._trackers:
+            tracker.log(tagged, step=e.epoch)
+
+    def on_result(self, record: Mapping[str, Any]) -> None:
+        """Hear of what a compression came to."""
+        if not self._trackers:
+            return
+        cost, found = record["cost"], record.get("evaluation") or {}
+        values = {
+            f"removed/{key}": 1 - cost["pruned"][key] / max(cost["dense"][key], 1)
+            for key in ("macs", "params")
+        }
+        for which in ("dense", "pruned"):
+            for measured in (found.get(which) or {}).get("measurements", ()):
+                values[f"{which}/{measured['attack']}"] = measured["accuracy"]["value"]
+        for tracker in self._trackers:
+            tracker.log(values)
 
     def _due(self, p: Progress) -> bool:
         """Whether a log without a bar gets a line now: soon once, then ever more seldom."""
@@ -106,10 +138,8 @@ class TrainingProgress:
         return True
 
 
-def _board(folder: Path | None) -> Any:
-    """Return a writer of TensorBoard's files, None where none is asked for."""
-    if folder is None:
-        return None
+def _board(folder: Path) -> Any:
+    """Return a writer of TensorBoard's files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -88,13 +88,13 @@ def train(
         f"training and {len(splits.validation or ())} validation images of {splits.name}, seed "
         f"{config.seed}"
     )
-    with training_shown(output, target.parent if writing.tensorboard else None) as listeners:
+    with training_shown(output, writing, target.parent, arguments) as shown:
         result = train_file(
             spec,
             splits,
             config,
             target,
-            Events(note=output.note, training=listeners[0], epoch=listeners[1]),
+            Events(note=output.note, training=shown.on_progress, epoch=shown.on_epoch),
             arguments=arguments,
             resume=writing.resume is not None,
             device=device,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from robust_prune.errors import UsageError
 from robust_prune.options.parsing import Size, batch_sizes, builder_kwargs, image_size, numbers
 from robust_prune.options.planning import PlanningOptions
 from robust_prune.options.stating import Options, Range, option, other_default
@@ -20,6 +21,8 @@ from robust_prune.types import Norm
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
+
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
 Schedule = Literal["one-cycle", "cosine", "constant"]
 OnCollapse = Literal["switch", "stop", "continue"]
@@ -283,6 +286,17 @@ class OutputOptions(Options):
     tensorboard: bool = option(
         False, "Write TensorBoard files beside the result; needs robust-prune[tensorboard]."
     )
+    track: tuple[str, ...] = option(
+        (),
+        f"Tell {', '.join(TRACKERS)} of every epoch and of what came out; needs its package, and "
+        "accelerate. May be repeated.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.track:
+            if name not in TRACKERS:
+                raise UsageError(f"--track {name!r} is not known; use one of {', '.join(TRACKERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
