@@ -2,13 +2,16 @@
 
 from robust_prune.latency.measuring import alternating, cache_path, conditions_of, latency_model
 from robust_prune.latency.model import Conditions, LatencyModel, Table
+from robust_prune.latency.rounding import Rounding, fast_multiple
 
 __all__ = [
     "Conditions",
     "LatencyModel",
+    "Rounding",
     "Table",
     "alternating",
     "cache_path",
     "conditions_of",
+    "fast_multiple",
     "latency_model",
 ]

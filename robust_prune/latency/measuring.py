@@ -57,7 +57,7 @@ def latency_model(graph: ModelGraph, conditions: Conditions) -> LatencyModel:
     """
     model, cache = graph.model, _Cache(cache_path(conditions))
     images = torch.rand(conditions.batch, *graph.input_size, device=device_of(model))
-    layers = _layers(graph, images)
+    layers = layers_of(graph, images)
     with _timing(conditions):
         tables = tuple((layer, _table(layer, conditions, images.device, cache)) for layer in layers)
         dense = statistics.median(
@@ -132,7 +132,7 @@ class _Cache:
                 write_text(self.path, json.dumps({"schema": SCHEMA, "ms": self.times}) + "\n")
 
 
-def _layers(graph: ModelGraph, images: Tensor) -> list[Layer]:
+def layers_of(graph: ModelGraph, images: Tensor) -> list[Layer]:
     """Return the layers that images meet, with the shapes they read."""
     net = network_of(graph.model)
     shares: dict[str, list[tuple[int, str, int]]] = {}
@@ -195,6 +195,14 @@ def _time(
     layer: Layer, outputs: int, inputs: int, conditions: Conditions, device: torch.device
 ) -> float:
     """Return the milliseconds of a layer of these sizes, with random weights."""
+    module, shape = layer_module(layer, outputs, inputs)
+    module = module.to(device).eval()
+    call = _call(module, torch.rand(shape, device=device), conditions)
+    return statistics.median(_blocks(call, conditions, BLOCK_MS, BLOCKS))
+
+
+def layer_module(layer: Layer, outputs: int, inputs: int) -> tuple[nn.Module, list[int]]:
+    """Return a layer of these sizes with random weights, and the shape that it reads."""
     kind, bias, *rest = layer.settings
     shape = list(layer.inputs)
     module: nn.Module
@@ -209,9 +217,7 @@ def _time(
         module = nn.Conv2d(
             *(inputs * groups, outputs, kernel, stride, padding, dilation, groups, bias)
         )
-    module = module.to(device).eval()
-    call = _call(module, torch.rand(shape, device=device), conditions)
-    return statistics.median(_blocks(call, conditions, BLOCK_MS, BLOCKS))
+    return module, shape
 
 
 def _call(model: nn.Module, images: Tensor, conditions: Conditions) -> Callable[[], Tensor]:

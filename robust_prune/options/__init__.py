@@ -22,7 +22,7 @@ from robust_prune.options.groups import (
     ThreatOptions,
     TrainingOptions,
 )
-from robust_prune.options.parsing import shares
+from robust_prune.options.parsing import AUTO, shares
 from robust_prune.options.planning import (
     BudgetOptions,
     DropOf,
@@ -43,6 +43,7 @@ from robust_prune.options.stating import (
 )
 
 __all__ = [
+    "AUTO",
     "BatchNormMode",
     "BudgetOptions",
     "ComparingOptions",

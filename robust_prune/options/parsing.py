@@ -10,6 +10,7 @@ from robust_prune.errors import UsageError
 from robust_prune.untrusted import parse_json
 
 Size = tuple[int, int, int]
+AUTO = 0  # of a multiple: what the device is fast at
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -28,6 +29,15 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     if any(not part.isdigit() or int(part) < 1 for part in parts):
         raise UsageError(f"batches {text!r}: give numbers from 1 on, as 1,16,64, or 0 for none")
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def multiple(text: str) -> int:
+    """Read a number from 1 on, or `auto`."""
+    if text == "auto":
+        return AUTO
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"round to {text!r} must be 1 or more, or auto")
+    return int(text)
 
 
 def image_size(text: str) -> Size:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from robust_prune.errors import UsageError
-from robust_prune.options.parsing import shares
+from robust_prune.options.parsing import AUTO, multiple, shares
 from robust_prune.options.stating import Options, Range, option
 from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
 from robust_prune.types import TARGETS
@@ -100,7 +100,12 @@ class PlanningOptions(Options):
         within=Range(low=1),
     )
     round_to: int = option(
-        1, "Make widths multiples of this, as hardware likes them (8, 16).", within=Range(low=1)
+        1,
+        "Make widths multiples of this, as hardware likes them (8, 16), or auto: what this device "
+        "is measured to be fast at.",
+        parse=multiple,
+        metavar="NUMBER",
+        within=Range(low=AUTO),
     )
     min_width: int = option(2, "Least channels of a group.", within=Range(low=1), shown=False)
     max_prune_ratio: float = option(

@@ -22,6 +22,7 @@ from robust_prune.pipeline.repairing import prove, repair_
 from robust_prune.pipeline.result import deliver
 from robust_prune.pipeline.run_folder import RunFolder
 from robust_prune.pipeline.settings import CompressResult, Events, Settings
+from robust_prune.pipeline.timing import rounded
 from robust_prune.pipeline.tuning import tune, was_tuned
 from robust_prune.repair import kept_rows
 from robust_prune.types import PruningPlan
@@ -88,6 +89,7 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     with job.journal.timed("graph"):
         graph = graph_of(model, job.input_size, settings)
     job.journal.tell(reachable=graph.reachable)
+    settings = rounded(job, graph, settings)
 
     @functools.cache  # for the plan and for the repair, whichever is still to be done
     def observed() -> Observed:
