@@ -39,3 +39,14 @@ def near_middle(n: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """Images so far from 0 and 1 that the box does not matter."""
     generator = torch.Generator().manual_seed(seed)
     return 0.5 + 0.05 * torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+
+
+class Saying(nn.Module):
+    """Classes that are given, for images in their order from the first."""
+
+    def __init__(self, classes: torch.Tensor) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(self.classes[: len(images)], 10).float()

@@ -28,6 +28,7 @@ from robust_prune.untrusted import readable
 from tests.cli.test_cli import run  # noqa: F401 - a fixture
 from tests.conftest import tiny_resnet
 from tests.graph.test_graph import random_plan
+from tests.oracles import Saying
 from tests.report.test_report import HOSTILE, TAGS, Page
 
 SMALL = ThreatModel("linf", 0.002)  # some images of a random network withstand it
@@ -80,6 +81,12 @@ def test_every_figure_is_what_the_parts_say(
     )
     assert curve[2 * SMALL.eps] == to_plain(double.measurements[1].accuracy)
     assert (dense["paired"], set(small["paired"])) == ({}, {"clean", "pgd"})
+    for mine, theirs in zip(dense["measurements"], small["measurements"], strict=True):
+        pairs = list(zip(mine["correct"], theirs["correct"], strict=True))
+        told = small["paired"][mine["attack"]]
+        assert told["first_only"] == pairs.count(("1", "0"))
+        assert told["second_only"] == pairs.count(("0", "1"))
+    assert dense["measurements"][0]["correct"] != small["measurements"][0]["correct"]
     assert small["cost"]["macs"] < dense["cost"]["macs"]
     assert all(kept <= width for width, kept in small["widths"].values())
     assert set(dense["latency_ms"]) == {"2"}
@@ -101,6 +108,21 @@ def test_examples_are_pictures_that_models_disagree_on(
         for model in one["models"]:
             assert (model["clean"] == one["label"]) == model["right"][0]
             assert (model["attacked"] == one["label"]) == model["right"][1]
+
+
+def test_the_first_examples_are_those_that_models_disagree_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(comparing, "_attacked", lambda model, images, *more: images)
+    labels = torch.zeros(12, dtype=torch.long)
+    mine, theirs = labels.clone(), labels.clone()
+    mine[:2] = 1  # wrong without an attack
+    theirs[[5, 9]] = 1
+    test = TestImages(torch.rand(12, 3, 4, 4), labels, "test", 0, 10)
+    models = {"a": Saying(mine), "b": Saying(theirs)}
+    shown = comparing.examples(models, test, SMALL, 0, ["cat", "dog"])
+    assert [one["index"] for one in shown] == [5, 9, 2, 3, 4, 6]
+    assert [m["attacked"] for m in shown[0]["models"]] == ["cat", "dog"]
 
 
 def test_large_and_odd_images_are_shown_small_and_grey() -> None:

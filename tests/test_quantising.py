@@ -24,6 +24,7 @@ from robust_prune.quantising import Quantised, judge
 from robust_prune.types import ThreatModel
 from tests.cli.test_cli import run  # noqa: F401 - a fixture
 from tests.conftest import OwnNet, tiny_resnet
+from tests.oracles import Saying
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="extra [export]"
@@ -111,17 +112,6 @@ def test_a_model_that_judges_itself_has_its_own_accuracy(test_images: TestImages
     for m, own in zip(before.measurements, after.measurements, strict=True):
         assert m.correct == own.correct
     assert 0 < sum(before.measurements[1].correct) < 20
-
-
-class Saying(nn.Module):
-    """Classes that are given, for images in their order from the first."""
-
-    def __init__(self, classes: torch.Tensor) -> None:
-        super().__init__()
-        self.classes = classes
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(self.classes[: len(images)], 10).float()
 
 
 def test_the_verdicts_are_the_judges(test_images: TestImages) -> None:
