@@ -89,7 +89,9 @@ def autoattack(
             f"AutoAttack's Square needs images of at least 5 pixels a side for l2, not "
             f"{images.shape[2]}x{images.shape[3]}"
         )
-    run = functools.partial(_run, model, images, labels, threat, seed, stand_in, on_progress)
+    run = functools.partial(
+        _run, model, images, labels, threat, seed, stand_in, attacks, on_progress
+    )
     with evaluating(model), requires_grad(model, False), _keep_trace():
         return as_memory_allows(run, batch_size, "AutoAttack", "its draws depend on that")
 
@@ -101,6 +103,7 @@ def _run(
     threat: ThreatModel,
     seed: int,
     stand_in: bool,
+    attacks: Sequence[str] | None,
     on_progress: Callable[[str], None] | None,
     batch_size: int,
 ) -> AutoAttackResult:
