@@ -162,7 +162,11 @@ def _prune(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> Ima
 
 
 def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: DataSplits) -> Cell:
-    """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights."""
+    """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights.
+
+    The rate is at most what the dense model was trained with: more undoes a network without batch
+    norm.
+    """
     train, validation = splits.train, splits.validation
     assert validation is not None
     if tuning.images:
@@ -172,7 +176,7 @@ def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: Dat
         epochs=tuning.epochs,
         threat=bench.level.threat(key),
         attack_steps=tuning.steps,
-        lr=tuning.lr,
+        lr=min(tuning.lr, bench.level.network(key.network).training.get("lr", tuning.lr)),
         ema=0.999,
         schedule="constant",
         amp=True,
