@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from typing import Any, TypeVar
 
@@ -51,16 +52,24 @@ def _module(module: M, memo: dict[int, Any]) -> M:
     """Copy a module as `copy.deepcopy` does, by its attributes, in a third of the time."""
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
-    kind = type(module)
-    slots = any(vars(each).get("__slots__") for each in kind.__mro__)
-    if slots or any(
-        getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in COPYING
-    ):
+    kind: Any = type(module)
+    if _copies_itself(kind):
         return copy.deepcopy(module, memo)
-    twin = kind.__new__(kind)
+    twin: M = kind.__new__(kind)
     memo[id(module)] = twin
-    vars(twin).update({name: _value(value, memo) for name, value in vars(module).items()})
+    mine = vars(twin)
+    for name, value in vars(module).items():
+        mine[name] = value if type(value) in PLAIN else _value(value, memo)
     return twin
+
+
+@functools.lru_cache(maxsize=256)
+def _copies_itself(kind: type) -> bool:
+    """Return whether a class of modules has a say in how it is copied."""
+    slots = any(vars(each).get("__slots__") for each in kind.__mro__)
+    return slots or any(
+        getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in COPYING
+    )
 
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
@@ -75,7 +84,8 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
     if kind is dict or (kind is OrderedDict and not vars(value)):
         twin = memo[id(value)] = kind()
         for key, item in value.items():
-            twin[_value(key, memo)] = _value(item, memo)
+            key = key if type(key) in PLAIN else _value(key, memo)
+            twin[key] = item if type(item) in PLAIN else _value(item, memo)
         return twin
     if kind is set and all(type(item) in PLAIN for item in value):
         return memo.setdefault(id(value), set(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -28,6 +29,7 @@ from robust_prune.graph import (
     prune_,
 )
 from robust_prune.graph.tracing.adapters import _BY_CLASS
+from robust_prune.graph.tracing.atoms import alike, places
 from robust_prune.models import build_model, resolve_spec
 from robust_prune.modules import ImageModel, fields_of, set_fields_
 from tests.graph.test_graph import random_plan, random_widths_plan
@@ -677,3 +679,23 @@ def test_operations_without_a_rule_fix_channels_before_any_trial() -> None:
     graph = ModelGraph(model, (3, 9, 9), probe=False)
     assert {g.name for g in graph.groups} == {"second"}
     assert next(u.reason for u in graph.unprunable if u.name == "first") == "meets sort"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=4))
+def test_roots_on_the_same_axes_are_alike(axes: list[list[int]]) -> None:
+    counts: dict[int, list[tuple[int, int]]] = {}
+    for i, roots in enumerate(axes):
+        for root in sorted(set(roots) - {0}):
+            counts.setdefault(root, []).append((i, roots.count(root)))
+    expected: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for root, where in counts.items():
+        expected.setdefault(tuple(where), []).append(root)
+    found = list(alike([np.array(roots, dtype=np.int64) for roots in axes]))
+    assert found == [([i for i, _ in key], roots) for key, roots in expected.items()]
+
+
+def test_an_atom_is_where_it_was_stored_last() -> None:
+    axes = [torch.tensor(atoms) for atoms in ([1, 2, 3], [3, 5], [2, 4, 5])]
+    found = places(axes, [True, True, False], [4, 5]).T.tolist()
+    assert found == [[-1, -1], [0, 0], [0, 1], [1, 0], [2, 1], [2, 2]]

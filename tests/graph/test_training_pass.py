@@ -168,3 +168,16 @@ def test_ordinary_networks_have_nothing_more_in_train_mode() -> None:
         for shapes in (pair.without_values(), Example(None)):  # the latter can't be run
             runs = pair.run, shapes.run
             assert not couple(net.eval(), example.run, {}, train_runs=runs).trains
+
+
+def test_shapes_of_norms_are_known_without_computing_them() -> None:
+    from robust_prune.graph.tracing.training import _Calls
+
+    maps = torch.empty(2, 8, 4, 4, device="meta")
+    with _Calls({}) as calls:
+        normed = F.layer_norm(F.batch_norm(maps, None, None, training=True), (4, 4))
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            F.batch_norm(maps[:1, :, 0, 0], None, None, training=True)
+    assert normed.shape == maps.shape
+    assert normed.is_meta
+    assert {name for _, name, _ in calls.found} >= {"batch_norm", "layer_norm"}

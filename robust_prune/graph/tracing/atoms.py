@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -79,3 +81,48 @@ def compress(label: Tensor, *, by_value: bool = False) -> Tensor:
             if label.stride(dim) == 0 or (by_value and bool((label == first).all())):
                 label = first
     return label
+
+
+def alike(roots: Sequence[np.ndarray]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield sets of roots that lie along the same axes equally often, and the axes' numbers.
+
+    In the order in which the first of each is found; roots that stay are left out.
+    """
+    if not roots:
+        return
+    counted = [np.unique(values, return_counts=True) for values in roots]
+    root = np.concatenate([values for values, _ in counted])
+    times = np.concatenate([number for _, number in counted])
+    axis = np.repeat(np.arange(len(counted)), [len(values) for values, _ in counted])
+    pairs = np.stack([axis, times], 1)
+    values, first, count = np.unique(root, return_index=True, return_counts=True)
+    order = np.argsort(root, kind="stable")
+    ends = np.cumsum(count)
+    sets: dict[bytes, tuple[list[int], list[int]]] = {}
+    for i in np.argsort(first).tolist():
+        if values[i] != FIXED:
+            mine = order[ends[i] - count[i] : ends[i]]
+            key = pairs[mine].tobytes()
+            if key not in sets:
+                sets[key] = axis[mine].tolist(), []
+            sets[key][1].append(int(values[i]))
+    yield from sets.values()
+
+
+def places(axes: Iterable[Tensor], whole: Sequence[bool], others: Sequence[int]) -> np.ndarray:
+    """Return by raw atom [2, atoms] in which axis and at which index it is stored, -1 in none.
+
+    Args:
+        axes: the atoms along each.
+        whole: of which of them all atoms count; of the others only those among `others`.
+        others: raw atoms.
+    """
+    held = [atoms.contiguous().numpy() for atoms in axes]
+    found = np.full((2, 1 + max((int(a.max()) for a in held if len(a)), default=0)), -1)
+    for axis, (atoms, all_count) in enumerate(zip(held, whole, strict=True)):
+        index = np.arange(len(atoms))
+        if not all_count:
+            index = index[np.isin(atoms, others)]
+        found[0, atoms[index]] = axis
+        found[1, atoms[index]] = index
+    return found

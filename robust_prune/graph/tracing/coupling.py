@@ -16,7 +16,7 @@ from robust_prune.errors import PlanError
 from robust_prune.graph.tracing import mixing as mixing
 from robust_prune.graph.tracing import moving as moving
 from robust_prune.graph.tracing.adapters import adapted
-from robust_prune.graph.tracing.atoms import FIXED
+from robust_prune.graph.tracing.atoms import FIXED, alike, places
 from robust_prune.graph.tracing.groups import Count, Coupling, Slot, Times
 from robust_prune.graph.tracing.rules import RULES
 from robust_prune.graph.tracing.tracer import Labels, Tracer, following
@@ -73,7 +73,7 @@ class _Book:
         self.stored = set(self.names.values())
         self.modules = dict(net.named_modules())
         self.out_dims = {self.names[key]: dim for key, dim in labels.out_dims.items()}
-        self.where: dict[int, tuple[tuple[str, int], int]] | None = None
+        self.where: np.ndarray | None = None
         self.axes: dict[tuple[str, int], Tensor] = {
             (self.names[key], dim): atoms for (key, dim), atoms in labels.axes.items()
         }
@@ -130,24 +130,17 @@ class _Book:
         roots = {
             key: self.atoms.find(atoms.contiguous()).numpy() for key, atoms in self.axes.items()
         }
-        counts: dict[int, list[tuple[int, int]]] = {}
-        for i, key in enumerate(keys):
-            values, number = np.unique(roots[key], return_counts=True)
-            for value, n in zip(values.tolist(), number.tolist(), strict=True):
-                if value != FIXED:
-                    counts.setdefault(value, []).append((i, n))
-        groups: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for root, where in counts.items():
-            groups.setdefault(tuple(where), []).append(root)
         unit_of: dict[int, tuple[int, int]] = {}
         slots: list[tuple[Slot, ...]] = []
         sizes: list[int] = []
-        for signature, members in groups.items():
-            first = keys[signature[0][0]]
+        for axes, members in alike([roots[key] for key in keys]):
+            first = keys[axes[0]]
             mine = set(members)
-            order = [r for r in dict.fromkeys(roots[first].tolist()) if r in mine]
-            unit_of.update({root: (len(slots), u) for u, root in enumerate(order)})
-            slots.append(tuple(self._slot(keys[i], roots[keys[i]], order) for i, _ in signature))
+            order = np.array([r for r in dict.fromkeys(roots[first].tolist()) if r in mine])
+            unit_of.update({root: (len(slots), u) for u, root in enumerate(order.tolist())})
+            arrange = np.argsort(order)
+            found = order[arrange], arrange
+            slots.append(tuple(self._slot(keys[i], roots[keys[i]], *found) for i in axes))
             sizes.append(len(order))
         uses = {
             self.names[key]: tuple(self._times(n, vectors, unit_of) for n, vectors in found)
@@ -194,14 +187,14 @@ class _Book:
             )
         return bool(uneven)
 
-    def _slot(self, key: tuple[str, int], roots: np.ndarray, order: Sequence[int]) -> Slot:
-        sorted_roots = np.asarray(order)
-        arrange = np.argsort(sorted_roots)
-        place = np.searchsorted(sorted_roots[arrange], roots)
-        place = np.minimum(place, len(order) - 1)
-        hit = sorted_roots[arrange][place] == roots
+    def _slot(
+        self, key: tuple[str, int], roots: np.ndarray, ordered: np.ndarray, units: np.ndarray
+    ) -> Slot:
+        """Return where an axis holds a group's roots, given in rising order with their units."""
+        place = np.minimum(np.searchsorted(ordered, roots), len(ordered) - 1)
+        hit = ordered[place] == roots
         return self._at(
-            key, torch.from_numpy(np.flatnonzero(hit)), torch.from_numpy(arrange[place][hit])
+            key, torch.from_numpy(np.flatnonzero(hit)), torch.from_numpy(units[place[hit]])
         )
 
     def _at(self, key: tuple[str, int], indices: Tensor, units: Tensor) -> Slot:
@@ -212,23 +205,26 @@ class _Book:
             role = "out" if dim == self.out_dims[tensor] else "in"
         return Slot(tensor, dim, indices, units, role, layer)
 
-    def _where(self) -> dict[int, tuple[tuple[str, int], int]]:
-        """Return where each raw atom of a layer's weight is stored."""
+    def _where(self, atoms: Tensor) -> dict[int, tuple[tuple[str, int], int]]:
+        """Return where those of raw atoms that belong to layers' weights and biases are stored."""
+        keys = list(self.axes)
         if self.where is None:
-            biases = set(self.labels.biases.values())
-            self.where = {
-                atom: (key, i)
-                for key, atoms in self.axes.items()
-                for i, atom in enumerate(atoms.tolist())
-                if key[0].endswith("weight") or key[0] in self.out_dims or atom in biases
-            }
-        return self.where
+            layers = [name.endswith("weight") or name in self.out_dims for name, _ in keys]
+            self.where = places(self.axes.values(), layers, list(self.labels.biases.values()))
+        known = atoms[atoms < self.where.shape[1]].numpy()
+        axes, indices = self.where[:, known].tolist()
+        return {
+            atom: (keys[axis], index)
+            for atom, axis, index in zip(known.tolist(), axes, indices, strict=True)
+            if axis >= 0
+        }
 
     def _rows(self, atoms: Tensor, unit_of: Mapping[int, tuple[int, int]]) -> dict[int, list[Slot]]:
         """Return by group the slots in which raw atoms are stored."""
-        where, biases = self._where(), self.labels.biases
+        biases = self.labels.biases
         beside = [biases[atom] for atom in atoms.tolist() if atom in biases]
         atoms = torch.cat([atoms.reshape(-1), torch.tensor(beside, dtype=torch.long)])
+        where = self._where(atoms)
         found: dict[tuple[int, tuple[str, int]], list[tuple[int, int]]] = {}
         for atom, root in zip(
             atoms.tolist(), self.atoms.find(atoms.contiguous()).tolist(), strict=True

@@ -17,6 +17,8 @@ from robust_prune.graph.tracing.tracer import Call, Tracer, call_of, following
 from robust_prune.modules import copied, seeded, tensors_in
 
 RUN_ERRORS = ModelError, RuntimeError, ValueError, AssertionError, TypeError, IndexError
+# what torch takes its time over on the meta device, in Python, to find the shape of its input
+SAME_SHAPE = {"batch_norm", "layer_norm"}
 REASON = "only a pass in train mode uses it"
 
 
@@ -61,6 +63,8 @@ class _Calls(TorchFunctionMode):
         running = self.stack[-1] if self.stack else ""
         owner, name, given = call_of(running, func, args, kwargs or {}, self.parameters)
         self.found.add((owner, name, tuple(self.parameters[key] for key in given)))
+        if name in SAME_SHAPE and args and _only_shaped(args[0]):
+            return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -130,6 +134,13 @@ def _calls(
     except RUN_ERRORS:
         return None
     return calls.found
+
+
+def _only_shaped(tensor: Any) -> bool:
+    """Return whether a tensor has no values, and enough of them for a batch norm to take."""
+    if not isinstance(tensor, Tensor) or not tensor.is_meta or tensor.ndim < 2:
+        return False
+    return tensor.numel() > 2 * tensor.shape[1]
 
 
 def _without_values(tensor: Tensor) -> Tensor:
