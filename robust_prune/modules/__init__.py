@@ -34,7 +34,14 @@ from robust_prune.modules.outputs import (
     running_statistics,
     tensors_in,
 )
-from robust_prune.modules.resize import Fields, fields_of, fit_, narrow_, set_fields_
+from robust_prune.modules.resize import (
+    Fields,
+    fields_of,
+    fit_,
+    is_unsaved_constant,
+    narrow_,
+    set_fields_,
+)
 from robust_prune.modules.watching import batch_norms, watching
 
 __all__ = [
@@ -59,6 +66,7 @@ __all__ = [
     "float32_logits",
     "heads_of",
     "image_channels",
+    "is_unsaved_constant",
     "joined",
     "make_contiguous_",
     "narrow_",

@@ -66,7 +66,8 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     The fields that layers keep of their own widths follow the new shapes, so that a pruned
     network prints, counts and prunes again like any other. Values are left undefined; load the
-    state_dict afterwards with strict=True, which also finds names that don't match.
+    state_dict afterwards with strict=True, which also finds names that don't match. Constant
+    vectors that no file holds get as long as the parameters beside them.
     """
     for prefix, module in model.named_modules():
         shapes = {
@@ -76,10 +77,23 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         }
         changed = {n: s for n, s in shapes.items() if tuple(getattr(module, n).shape) != s}
         if changed:
+            _shorten_constants(module, changed)
             for name, shape in changed.items():
                 old = getattr(module, name)
                 _replace(module, name, torch.empty(shape, dtype=old.dtype, device=old.device))
             _set_fields(module, shapes, _is_depthwise(module))
+
+
+def is_unsaved_constant(module: nn.Module, name: str) -> bool:
+    """Whether a buffer is a vector of equal numbers that state_dicts leave out.
+
+    Such is the bias of an attention's keys, zero and not learned, beside those of queries and
+    values. Any part of it is the same, so that its length says all.
+    """
+    buffer = module._buffers.get(name)
+    if buffer is None or name not in module._non_persistent_buffers_set or buffer.ndim != 1:
+        return False
+    return len(buffer) > 1 and bool((buffer == buffer[0]).all())
 
 
 def fields_of(model: nn.Module) -> Fields:
@@ -123,6 +137,20 @@ def _is_number(value: Any) -> bool:
         return bool(value) and all(isinstance(v, int) for v in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)
+
+
+def _shorten_constants(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Cut constant vectors to what parameters of their length, in the same module, come to."""
+    lengths: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        lengths.setdefault(tuple(parameter.shape), set()).add(
+            shapes.get(name, tuple(parameter.shape))
+        )
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        become = lengths.get(tuple(buffer.shape), set())
+        if len(become) == 1 and is_unsaved_constant(module, name):
+            (length,) = become.pop()
+            _replace(module, name, buffer[:length].clone())
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -30,6 +30,17 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: SwinTransformer(**SWIN, window_size=[2, 2], num_classes=10),
     # takes the second third of a bias
     "swin v2": lambda: SwinTransformer(**SWIN, **V2, window_size=[2, 2], num_classes=10),
+    # the bias of keys is a buffer, and in no file
+    "beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL),
+    "timm's swin v2": lambda: timm.create_model(
+        "swinv2_tiny_window8_256",
+        img_size=32,
+        num_classes=10,
+        depths=(1, 1),
+        embed_dim=12,
+        num_heads=(3, 6),
+        window_size=4,
+    ),
     # layers mix heads
     "cait": lambda: timm.create_model("cait_xxs24_224", **{**SMALL, "depth": 1}),
     # queries and keys in one layer, values in another

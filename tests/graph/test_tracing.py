@@ -54,6 +54,18 @@ SMALL = {
     "fastvit_t8": ({}, 64),
     "eva02_tiny_patch14_224": ({"img_size": 56, "depth": 2}, 56),
     "mambaout_femto": ({}, 64),
+    # the bias of keys is in no file
+    "beit_base_patch16_224": ({"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3}, 32),
+    "swinv2_tiny_window8_256": (
+        {
+            "img_size": 32,
+            "depths": (1, 1),
+            "embed_dim": 12,
+            "num_heads": (3, 6),
+            "window_size": 4,
+        },
+        32,
+    ),
     "torchvision/shufflenet_v2_x0_5": ({}, 64),
     "torchvision/googlenet": ({}, 64),
 }

@@ -12,7 +12,7 @@ from robust_prune.graph.tracing.atoms import compress
 from robust_prune.graph.tracing.rules import Args, Kwargs, full, meet, note_site, rule, words
 from robust_prune.graph.tracing.tracer import Tracer, UntraceableError, mark_piece
 from robust_prune.graph.tracing.uses import argument
-from robust_prune.modules import tensors_in
+from robust_prune.modules import is_unsaved_constant, tensors_in
 
 VIEWS = words(
     """
@@ -53,7 +53,7 @@ def _concatenate(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Ten
         labels = [tracer.label(piece).unsqueeze(dim) for piece in pieces]
         sizes = [1] * len(labels)
     else:
-        labels = [tracer.label(piece) for piece in pieces]
+        labels = [_label_beside(tracer, piece, pieces) for piece in pieces]
         sizes = [piece.shape[dim] for piece in pieces]
     for label in labels:
         _join_rows(tracer, label, dim)
@@ -82,6 +82,20 @@ def _join_rows(tracer: Tracer, label: Tensor, dim: int) -> None:
     varies = tracer.varies(label)
     if len(varies) == 2 and dim in varies and len(torch.unique(label)) == label.numel():
         tracer.labels.atoms.join(label, label.narrow(dim, 0, 1))
+
+
+def _label_beside(tracer: Tracer, piece: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    """Return the atoms of a piece; a constant vector between parameters has some of its own.
+
+    That is the bias of keys, which is zero and not learned, between those of queries and values.
+    """
+    learned = [other.shape for other in pieces if tracer.is_parameter(other)]
+    if piece.shape in learned and id(piece) in tracer.buffers:
+        owner = tracer.modules[tracer.owner]
+        names = [name for name, buffer in owner.named_buffers(recurse=False) if buffer is piece]
+        if names and is_unsaved_constant(owner, names[0]):
+            return tracer.entries(piece)
+    return tracer.label(piece)
 
 
 def _keep_order(tracer: Tracer, name: str, args: Args, kwargs: Kwargs) -> None:
