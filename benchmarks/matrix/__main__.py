@@ -65,11 +65,12 @@ def _parent(level: Level, options: argparse.Namespace, out: Path) -> None:
             print(line, file=stream, flush=True)
 
     _note_settings(level, options, out)
-    keys = _asked(level.cells({}), options.only)
+    hoped = dict.fromkeys(level.blocks(), level.screened)  # which of them are tuned is seen later
+    keys = _asked(level.cells(hoped), options.only)
     blocks = {(k.data, k.network, k.method, k.ratio) for k in keys}
     screens = [k for k in level.screens() if (k.data, k.network, k.method, k.ratio) in blocks]
     keys = [*screens, *keys]
-    tell(f"{options.level}: {len(cells.missing(out, keys))} cells and more to measure")
+    tell(f"{options.level}: at most {len(cells.missing(out, keys))} cells to measure")
     start = Key("", "", "", 0.0, DENSE, UNTUNED, level.seeds[0])
     trained = dict.fromkeys(
         replace(start, data=k.data, network=k.network, method=k.method) for k in keys

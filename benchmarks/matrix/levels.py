@@ -107,20 +107,21 @@ class Level:
 
     def screens(self) -> Iterator[Key]:
         """Yield what finalists are chosen by: torch-pruning's arms, not tuned, the first seed."""
-        for data, network, method, ratio in self._blocks():
+        for data, network, method, ratio in self.blocks():
             for arm in self.screened:
                 yield Key(data, network, method, ratio, arm, UNTUNED, self.seeds[0])
 
     def cells(self, finalists: dict[tuple[str, str, str, float], Sequence[str]]) -> Iterator[Key]:
         """Yield all cells, seed by seed: a matrix cut short has all arms of the seeds it has."""
-        for seed, (data, network, method, ratio) in itertools.product(self.seeds, self._blocks()):
+        for seed, (data, network, method, ratio) in itertools.product(self.seeds, self.blocks()):
             arms = (*self.arms, *finalists.get((data, network, method, ratio), ()))
             for tuning, arm in itertools.product(self.tunings, (DENSE, *arms)):
                 if arm == DENSE and tuning.name == UNTUNED and seed != self.seeds[0]:
                     continue  # it is the same model
                 yield Key(data, network, method, ratio, arm, tuning.name, seed).with_arm(arm)
 
-    def _blocks(self) -> Iterator[tuple[str, str, str, float]]:
+    def blocks(self) -> Iterator[tuple[str, str, str, float]]:
+        """Yield (data, network, method, share)."""
         for data, network, method in itertools.product(self.data, self.networks, self.methods):
             for ratio in self.ratios:
                 yield data.name, network.name, method, ratio
