@@ -182,6 +182,12 @@ CALLS: dict[str, Call] = {
     "export": lambda net, folder: rp.export(
         net, folder / "net.pt2", to="torch-export", input_size=SIZE
     ),
+    "export_int8": lambda net, folder: rp.export_int8(
+        net, folder / "net.onnx", IMAGES[:8], batches=(1,)
+    ),
+    "compare": lambda net, _: rp.compare(
+        {"dense": net, "again": net}, (IMAGES, LABELS), threat=LINF, n=4, batches=(1,)
+    ),
     "MRSImportance and dependency_graph": prune_as_torch_pruning_does,
     "ModelGraph": lambda net, _: ModelGraph(net, SIZE),
     "save": lambda net, folder: rp.save(net, folder / "net.safetensors"),
