@@ -106,24 +106,28 @@ def compare(
 
 def _names(models: Sequence[str]) -> dict[str, str]:
     """Return what to open by the names that models are shown with, each its own."""
+    from robust_prune.files import is_there
+
     if len(models) < 2:
         raise UsageError("name two models or more to compare")
     found: dict[str, str] = {}
     for model in models:
         path = _inside(Path(model))
         named = Path(model)
-        name = named.stem if named.suffix in SUFFIXES else named.resolve().name
+        name = named.stem if named.suffix in SUFFIXES else named.name or Path.cwd().name
         if name in found and path.parent.name:
             name = f"{path.parent.name}/{name}"
         if name in found:
             raise UsageError(f"{model} is named twice")
-        found[name] = str(path) if path.exists() else model
+        found[name] = str(path) if is_there(path) else model
     return found
 
 
 def _inside(path: Path) -> Path:
     """Return the model of a folder that compress wrote; any other path as it is."""
-    if not (path / "report.json").is_file():
+    from robust_prune.files import is_there
+
+    if not is_there(path / "report.json"):
         return path
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
