@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries.pgd import pgd
-from robust_prune.adversaries.projections import random_start
+from robust_prune.adversaries.pgd import in_parts, pgd
 from robust_prune.modules import as_memory_allows, device_of, evaluating, requires_grad
 from robust_prune.types import ThreatModel
 
@@ -59,33 +58,22 @@ def adversarial_set(
 
     RiFT makes its set from test images; give training or held-out ones.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
 
-    def attack(batch: tuple[Tensor, ...], size: int) -> list[Tensor]:
-        return [
-            pgd(
-                model,
-                clean,
-                target,
-                threat=threat,
-                steps=steps,
-                step_size=step_size or threat.eps / 4,
-                start=start,
-            )
-            for clean, target, start in zip(*(torch.split(t, size) for t in batch), strict=True)
-        ]
+    def attack(clean: Tensor, target: Tensor, start: Tensor) -> Tensor:
+        return pgd(
+            model,
+            clean,
+            target,
+            threat=threat,
+            steps=steps,
+            step_size=step_size or threat.eps / 4,
+            start=start,
+        )
 
-    parts: list[Tensor] = []
     with evaluating(model), requires_grad(model, False):
-        for clean, target in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
-            clean = clean.to(device)
-            batch = clean, target.to(device), random_start(clean, threat, generator)
-            parts += as_memory_allows(functools.partial(attack, batch), len(clean), "attacks")
+        parts = in_parts(attack, model, images, labels, threat, seed, batch_size)
     return AdversarialSet(
-        torch.cat(parts), labels.to(device), threat, f"PGD-{steps}", seed, batch_size
+        torch.cat(parts), labels.to(device_of(model)), threat, f"PGD-{steps}", seed, batch_size
     )
 
 

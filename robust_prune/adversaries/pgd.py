@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from robust_prune.adversaries.projections import project, random_start, steepest
 from robust_prune.errors import AttackError
 from robust_prune.modules import as_memory_allows, device_of, evaluating, requires_grad
 from robust_prune.types import ThreatModel
+
+T = TypeVar("T")
 
 
 def pgd(
@@ -173,31 +177,58 @@ def pgd_verdicts(
 
     `judge` as `survivors` has it.
     """
+
+    def attack(clean: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        return survivors(
+            model,
+            clean,
+            target,
+            threat=threat,
+            steps=steps,
+            step_size=step_size or threat.eps / 4,
+            start=start,
+            judge=judge,
+        )
+
+    with evaluating(model), requires_grad(model, False), torch.no_grad():
+        parts = in_parts(attack, model, images, labels, threat, seed, batch_size)
+    right, blind = (torch.cat(verdicts).cpu() for verdicts in zip(*parts, strict=True))
+    return right, blind
+
+
+def in_parts(
+    attack: Callable[[Tensor, Tensor, Tensor], T],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    batch_size: int,
+) -> list[T]:
+    """Return what an attack gives for each part of the images, in order.
+
+    Random starts are drawn by batch, so that they are the same where memory halves the parts.
+
+    Args:
+        attack: called with images, labels and random starts, on the model's device.
+        model: the one that is attacked.
+        images: [N, C, H, W] in [0, 1].
+        labels: [N].
+        threat: norm and eps.
+        seed: of the random starts.
+        batch_size: images at a time, at most.
+    """
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
 
-    def attack(batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, Tensor]]:
-        return [
-            survivors(
-                model,
-                clean,
-                target,
-                threat=threat,
-                steps=steps,
-                step_size=step_size or threat.eps / 4,
-                start=start,
-                judge=judge,
-            )
-            for clean, target, start in zip(*(torch.split(t, size) for t in batch), strict=True)
-        ]
+    def run(batch: tuple[Tensor, ...], size: int) -> list[T]:
+        return [attack(*part) for part in zip(*(torch.split(t, size) for t in batch), strict=True)]
 
-    parts = []
-    with evaluating(model), requires_grad(model, False), torch.no_grad():
-        for clean, target in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
-            clean = clean.to(device)
-            batch = clean, target.to(device), random_start(clean, threat, generator)
-            parts += as_memory_allows(functools.partial(attack, batch), len(clean), "attacks")
-    right, blind = (torch.cat(verdicts).cpu() for verdicts in zip(*parts, strict=True))
-    return right, blind
+    parts: list[T] = []
+    for clean, target in zip(
+        torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+    ):
+        clean = clean.to(device)
+        batch = clean, target.to(device), random_start(clean, threat, generator)
+        parts += as_memory_allows(functools.partial(run, batch), len(clean), "attacks")
+    return parts

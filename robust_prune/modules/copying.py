@@ -98,12 +98,12 @@ def sharing(model: M) -> M:
     Writing into one of them writes into the model's, so that whoever does puts it back; what
     replaces parameters, as pruning does, leaves the model alone. `own_` ends it.
     """
-    parameters = {
+    parameters: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
         for p in model.parameters()
         if type(p) is nn.Parameter
     }
-    return copied(model, dict(parameters))
+    return copied(model, parameters)
 
 
 @torch.no_grad()

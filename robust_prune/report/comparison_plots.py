@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,8 +141,7 @@ def _legend(axes: Any, record: Mapping[str, Any]) -> None:
 
 def _ends(accuracies: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
     pairs = [accuracy["interval"] for accuracy in accuracies]
-    low, high = itertools.tee(pairs)
-    return [100 * a for a, _ in low], [100 * b for _, b in high]
+    return [100 * low for low, _ in pairs], [100 * high for _, high in pairs]
 
 
 def _colour(place: int) -> str:
