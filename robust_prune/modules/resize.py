@@ -85,15 +85,16 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def is_unsaved_constant(module: nn.Module, name: str) -> bool:
-    """Whether a buffer is a vector of equal numbers that state_dicts leave out.
+    """Whether a buffer has equal rows and is left out of state_dicts.
 
-    Such is the bias of an attention's keys, zero and not learned, beside those of queries and
-    values. Any part of it is the same, so that its length says all.
+    Such are the bias of an attention's keys, zero and not learned, beside those of queries and
+    values, and the kernels that blur every channel alike. Any rows of it are the same, so that
+    its length says all.
     """
     buffer = module._buffers.get(name)
-    if buffer is None or name not in module._non_persistent_buffers_set or buffer.ndim != 1:
+    if buffer is None or name not in module._non_persistent_buffers_set or buffer.ndim == 0:
         return False
-    return len(buffer) > 1 and bool((buffer == buffer[0]).all())
+    return len(buffer) > 1 and bool((buffer == buffer[:1]).all())
 
 
 def fields_of(model: nn.Module) -> Fields:
@@ -111,7 +112,8 @@ def set_fields_(
 
     Args:
         model: changed in place; it remembers.
-        fields: the new numbers, by module and attribute.
+        fields: the new numbers, by module and attribute. Constant kernels that no file holds get
+            as many rows as the number says that was their count.
         modules: those of the model by their names, where the caller has them.
 
     Raises:
@@ -126,6 +128,7 @@ def set_fields_(
                 raise ModelError(f"{layer or 'the network'} has no number called {name!r} to set")
             if isinstance(old, tuple):
                 value = tuple(value)
+            _shorten_kernels(modules[layer], old, value)
             setattr(modules[layer], name, value)
             kept.setdefault(layer, {})[name] = list(value) if isinstance(value, tuple) else value
     if kept:
@@ -148,9 +151,17 @@ def _shorten_constants(module: nn.Module, shapes: Mapping[str, tuple[int, ...]])
         )
     for name, buffer in list(module.named_buffers(recurse=False)):
         become = lengths.get(tuple(buffer.shape), set())
-        if len(become) == 1 and is_unsaved_constant(module, name):
+        if len(become) == buffer.ndim == 1 and is_unsaved_constant(module, name):
             (length,) = become.pop()
             _replace(module, name, buffer[:length].clone())
+
+
+def _shorten_kernels(module: nn.Module, old: Any, new: Any) -> None:
+    """Cut constant kernels of as many rows as a number of their module says with the number."""
+    if type(old) is type(new) is int and 0 < new < old:
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.ndim > 2 and len(buffer) == old and is_unsaved_constant(module, name):
+                _replace(module, name, buffer[:new].clone())
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -11,13 +11,14 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.errors import ModelError, PlanError, UsageError
-from robust_prune.graph import ModelGraph, count_cost, mask_, prune_
+from robust_prune.graph import ModelGraph, count_cost, mask_, masking_error, prune_
+from robust_prune.modules import fields_of, fit_, set_fields_
 from robust_prune.types import Budget, PruningPlan
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
@@ -289,14 +290,57 @@ def test_group_norm_loses_the_same_from_every_group() -> None:
     assert model(torch.rand(2, 3, 8, 8)).shape == (2, 5)
 
 
-def test_blurpool_of_fixed_width_is_left_alone_and_said() -> None:
-    model = timm.create_model("resnetblur18", num_classes=5).eval()
-    graph = ModelGraph(model, (3, 64, 64))
-    reasons = {u.name: u.reason for u in graph.unprunable}
-    assert reasons["layer2.0.conv1"] == "meets a weight that is no parameter in layer2.0.aa"
-    assert graph.groups
-    prune_(model, random_plan(graph, 0.2))
-    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+class Filter(nn.Module):
+    """Filters channels one by one, by a buffer that files have or not."""
+
+    def __init__(self, saved: bool, counts: bool, alike: bool = True) -> None:
+        super().__init__()
+        row = torch.tensor([[1.0, 2.0, 1.0]]) / 4
+        kernel = row.T @ row
+        rows = kernel.expand(12, 1, 3, 3) * (1 if alike else torch.arange(1, 13).view(-1, 1, 1, 1))
+        self.register_buffer("kernel", rows.clone(), persistent=saved)
+        self.channels = 12 if counts else "as many as come"
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = self.channels if isinstance(self.channels, int) else x.shape[1]
+        return nn.functional.conv2d(x, self.kernel, stride=2, groups=count)
+
+
+@pytest.mark.parametrize(
+    ("saved", "counts", "alike", "prunable"),
+    [
+        (True, True, True, True),
+        (True, False, False, True),
+        (False, True, True, True),
+        (False, False, True, False),  # nothing in a file would say how many are left
+        (False, True, False, False),  # nor which
+    ],
+)
+def test_fixed_kernels_shorten_where_a_file_says_what_is_left(
+    saved: bool, counts: bool, alike: bool, prunable: bool
+) -> None:
+    torch.manual_seed(0)
+
+    def make() -> nn.Sequential:
+        layers = nn.Conv2d(3, 12, 3), Filter(saved, counts, alike), nn.Conv2d(12, 4, 2)
+        return nn.Sequential(*layers, nn.Flatten()).eval()
+
+    model = make()
+    graph = ModelGraph(model, (3, 8, 8))
+    assert [g.name for g in graph.groups] == (["0"] if prunable else [])
+    if not prunable:
+        reasons = {u.name: u.reason for u in graph.unprunable}
+        assert reasons["0"] == "meets a weight that is no parameter in 1"
+        return
+    plan = random_plan(graph, 0.5)
+    pruned = prune_(copy.deepcopy(model), plan)
+    images = torch.rand(2, 3, 8, 8)
+    assert masking_error(model, pruned, plan, images) < 1e-9
+    again = make()
+    fit_(again, pruned.state_dict())
+    set_fields_(again, fields_of(pruned))
+    again.load_state_dict(pruned.state_dict())
+    assert torch.equal(again(images), pruned(images))
 
 
 def test_frozen_layers_stay_frozen(resnet: nn.Module) -> None:

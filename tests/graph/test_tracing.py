@@ -66,6 +66,7 @@ SMALL = {
         },
         32,
     ),
+    "resnetblur18": ({}, 64),  # fixed kernels that are in no file
     "torchvision/shufflenet_v2_x0_5": ({}, 64),
     "torchvision/googlenet": ({}, 64),
 }
@@ -386,7 +387,8 @@ def test_modules_with_ways_of_their_own(make: object, groups: set[str]) -> None:
         (lambda: layers.ScaledStdConv2dSame(12, 12, 3, stride=2), True),
         (lambda: layers.SqueezeExcite(12), True),
         (lambda: layers.EcaModule(12), False),  # its kernel slides over the channels
-        (lambda: layers.BlurPool2d(12), False),
+        (lambda: layers.BlurPool2d(12), True),
+        (lambda: layers.BlurPool2d(), False),  # its one row is spread over the channels
         (lambda: nn.PReLU(12), True),
         (lambda: nn.InstanceNorm2d(12, affine=True), True),
         (lambda: nn.InstanceNorm2d(12), True),

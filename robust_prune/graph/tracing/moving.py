@@ -90,7 +90,7 @@ def _label_beside(tracer: Tracer, piece: Tensor, pieces: Sequence[Tensor]) -> Te
     That is the bias of keys, which is zero and not learned, between those of queries and values.
     """
     learned = [other.shape for other in pieces if tracer.is_parameter(other)]
-    if piece.shape in learned and id(piece) in tracer.buffers:
+    if piece.ndim == 1 and piece.shape in learned and id(piece) in tracer.buffers:
         owner = tracer.modules[tracer.owner]
         names = [name for name, buffer in owner.named_buffers(recurse=False) if buffer is piece]
         if names and is_unsaved_constant(owner, names[0]):

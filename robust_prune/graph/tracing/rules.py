@@ -20,7 +20,7 @@ from robust_prune.graph.tracing.tracer import (
     square_of,
 )
 from robust_prune.graph.tracing.uses import argument
-from robust_prune.modules import tensors_in
+from robust_prune.modules import is_unsaved_constant, tensors_in
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -81,9 +81,12 @@ def _linear(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) 
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    x, weight, bias = _operands(tracer, args, kwargs)
     groups = int(argument(args, kwargs, 6, "groups", default=1))
     labels, atoms = tracer.labels, tracer.labels.atoms
+    if _is_fixed_kernel(tracer, args, kwargs, groups):
+        _filter(tracer, args, kwargs, out)
+        return
+    x, weight, bias = _operands(tracer, args, kwargs)
     labels.out_dims[id(weight)] = 0
     rows = labels.axis(weight, 0)
     _join_bias(tracer, bias, rows)
@@ -95,6 +98,31 @@ def _conv(tracer: Tracer, name: str, args: Args, kwargs: Kwargs, out: Tensor) ->
         columns = labels.axis(weight, 1)
         atoms.join(incoming.view(groups, -1), columns.view(1, -1))
         atoms.join(rows.view(groups, -1), rows[: len(rows) // groups].view(1, -1))
+    tracer.set(out, rows.view([1, -1] + [1] * (out.ndim - 2)))
+
+
+def _is_fixed_kernel(tracer: Tracer, args: Args, kwargs: Kwargs, groups: int) -> bool:
+    """Whether each channel is filtered by a row of a buffer that pruning can shorten.
+
+    A file has the buffer, or its rows are all the same and the running module says how many.
+    """
+    x, weight, bias = _given(args, kwargs)
+    if id(weight) not in tracer.buffers or bias is not None or not groups == len(weight) > 1:
+        return False
+    owner = tracer.modules[tracer.owner]
+    names = [name for name, buffer in owner.named_buffers(recurse=False) if buffer is weight]
+    if not names or groups != x.shape[1]:
+        return False
+    saved = names[0] not in owner._non_persistent_buffers_set
+    return saved or (is_unsaved_constant(owner, names[0]) and tracer.counts(groups))
+
+
+def _filter(tracer: Tracer, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Pass channels through, filtered one by one, as antialiasing does."""
+    x, weight, _ = _given(args, kwargs)
+    rows = tracer.labels.axis(weight, 0)
+    tracer.labels.atoms.join(rows, tracer.vector(tracer.label(x), 1 - out.ndim, x.shape[1]))
+    note_site(tracer, rows)
     tracer.set(out, rows.view([1, -1] + [1] * (out.ndim - 2)))
 
 
