@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from robust_prune.adversaries import Folded
 from robust_prune.data import open_data
 from robust_prune.finetune import BETA, Attack, TrainingConfig, attacks_in_bfloat16
-from robust_prune.models import build_model, library_versions, load, resolve_spec
+from robust_prune.models import build_model, library_versions, resolve_spec
 from robust_prune.modules import ImageModel
+from robust_prune.opening import load
 from robust_prune.pipeline import hardware
 from robust_prune.registry import METHODS
 from robust_prune.types import ThreatModel

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from robust_prune.graph import DependencyGraph, adapter, dependency_graph, prune_
     from robust_prune.hub import from_pretrained, push_to_hub, save_pretrained
     from robust_prune.importance import MRSImportance
-    from robust_prune.models import load, save
+    from robust_prune.models import save
+    from robust_prune.opening import load
     from robust_prune.pipeline import CompressResult, compress, sensitivity
     from robust_prune.quantising import export_int8
     from robust_prune.types import Budget, PruningPlan, ThreatModel
@@ -35,7 +36,7 @@ _HOMES = {
     "dependency_graph": "graph",
     "evaluate": "evaluation",
     "from_pretrained": "hub",
-    "load": "models",
+    "load": "opening",
     "prune_": "graph",
     "push_to_hub": "hub",
     "save": "models",

@@ -22,11 +22,11 @@ from robust_prune.models import (
     WEIGHTS,
     fetched,
     library_versions,
-    load,
     save,
     spec_of,
     upload,
 )
+from robust_prune.opening import load
 from robust_prune.types import DATA_NAMES, PUBLIC_DATA, to_plain
 
 CARD, INFO = "README.md", "model_info.json"

@@ -32,6 +32,7 @@ ORDER = (
     "graph",
     "latency",
     "costs",
+    "opening",
     "repair",
     "criteria",
     "allocation",

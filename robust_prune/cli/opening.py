@@ -76,9 +76,9 @@ def open_model(
     path: str, options: ModelOptions, device: str = "cpu"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Open a model with its record."""
-    from robust_prune import models
+    from robust_prune import opening
 
-    return models.open_model(path, device=device, **_values(options))
+    return opening.open_model(path, device=device, **_values(options))
 
 
 def open_splits(

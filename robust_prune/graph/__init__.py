@@ -7,6 +7,7 @@ from robust_prune.graph.graph import ModelGraph
 from robust_prune.graph.items import Group, Groups
 from robust_prune.graph.probing import is_large
 from robust_prune.graph.pruners import dependency_graph
+from robust_prune.graph.shapes import numbers_at
 from robust_prune.graph.tracing import Atoms, Slot, adapter, compress
 from robust_prune.graph.verify import check_pruned, masking_error
 from robust_prune.graph.wiring import MIN_WIDTH
@@ -28,6 +29,7 @@ __all__ = [
     "is_large",
     "mask_",
     "masking_error",
+    "numbers_at",
     "prune_",
     "weight_of",
 ]

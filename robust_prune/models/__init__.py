@@ -7,7 +7,7 @@ from robust_prune.models.builders import (
     resolve_spec,
 )
 from robust_prune.models.hub import CONFIG, PREFIX, WEIGHTS, fetched, upload
-from robust_prune.models.loading import image_size_of, load, open_model, save, spec_of
+from robust_prune.models.loading import image_size_of, open_model, save, spec_of
 from robust_prune.models.manifest import write
 from robust_prune.models.reading import LIBRARY
 
@@ -21,7 +21,6 @@ __all__ = [
     "image_size_of",
     "build_model",
     "default_input_size",
-    "load",
     "open_model",
     "resolve_spec",
     "save",

@@ -1,4 +1,4 @@
-"""Weights of a file put into a network: its names, its shapes, its widths."""
+"""Weights of a file put into a network: its names and its shapes."""
 
 from __future__ import annotations
 
@@ -60,23 +60,6 @@ def refill_(net: nn.Module, path: Path, state: Mapping[str, Tensor], fields: Fie
     fill_(net, path, state)
 
 
-def narrower(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Return the tensors with fewer channels than the network's, if that is all that differs."""
-    own = net.state_dict()
-    found = []
-    for name, tensor in state.items():
-        if name not in own or tensor.shape == own[name].shape:
-            continue
-        theirs, mine = tuple(tensor.shape), tuple(own[name].shape)
-        channels = (
-            len(theirs) == len(mine) and theirs[2:] == mine[2:] and min(theirs, default=0) > 0
-        )
-        if not channels or any(a > b for a, b in zip(theirs, mine, strict=True)):
-            return []
-        found.append(name)
-    return found
-
-
 def check_stored_widths(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise ModelError where a file of ours has more channels than the network it was made from."""
     own = model.net.state_dict()
@@ -115,17 +98,23 @@ def check_stem(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> No
         )
 
 
+def tried_size(model: ImageModel) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the image that a network from a file is tried with."""
+    size = model.spec.input_size
+    if size is None or max(size) > LARGEST_TRIED:
+        return default_input_size(model.spec)
+    return size
+
+
 def check_runs(model: ImageModel) -> None:
     """Raise ModelError unless the network gives finite logits for one image, in one line.
 
     A network of no classes ends before a classifier; it has to run, whatever it gives.
     """
-    size = model.spec.input_size
-    if size is None or max(size) > LARGEST_TRIED:
-        size = default_input_size(model.spec)
+    image = torch.rand(1, *tried_size(model), generator=torch.Generator().manual_seed(0))
     try:
         with evaluating(model), torch.no_grad():
-            logits = model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
+            logits = model(image)
     except RUN_ERRORS as error:
         raise ModelError(first_line(error)[:120]) from None
     if model.spec.num_classes == 0:
@@ -134,20 +123,3 @@ def check_runs(model: ImageModel) -> None:
         raise ModelError(f"no logits of {model.spec.num_classes} classes come out")
     if not bool(logits.isfinite().all()):
         raise ModelError("its logits are not finite")
-
-
-def narrow_to_(model: ImageModel, path: Path, state: Mapping[str, Tensor]) -> None:
-    """Fit a named network to the widths of a file that was pruned elsewhere, and try it.
-
-    Raises:
-        ModelError: the network does not run with these widths.
-    """
-    fit_(model.net, state)
-    fill_(model.net, path, state)
-    try:
-        check_runs(model)
-    except ModelError as error:
-        raise ModelError(
-            f"{path}: pruned elsewhere, and {model.spec.arch} does not run with its widths "
-            f"({error}); build the network as it was pruned: load(path, model=NETWORK)"
-        ) from None

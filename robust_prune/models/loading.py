@@ -33,6 +33,7 @@ from robust_prune.models.fitting import (
 from robust_prune.models.hub import PREFIX, fetched
 from robust_prune.models.manifest import Manifest, write
 from robust_prune.models.named import Given, by_arch, from_state
+from robust_prune.models.narrowing import Follow
 from robust_prune.models.pickled import find_module, identified, pickle_note
 from robust_prune.models.reading import ModelFile, read
 from robust_prune.models.weights import take
@@ -44,58 +45,6 @@ from robust_prune.modules import (
     network_of,
 )
 from robust_prune.types import ModelSpec, to_plain
-
-
-def load(
-    path_or_name: str | os.PathLike[str],
-    *,
-    model: nn.Module | None = None,
-    arch: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    cifar_stem: bool = False,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    trust_pickle: bool = False,
-    device: str | torch.device = "cpu",
-) -> nn.Module:
-    """Read a model file, or build a pretrained network by its timm name.
-
-    Args:
-        path_or_name: our own file or folder, a timm checkpoint, a Hugging Face folder as timm
-            writes it, a plain state_dict (.pt, .pth, .safetensors), a name such as
-            `resnet18.a1_in1k`, or `hf-hub:OWNER/NAME` for a repository of ours or of timm's.
-        model: a fresh instance of your own class, for files that `save` wrote of one; its layers
-            take the stored widths and weights.
-        arch: timm's name of the network, or `torchvision/NAME`, for files that don't say it; one
-            that `save` wrote of a bare network, pruned or not, fits the stored widths.
-        model_kwargs: arguments for the builder of `arch`.
-        cifar_stem: 3x3 stride-1 stem without max-pool, for small images.
-        mean, std: normalisation per channel for images in [0, 1]; default: what the file says,
-            else timm's configuration of the network.
-        input_size: (channels, height, width) of the images.
-        trust_pickle: unpickle whole modules; this runs whatever code the file brings.
-        device: where to put the model.
-
-    Returns:
-        A module in eval mode that takes images in [0, 1], [N, C, H, W], and gives logits [N, K].
-
-    Raises:
-        ModelError: the file or the architecture does not fit, with what to change.
-        UnsafeFileError: the file is a pickled module and `trust_pickle` was not given.
-    """
-    return open_model(
-        path_or_name,
-        model=model,
-        arch=arch,
-        model_kwargs=model_kwargs,
-        cifar_stem=cifar_stem,
-        mean=mean,
-        std=std,
-        input_size=input_size,
-        trust_pickle=trust_pickle,
-        device=device,
-    )[0]
 
 
 def open_model(
@@ -110,8 +59,13 @@ def open_model(
     input_size: tuple[int, int, int] | None = None,
     trust_pickle: bool = False,
     device: str | torch.device = "cpu",
+    follow: Follow | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Like `load`, and return the record stored with the model beside it (empty if none)."""
+    """Do what `robust_prune.load` says, and return the record stored with the model beside it.
+
+    The record is empty if there is none. `follow` gives the numbers in modules that go with the
+    widths of a network that was pruned elsewhere, as in `narrow_to_`.
+    """
     name = str(path_or_name)
     if name.startswith(PREFIX) and not is_there(name) and (folder := fetched(name)):
         path_or_name = name = str(folder)
@@ -123,7 +77,7 @@ def open_model(
         raise ModelError(f"{name}: no such file or folder, nor a network of timm{similar(name)}")
     found = read(path_or_name, trust_pickle=trust_pickle)
     given = Given(arch, model_kwargs, cifar_stem, mean, std)
-    loaded, record = _loaded(found, model, given)
+    loaded, record = _loaded(found, model, given, follow)
     if isinstance(loaded, ImageModel):
         loaded = _override(loaded, mean, std, input_size)
     else:
@@ -133,7 +87,7 @@ def open_model(
 
 
 def _loaded(
-    found: ModelFile, model: nn.Module | None, given: Given
+    found: ModelFile, model: nn.Module | None, given: Given, follow: Follow | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a file and its record; what had to be decided is under `assumed`."""
     if found.manifest is not None:
@@ -155,7 +109,7 @@ def _loaded(
             model = _normalised(model, mean, std)
         notes = (pickle_note(model, given.mean is not None), *notes)
     else:
-        model, notes = from_state(found, given)
+        model, notes = from_state(found, given, follow)
     return model, {"assumed": list(notes)} if notes else {}
 
 

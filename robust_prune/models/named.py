@@ -18,11 +18,10 @@ from robust_prune.models.builders import (
 from robust_prune.models.fitting import (
     check_stem,
     fill_,
-    narrow_to_,
-    narrower,
     refill_,
 )
 from robust_prune.models.manifest import Manifest
+from robust_prune.models.narrowing import Follow, narrow_to_, narrower
 from robust_prune.models.normalisation import (
     Normalisation,
     image_size,
@@ -47,8 +46,16 @@ class Given:
     std: Sequence[float] | None
 
 
-def from_state(found: ModelFile, given: Given) -> tuple[ImageModel, tuple[str, ...]]:
-    """Build the network that is asked for, or that the file names, and fill it."""
+def from_state(
+    found: ModelFile, given: Given, follow: Follow | None = None
+) -> tuple[ImageModel, tuple[str, ...]]:
+    """Build the network that is asked for, or that the file names, and fill it.
+
+    Args:
+        found: the file.
+        given: what the user says of it.
+        follow: as in `narrow_to_`.
+    """
     path, content = found.path, found.content
     if given.arch and given.cifar_stem:  # fails where the network has no such stem
         build_model(resolve_spec(given.arch, given.kwargs, cifar_stem=True))
@@ -77,11 +84,12 @@ def from_state(found: ModelFile, given: Given) -> tuple[ImageModel, tuple[str, .
         notes.append(f"the network is {arch}; timm has none of that name with these weights")
     narrow = narrower(model.net, weights.state)
     if narrow:
-        narrow_to_(model, path, weights.state)
+        assumed = narrow_to_(model, path, weights.state, follow)
         notes.append(
             f"{len(narrow)} of {len(weights.state)} tensors are narrower than those of {arch}: the "
             "network was pruned elsewhere, and has the file's widths"
         )
+        notes += assumed
     else:
         fill_(model.net, path, weights.state)
     return model, (*filter(None, notes), *weights.notes)

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from robust_prune.models import open_model
+from robust_prune.opening import open_model
 from tests.conftest import randomize_
 
 KWARGS = {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import nn
 
 from robust_prune import load
 from robust_prune.errors import ModelError
@@ -252,45 +250,6 @@ def test_a_head_of_another_name_or_in_a_sequence(tmp_path: Path) -> None:
     deep = body | under("fc.0.", {"weight": torch.ones(64, 64), "bias": torch.ones(64)})
     with pytest.raises(ModelError, match="check --arch"):
         opened(tmp_path, deep | {"fc.2.weight": weight, "fc.2.bias": bias})
-
-
-def pruned_by_torch_pruning(net: nn.Module, head: nn.Module) -> nn.Module:
-    import torch_pruning as tp
-
-    importance = tp.importance.MagnitudeImportance()
-    images = torch.rand(1, 3, 64, 64)
-    tp.pruner.BasePruner(
-        net, images, importance=importance, pruning_ratio=0.5, ignored_layers=[head]
-    ).step()
-    return net.eval()
-
-
-@pytest.mark.parametrize(
-    ("arch", "kwargs", "head"),
-    [
-        ("resnet18", KWARGS, lambda net: net.fc),
-        ("torchvision/mobilenet_v2", {}, lambda net: net.classifier[1]),
-    ],
-)
-def test_a_network_pruned_elsewhere_has_the_files_widths(
-    arch: str, kwargs: dict[str, Any], head: Callable[[Any], nn.Module], tmp_path: Path
-) -> None:
-    from robust_prune.models import build_model, resolve_spec
-
-    net = build_model(resolve_spec(arch, {"num_classes": 10, **kwargs})).net
-    net = pruned_by_torch_pruning(net, head(net))
-    model, said = opened(tmp_path, net.state_dict(), arch=arch, model_kwargs=kwargs, **IDENTITY)
-    assert same(model, net)
-    assert "pruned elsewhere" in said[0]
-    wide = STATE | {"layer1.0.conv1.weight": torch.ones(9, 8, 3, 3)}
-    with pytest.raises(ModelError, match=r"other shapes.*check --arch"):
-        opened(tmp_path, wide)
-
-
-def test_widths_that_a_network_cant_have_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    state = STATE | {"layer1.0.conv1.weight": STATE["layer1.0.conv1.weight"][:5]}
-    with pytest.raises(ModelError, match=r"pruned elsewhere.*load\(path, model=NETWORK\)"):
-        opened(tmp_path, state)
 
 
 def test_the_arguments_of_timms_trainer_are_read_as_namespace_and_as_dict(tmp_path: Path) -> None:
