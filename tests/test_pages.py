@@ -105,6 +105,23 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         registered.update(before)
 
 
+@pytest.mark.parametrize("library", ["openvino", "executorch"])
+def test_other_runtimes_give_the_modules_logits(library: str, given: dict[str, Any]) -> None:
+    pytest.importorskip(library)
+    model, images = given["model"], given["images"]
+    robust_prune.export(model, "model.onnx", to="onnx", input_size=(3, 12, 12))
+    robust_prune.export(model, "model.pt2", to="torch-export", input_size=(3, 12, 12))
+    code = next(
+        c
+        for c in blocks(ROOT / "docs/deploying.md", "py")
+        if f"import {library}" in c or f"from {library}" in c
+    )
+    exec(compile(code, library, "exec"), given)  # noqa: S102 (the page's own block)
+    logits = torch.as_tensor(given["logits"])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(images[: len(logits)]), rtol=1e-4, atol=1e-5)
+
+
 @of(WITH_PYTHON)
 def test_python_blocks_run_in_their_order(page: Path, given: dict[str, Any]) -> None:
     for number, code in enumerate(blocks(page, "python"), 1):
