@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from robust_prune.errors import ModelError, first_line, out_of_memory
 from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.example import Example
 from robust_prune.graph.masking import silence_
+from robust_prune.graph.stirring import stirred_copy
 from robust_prune.graph.tracing import couple, train_mode
 from robust_prune.graph.wiring import MIN_WIDTH, Wiring
 from robust_prune.modules import (
@@ -28,6 +29,8 @@ from robust_prune.modules import (
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 LARGE = 10**8  # parameters; above, trials are in float32, and one copy is there at a time
+SMALL = 10**5  # below, the few channels that are left may all be silent: several weights are tried
+WEIGHTS = 3
 # a draw in which, of widths that the code may take for one another, one stays whole
 APART = 2
 LEAST_APART = 0.1  # share of the channels; less can pass for rounding where attention is flat
@@ -39,13 +42,13 @@ RUN_ERRORS = (
 
 @dataclass(frozen=True)
 class _Trial:
-    """A network with other weights, to try on what pruning its groups does."""
+    """A network with other weights, or a few of them, to try on what pruning its groups does."""
 
-    net: nn.Module
+    nets: tuple[nn.Module, ...]
     wiring: Wiring
     example: Example
     draw: int = 0
-    again: Callable[[], nn.Module] | None = None  # makes `net` anew where memory is dear
+    again: Callable[[], nn.Module] | None = None  # makes the one net anew where memory is dear
 
     @uncollected()
     def problem(self, names: Sequence[str]) -> str | None:
@@ -56,24 +59,29 @@ class _Trial:
             if name in names and not (self.draw == APART and name in self.wiring.followers)
         }
         try:
-            pruned = self.again() if self.again else sharing(self.net)
-            Remaining(self.wiring, pruned).remove_(dropped)
-            found = self.example.run(pruned)
-            if self.wiring.coupling.trains:
-                with train_mode(pruned):
-                    self.example.paired().run(pruned)
-            del pruned
-            masked = self.again() if self.again else copied(self.net)
-            silence_(masked, self.wiring, dropped)
-            error = difference(found, self.example.run(masked))
+            errors = [self._error(net, dropped) for net in self.nets]
         except RUN_ERRORS as fault:
             if out_of_memory(fault):
                 raise
             line = first_line(fault)[:120]
             return f"the model does not run when it is pruned: {line}"
-        if not error < TOLERANCES[self.example.dtype]:
-            return f"pruning it is not the same as masking it (by {error:.1g})"
+        for error in errors:
+            if not error < TOLERANCES[self.example.dtype]:
+                return f"pruning it is not the same as masking it (by {error:.1g})"
         return None
+
+    def _error(self, net: nn.Module, dropped: Mapping[str, Tensor]) -> float:
+        """Return how far what a pruned copy gives is from what a masked one gives."""
+        pruned = self.again() if self.again else sharing(net)
+        Remaining(self.wiring, pruned).remove_(dropped)
+        found = self.example.run(pruned)
+        if self.wiring.coupling.trains:
+            with train_mode(pruned):
+                self.example.paired().run(pruned)
+        del pruned
+        masked = self.again() if self.again else copied(net)
+        silence_(masked, self.wiring, dropped)
+        return difference(found, self.example.run(masked))
 
 
 def wired(
@@ -141,13 +149,11 @@ def probed(
     """
     dtype = torch.float32 if is_large(net) else torch.float64
 
-    def stir() -> nn.Module:
-        made = _in_type(net, dtype).eval()
-        _randomize_(made)
-        return made
-
+    stir = functools.partial(stirred_copy, net, dtype)
     again = stir if is_large(net) else None
-    stirred = net if again else stir()
+    size = sum(parameter.numel() for parameter in net.parameters())
+    seeds = range(WEIGHTS if size < SMALL else 1)
+    stirred = (net,) if again else tuple(map(stir, seeds))
     example = example.to(dtype)
     names = _returned_not(wiring)
     if _Trial(stirred, wiring, example, again=again).problem(names) is None:
@@ -155,14 +161,16 @@ def probed(
         apart = _are_apart(wiring) or (
             _Trial(stirred, wiring, example, APART, again).problem(names) is None
         )
-        if apart and _Trial(stirred.float(), wiring, single, 1, again).problem(names) is None:
+        singles = tuple(made.float() for made in stirred)
+        if apart and _Trial(singles, wiring, single, 1, again).problem(names) is None:
             return wiring, ()
-        stirred = stirred.to(dtype)
+        stirred = tuple(made.to(dtype) for made in stirred)
     if not again:
         try:
-            example.run(stirred)
+            example.run(stirred[0])
         except RUN_ERRORS:  # float32 is part of its code
-            stirred, example = stirred.float(), example.to(torch.float32)
+            stirred = tuple(made.float() for made in stirred)
+            example = example.to(torch.float32)
     found = _broken(stirred, wiring, example, again)
     if not found:
         return wiring, ()
@@ -180,24 +188,16 @@ def probed(
     return wiring.without(found), ()
 
 
-def _in_type(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy, converted as `net.to(dtype)` does, without a copy in between."""
-    converted: dict[int, Tensor] = {}
-    for tensor in (*net.parameters(), *net.buffers()):
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        twin = tensor.detach().to(kind, copy=True)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        converted[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-    return copied(net, converted)
-
-
 def is_large(net: nn.Module) -> bool:
     """Whether copies in float64 are too much for memory."""
     return sum(parameter.numel() for parameter in net.parameters()) > LARGE
 
 
 def _broken(
-    net: nn.Module, wiring: Wiring, example: Example, again: Callable[[], nn.Module] | None
+    nets: tuple[nn.Module, ...],
+    wiring: Wiring,
+    example: Example,
+    again: Callable[[], nn.Module] | None,
 ) -> dict[str, str]:
     """Return the groups that can't be pruned by one of the draws, with what goes wrong."""
     broken: dict[str, str] = {}
@@ -205,7 +205,7 @@ def _broken(
         before = len(broken)
         for draw in (0, 1, APART):
             left = wiring.without(broken)
-            found = _search(_Trial(net, left, example, draw, again))
+            found = _search(_Trial(nets, left, example, draw, again))
             for name, problem in found.items():
                 # partners may be right when they are pruned together, and neither alone
                 others = left.partners.get(name, ()) if draw == APART else ()
@@ -295,30 +295,3 @@ def _are_apart(wiring: Wiring) -> bool:
         for name, others in wiring.partners.items()
         for other in others
     )
-
-
-@torch.no_grad()
-def _randomize_(net: nn.Module) -> None:
-    """Give a copy weights under which no channel is silent and no branch or attention is flat."""
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        leaf = name.rpartition(".")[2]
-        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
-            spread = float(tensor.std())
-            if spread > 0 and math.isfinite(spread):
-                tensor.mul_(max(tensor[0].numel(), 1) ** -0.5 / spread)
-                continue
-        cpu = torch.empty(tensor.shape, dtype=tensor.dtype)
-        if leaf == "running_var":
-            cpu.uniform_(0.5, 1.5, generator=generator)
-        elif leaf == "running_mean" or leaf == "bias":
-            cpu.normal_(0, 0.1, generator=generator)
-        elif not isinstance(tensor, nn.Parameter):
-            continue
-        elif tensor.ndim > 1:
-            cpu.normal_(0, max(tensor[0].numel(), 1) ** -0.5, generator=generator)
-        else:
-            cpu.uniform_(0.5, 1.5, generator=generator)
-        tensor.copy_(cpu)

@@ -153,6 +153,14 @@ def test_what_is_right_beside_a_group_that_is_left_out_is_tried_without_it() -> 
     assert [g.blocks for g in graph.groups if g.name.startswith("parts.3")] == [6]
 
 
+def test_channels_that_are_all_silent_under_some_weights_hide_nothing() -> None:
+    """An attention that takes its input's width for its own, behind two channels and a ReLU."""
+    blocks = (Block("Attention", 6, 2402), Block("Chunks", 6, 4121))
+    drawn = Drawn(blocks, Block("hidden", 6, 1032), 91)
+    graph = ModelGraph(Network(drawn).double().eval(), (3, 8, 8), min_width=1, whole_heads=True)
+    assert "parts.0.qkv" not in {g.name for g in graph.groups}
+
+
 class Divides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
