@@ -23,6 +23,7 @@ from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_report
 from robust_prune.errors import UsageError
 from robust_prune.options import (
+    AUTO,
     FINE_TUNING_EPOCHS,
     FINE_TUNING_METHOD,
     BudgetOptions,
@@ -131,7 +132,10 @@ def compress(
             folder,
             name,
             _events(output, shown.on_progress, shown.on_epoch),
-            arguments={**arguments, "n_eval": settings.n_eval},
+            arguments={
+                **arguments,
+                "n_eval": "auto" if settings.n_eval == AUTO else str(settings.n_eval),
+            },
             resume=writing.resume is not None,
             processes=processes,
         )
@@ -227,13 +231,14 @@ def _announce(
         f"images, {splits.classes or 'unknown'} classes"
     )
     if settings.evaluation == "autoattack" and splits.test is not None:
-        n = min(settings.n_eval, len(splits.test))
+        n = min(settings.n_eval or evaluation.FIRST, len(splits.test))
         images, _ = splits.test.take(min(64, n), 0)
         # the pruned model runs faster than the dense one by about its share of the cost
         one = evaluation.autoattack_seconds(module, images, splits.classes, 0.35) * n / len(images)
         total = one * (2 - 0.7 * settings.budget.prune_ratio)
         output.line(
             f"AutoAttack on {n} test images, dense and pruned, at the end: about {duration(total)}"
+            + (", and on more until the margin is met" if settings.n_eval == AUTO else "")
         )
 
 

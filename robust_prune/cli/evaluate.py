@@ -8,6 +8,7 @@ from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_evaluation
 from robust_prune.errors import UsageError
 from robust_prune.options import (
+    AUTO,
     DataOptions,
     JudgingOptions,
     ModelOptions,
@@ -29,7 +30,7 @@ def evaluate(
     """Measure clean, PGD-20 and AutoAttack accuracy on test images, with intervals."""
     from robust_prune import evaluation
     from robust_prune.pipeline import eval_images
-    from robust_prune.types import to_plain
+    from robust_prune.types import Evaluation, to_plain
 
     threat_model(threat)  # what is typed is checked before anything is opened
     device = pick_device(running)
@@ -38,18 +39,31 @@ def evaluate(
     if splits is None or splits.test is None:
         raise UsageError(f"{model} records no data; name it with --data")
     attacker = threat_model(threat, record)
-    test = evaluation.draw(splits.test, eval_images(judging.n_eval, device), running.seed)
-    if judging.evaluation == "autoattack":
-        seconds = evaluation.autoattack_seconds(module, test.images, splits.classes, 0.35)
-        output.line(f"AutoAttack on {len(test.labels)} images: about {duration(seconds)}")
-    result = evaluation.evaluate(
-        module,
-        test,
-        threat=attacker,
-        attack=judging.evaluation,
-        seed=running.seed,
-        on_progress=lambda line: output.line(f"  {line}"),
-    )
+
+    def measure(test: evaluation.TestImages) -> list[Evaluation]:
+        if judging.evaluation == "autoattack":
+            seconds = evaluation.autoattack_seconds(module, test.images, splits.classes, 0.35)
+            output.line(f"AutoAttack on {len(test.labels)} images: about {duration(seconds)}")
+        found = evaluation.evaluate(
+            module,
+            test,
+            threat=attacker,
+            attack=judging.evaluation,
+            seed=running.seed,
+            on_progress=lambda line: output.line(f"  {line}"),
+        )
+        return [found]
+
+    if judging.n_eval == AUTO:
+        results = evaluation.evaluate_in_rounds(
+            splits.test, measure, margin=judging.margin, seed=running.seed
+        )
+        if wide := evaluation.too_wide(results, judging.margin):
+            output.note(wide)
+    else:
+        n = eval_images(judging.n_eval, device)
+        results = measure(evaluation.draw(splits.test, n, running.seed))
+    (result,) = results
     show_evaluation(output, result, splits.name)
     left_out = splits.source.get("left_out")
     if left_out and left_out["test"]:

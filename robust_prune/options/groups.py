@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from robust_prune.errors import UsageError
-from robust_prune.options.parsing import Size, batch_sizes, builder_kwargs, image_size, numbers
+from robust_prune.options.parsing import (
+    AUTO,
+    Size,
+    batch_sizes,
+    builder_kwargs,
+    image_size,
+    number_or_auto,
+    numbers,
+)
 from robust_prune.options.planning import PlanningOptions
 from robust_prune.options.stating import Options, Range, option, other_default
 from robust_prune.registry import METHODS
@@ -217,7 +225,18 @@ class EvaluationOptions(Options):
         None, "Default: autoattack where data is known.", flag="--eval"
     )
     n_eval: int | None = option(
-        None, "Test images; default 200, on a GPU 1,000.", within=Range(low=1)
+        None,
+        "Test images; default 200, on a GPU 1,000. With auto as many as --margin takes.",
+        parse=number_or_auto("n eval"),
+        metavar="NUMBER",
+        within=Range(low=AUTO),
+    )
+    margin: float = option(
+        2.0,
+        "With --n-eval auto: 200 images and then twice as many, until the drop of the pruned model "
+        "(of one model: its accuracy) is known to so many percentage points, half of a 95 % "
+        "interval.",
+        within=Range(0, 50, "low"),
     )
 
 

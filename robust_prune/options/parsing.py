@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from robust_prune.errors import UsageError
 from robust_prune.untrusted import parse_json
 
 Size = tuple[int, int, int]
-AUTO = 0  # of a multiple: what the device is fast at
+AUTO = 0  # of a multiple: what the device is fast at; of test images: what a margin takes
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -31,13 +31,17 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def multiple(text: str) -> int:
-    """Read a number from 1 on, or `auto`."""
-    if text == "auto":
-        return AUTO
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"round to {text!r} must be 1 or more, or auto")
-    return int(text)
+def number_or_auto(called: str) -> Callable[[str], int]:
+    """Return what reads a number from 1 on, or `auto`, for an option that messages call so."""
+
+    def read(text: str) -> int:
+        if text == "auto":
+            return AUTO
+        if not text.isdigit() or int(text) < 1:
+            raise UsageError(f"{called} {text!r} must be a number from 1 on, or auto")
+        return int(text)
+
+    return read
 
 
 def image_size(text: str) -> Size:

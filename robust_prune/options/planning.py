@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from robust_prune.errors import UsageError
-from robust_prune.options.parsing import AUTO, multiple, shares
+from robust_prune.options.parsing import AUTO, number_or_auto, shares
 from robust_prune.options.stating import Options, Range, option
 from robust_prune.registry import ALLOCATIONS, ESTIMATORS, SCORES
 from robust_prune.types import TARGETS
@@ -103,7 +103,7 @@ class PlanningOptions(Options):
         1,
         "Make widths multiples of this, as hardware likes them (8, 16), or auto: what this device "
         "is measured to be fast at.",
-        parse=multiple,
+        parse=number_or_auto("round to"),
         metavar="NUMBER",
         within=Range(low=AUTO),
     )

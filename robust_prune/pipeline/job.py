@@ -23,6 +23,7 @@ from robust_prune.finetune import (
 )
 from robust_prune.models import image_size_of
 from robust_prune.modules import ImageModel, contiguous, make_contiguous_, sharing
+from robust_prune.options import AUTO
 from robust_prune.pipeline.grade import GIVE_DATA, grade_of
 from robust_prune.pipeline.journal import Journal
 from robust_prune.pipeline.run_folder import RunFolder
@@ -57,10 +58,11 @@ class Job:
 
     @cached_property
     def test_images(self) -> TestImages:
-        """The images that every model of the run is measured on."""
+        """The images that every model of the run is measured on; the first of them with `auto`."""
         assert self.splits is not None
         assert self.splits.test is not None
-        return evaluation.draw(self.splits.test, self.settings.n_eval, self.settings.seed)
+        n = self.settings.n_eval if self.settings.n_eval != AUTO else evaluation.FIRST
+        return evaluation.draw(self.splits.test, n, self.settings.seed)
 
 
 @dataclass(frozen=True)

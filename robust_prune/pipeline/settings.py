@@ -142,7 +142,9 @@ def budget_of(options: BudgetOptions) -> dict[str, Any]:
 
 def eval_images(asked: int | None, device: torch.device | str) -> int:
     """Return how many test images to measure on: what was asked, else what the device can do."""
-    return asked or EVAL_IMAGES["cuda" if str(device).startswith("cuda") else "cpu"]
+    if asked is not None:
+        return asked
+    return EVAL_IMAGES["cuda" if str(device).startswith("cuda") else "cpu"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def tune(job: Job, state: State, step: int) -> State:
     config = settings.training(step)
     last = step == settings.prune_steps
     if last and settings.evaluation != "none":
-        state = replace(state, before=evaluated(job, state.model, "pgd", "before"))
+        state = replace(state, before=evaluated(job, state.model, "pgd", "before", job.test_images))
     where = "" if settings.prune_steps == 1 else f" after step {step} of {settings.prune_steps}"
     journal.stage(f"fine-tuning{where}: {config.method}, {config.epochs} epochs")
     with journal.timed("fine-tune"):

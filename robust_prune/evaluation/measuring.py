@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from robust_prune.adversaries import autoattack, pgd_verdicts
-from robust_prune.data import DataSplits, Split, as_split, open_for
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.errors import DataError, UsageError
+from robust_prune.errors import UsageError
+from robust_prune.evaluation.images import TestImages, test_images
 from robust_prune.graph import count_cost
 from robust_prune.modules import (
     as_memory_allows,
@@ -36,32 +35,6 @@ Attack = Literal["none", "pgd", "autoattack"]
 ATTACKS: tuple[Attack, ...] = ("none", "pgd", "autoattack")
 PGD_STEPS = 20
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TestImages:
-    """Images [n, C, H, W] drawn once, so that every model is judged on the same ones.
-
-    `classes` is 0 where it is not known.
-    """
-
-    __test__ = False  # not a test class of pytest's
-
-    images: Tensor
-    labels: Tensor
-    split: str
-    seed: int
-    classes: int = 0
-
-
-def draw(split: Split, n: int, seed: int, *, name: str = "test") -> TestImages:
-    """Draw `n` images without replacement; fewer where the split is smaller."""
-    if n < 1:
-        raise UsageError(f"the number of images to evaluate on must be at least 1, not {n}")
-    if len(split) == 0:
-        raise DataError(f"the {name} split holds no images")
-    images, labels = split.take(min(n, len(split)), seed)
-    return TestImages(images.cpu(), labels.cpu(), name, seed, split.classes)
 
 
 def evaluate(
@@ -157,7 +130,19 @@ def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
     correct = [False] * n
     for rank, share in enumerate(parts):
         correct[rank :: processes.size] = share.correct
-    details = dict(part.details)
+    whole = merged(parts, correct, max(p.seconds for p in parts))
+    return replace(whole, details={**whole.details, "processes": processes.size})
+
+
+def merged(parts: Sequence[Measurement], correct: Sequence[bool], seconds: float) -> Measurement:
+    """Return one measurement of those of one model by one attack on parts of the images.
+
+    Args:
+        parts: at least one.
+        correct: the verdicts of all, image by image.
+        seconds: what they took together.
+    """
+    details = dict(parts[0].details)
     if "robust_after" in details:
         names = dict.fromkeys(name for p in parts for name in p.details["robust_after"])
         details["robust_after"] = {
@@ -168,14 +153,14 @@ def _joined(part: Measurement, processes: Processes, n: int) -> Measurement:
     flags = list(dict.fromkeys(flag for p in parts for flag in p.flags))
     if "without_gradient" in details:
         details["without_gradient"] = sum(p.details["without_gradient"] for p in parts)
-        flags = _masked(details["without_gradient"], n)
+        flags = _masked(details["without_gradient"], len(correct))
     return replace(
-        part,
+        parts[0],
         correct=tuple(correct),
-        accuracy=Proportion(sum(correct), n),
-        details={**details, "processes": processes.size},
+        accuracy=Proportion(sum(correct), len(correct)),
+        details=details,
         flags=tuple(flags),
-        seconds=max(p.seconds for p in parts),
+        seconds=seconds,
     )
 
 
@@ -221,19 +206,6 @@ def autoattack_seconds(model: nn.Module, images: Tensor, classes: int, robust: f
     targets = min(9, max(1, classes - 1))
     passes = 100 + robust * (100 * targets + 2 * 100 * targets + 0.42 * 5000)
     return passes * both * len(images)
-
-
-def test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
-    """Return the images that `evaluate` measures on when it is given `data_`."""
-    if isinstance(data_, TestImages):
-        return data_
-    if isinstance(data_, (str, os.PathLike, DataSplits)):
-        splits = open_for(model, data_)
-        if splits is None or splits.test is None:
-            raise DataError(f"{data_}: no test split")
-        test = draw(splits.test, n, seed)
-        return replace(test, classes=splits.classes or test.classes)
-    return draw(as_split(data_), n, seed, name="the caller's")
 
 
 def _clean(model: nn.Module, test: TestImages, batch_size: int) -> Measurement:

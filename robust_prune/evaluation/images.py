@@ -1,0 +1,52 @@
+"""The test images that every model of a comparison is judged on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from robust_prune.data import DataSplits, Split, as_split, open_for
+from robust_prune.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Images [n, C, H, W] drawn once, so that every model is judged on the same ones.
+
+    `classes` is 0 where it is not known; `begin` counts the images of earlier rounds.
+    """
+
+    __test__ = False  # not a test class of pytest's
+
+    images: Tensor
+    labels: Tensor
+    split: str
+    seed: int
+    classes: int = 0
+    begin: int = 0
+
+
+def draw(split: Split, n: int, seed: int, *, name: str = "test") -> TestImages:
+    """Draw `n` images without replacement; fewer where the split is smaller."""
+    if n < 1:
+        raise UsageError(f"the number of images to evaluate on must be at least 1, not {n}")
+    if len(split) == 0:
+        raise DataError(f"the {name} split holds no images")
+    images, labels = split.take(min(n, len(split)), seed)
+    return TestImages(images.cpu(), labels.cpu(), name, seed, split.classes)
+
+
+def test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
+    """Return the images that `evaluate` measures on when it is given `data_`."""
+    if isinstance(data_, TestImages):
+        return data_
+    if isinstance(data_, (str, os.PathLike, DataSplits)):
+        splits = open_for(model, data_)
+        if splits is None or splits.test is None:
+            raise DataError(f"{data_}: no test split")
+        test = draw(splits.test, n, seed)
+        return replace(test, classes=splits.classes or test.classes)
+    return draw(as_split(data_), n, seed, name="the caller's")
