@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_prune.modules import tensors_in
 
@@ -43,6 +44,13 @@ class Example:
         floating = [t.dtype for t in tensors_in((self.inputs,)) if t.is_floating_point()]
         return floating[0] if floating else torch.float32
 
+    def computes_in_less(self, net: nn.Module) -> bool:
+        """Run a network in float64, and return whether a part of it computes in less."""
+        less = _Less()
+        with less:
+            self.run(net)
+        return less.found
+
     def to(self, dtype: torch.dtype) -> Example:
         """Return the example with other floating-point numbers."""
         return self._with(lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -53,6 +61,23 @@ class Example:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Example:
         return replace(self, inputs=_mapped(self.inputs, change))
+
+
+class _Less(TorchDispatchMode):
+    """Looks whether operations give floating-point numbers of less than 64 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found |= any(
+            t.is_floating_point() and t.dtype != torch.float64 for t in tensors_in((out,))
+        )
+        return out
 
 
 def _pair(tensor: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from robust_prune.modules import (
 )
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+EXACT = 1e-9  # in float64, unless parts of the code compute in less; rounding alone is some 1e-15
+QUICK = 1e-5  # in float32 where float64 has the last word; rounding is some 1e-7
 LARGE = 10**8  # parameters; above, trials are in float32, and one copy is there at a time
 SMALL = 10**5  # below, the few channels that are left may all be silent: several weights are tried
 WEIGHTS = 3
@@ -47,6 +49,7 @@ class _Trial:
     nets: tuple[nn.Module, ...]
     wiring: Wiring
     example: Example
+    limit: float
     draw: int = 0
     again: Callable[[], nn.Module] | None = None  # makes the one net anew where memory is dear
 
@@ -66,7 +69,7 @@ class _Trial:
             line = first_line(fault)[:120]
             return f"the model does not run when it is pruned: {line}"
         for error in errors:
-            if not error < TOLERANCES[self.example.dtype]:
+            if not error < self.limit:
                 return f"pruning it is not the same as masking it (by {error:.1g})"
         return None
 
@@ -147,42 +150,34 @@ def probed(
     that fails, the widths of attentions are tied to their inputs', as code that divides the one by
     the heads to know the other needs; culprits that are left are searched by halving.
     """
-    dtype = torch.float32 if is_large(net) else torch.float64
-
+    large = is_large(net)
+    dtype = torch.float32 if large else torch.float64
     stir = functools.partial(stirred_copy, net, dtype)
-    again = stir if is_large(net) else None
     size = sum(parameter.numel() for parameter in net.parameters())
     seeds = range(WEIGHTS if size < SMALL else 1)
-    stirred = (net,) if again else tuple(map(stir, seeds))
-    example = example.to(dtype)
-    names = _returned_not(wiring)
-    if _Trial(stirred, wiring, example, again=again).problem(names) is None:
-        single = example.to(torch.float32)
-        apart = _are_apart(wiring) or (
-            _Trial(stirred, wiring, example, APART, again).problem(names) is None
-        )
-        singles = tuple(made.float() for made in stirred)
-        if apart and _Trial(singles, wiring, single, 1, again).problem(names) is None:
-            return wiring, ()
-        stirred = tuple(made.to(dtype) for made in stirred)
-    if not again:
-        try:
-            example.run(stirred[0])
-        except RUN_ERRORS:  # float32 is part of its code
-            stirred = tuple(made.float() for made in stirred)
-            example = example.to(torch.float32)
-    found = _broken(stirred, wiring, example, again)
+    trial = _Trial(
+        (net,) if large else tuple(map(stir, seeds)),
+        wiring,
+        example.to(dtype),
+        TOLERANCES[dtype] if large else EXACT,
+        again=stir if large else None,
+    )
+    if _is_right_at_once(trial):
+        return wiring, ()
+    if not large:
+        trial = _as_exact_as_its_code(trial)
+    found = _broken(trial)
     if not found:
         return wiring, ()
     ties = wiring.possible_ties(found)
     if ties:
         tied = wire(ties)
-        still = _broken(stirred, tied, example, again)
+        still = _broken(replace(trial, wiring=tied))
         wider = tied.wider_ties(still)
         if wider:
             ties = (*ties, *wider)
             tied = wire(ties)
-            still = _broken(stirred, tied, example, again)
+            still = _broken(replace(trial, wiring=tied))
         if len(tied.groups) - len(still) > 0 and tied.channels(still) > wiring.channels(found):
             return tied.without(still), ties
     return wiring.without(found), ()
@@ -193,19 +188,45 @@ def is_large(net: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in net.parameters()) > LARGE
 
 
-def _broken(
-    nets: tuple[nn.Module, ...],
-    wiring: Wiring,
-    example: Example,
-    again: Callable[[], nn.Module] | None,
-) -> dict[str, str]:
+def _is_right_at_once(trial: _Trial) -> bool:
+    """Whether all groups together pass: the first draw as the trial says, the second in float32."""
+    names = _returned_not(trial.wiring)
+    if trial.problem(names) is not None:
+        return False
+    if not _are_apart(trial.wiring) and replace(trial, draw=APART).problem(names) is not None:
+        return False
+    if trial.again is not None:
+        return replace(trial, draw=1).problem(names) is None
+    try:
+        for net in trial.nets:
+            net.float()
+        single = trial.example.to(torch.float32)
+        return replace(trial, draw=1, example=single, limit=QUICK).problem(names) is None
+    finally:
+        for net in trial.nets:
+            net.double()
+
+
+def _as_exact_as_its_code(trial: _Trial) -> _Trial:
+    """Return the trial in what the network's code can compute in, with the limit that suits it."""
+    try:
+        inexact = trial.example.computes_in_less(trial.nets[0])
+    except RUN_ERRORS:  # float32 is part of its code
+        for net in trial.nets:
+            net.float()
+        single = trial.example.to(torch.float32)
+        return replace(trial, example=single, limit=TOLERANCES[torch.float32])
+    return replace(trial, limit=TOLERANCES[torch.float64]) if inexact else trial
+
+
+def _broken(trial: _Trial) -> dict[str, str]:
     """Return the groups that can't be pruned by one of the draws, with what goes wrong."""
     broken: dict[str, str] = {}
     while True:
         before = len(broken)
         for draw in (0, 1, APART):
-            left = wiring.without(broken)
-            found = _search(_Trial(nets, left, example, draw, again))
+            left = trial.wiring.without(broken)
+            found = _search(replace(trial, wiring=left, draw=draw))
             for name, problem in found.items():
                 # partners may be right when they are pruned together, and neither alone
                 others = left.partners.get(name, ()) if draw == APART else ()

@@ -161,6 +161,35 @@ def test_channels_that_are_all_silent_under_some_weights_hide_nothing() -> None:
     assert "parts.0.qkv" not in {g.name for g in graph.groups}
 
 
+def test_what_is_wrong_by_a_millionth_is_no_rounding() -> None:
+    """The same attention between layers that leave little of it: 3e-9 in the trial."""
+    blocks = ("Chunks", 12, 348), ("Plain", 4, 31), ("Concatenation", 6, 18090)
+    attention = Block("Attention", 6, 29078)
+    drawn = Drawn((*(Block(*b) for b in blocks), attention), Block("hidden", 4, 3589), 2)
+    graph = ModelGraph(Network(drawn).double().eval(), (3, 8, 8), min_width=1)
+    assert "parts.3.qkv" not in {g.name for g in graph.groups}
+
+
+class InSingle(nn.Module):
+    """Sums in float32, whatever comes, as norms of many language models do."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.stem, self.out, self.wrong = nn.Conv2d(3, 64, 1), nn.Linear(64, 3), wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3))
+        single = x.float()
+        total = single.sum(1, keepdim=True) + (1e-4 * x.shape[1] if self.wrong else 0)
+        return self.out((single * total).to(x.dtype))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_code_that_computes_in_float32_is_given_its_rounding(wrong: bool) -> None:
+    graph = ModelGraph(InSingle(wrong), (3, 8, 8))
+    assert len(graph.groups) == (0 if wrong else 1)
+
+
 class Divides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
