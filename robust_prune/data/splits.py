@@ -125,11 +125,13 @@ class Split:
                 collate_fn=self._collate,
                 generator=torch.Generator(),  # the global one stays as it is
             )
-            parts = list(loader)
+            parts = [(in_bytes(images), labels) for images, labels in loader]
+            if len({images.dtype for images, _ in parts}) > 1:
+                parts = [(in_floats(images), labels) for images, labels in parts]
             self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         all_images, all_labels = self._cache
         for i, batch in enumerate(places[start:], start):
-            images, labels = all_images[order[batch]], all_labels[order[batch]]
+            images, labels = in_floats(all_images[order[batch]]), all_labels[order[batch]]
             if augmentation is not None:
                 # by the first place, so that processes that share a batch draw differently
                 own = mixed(seed, int(batch[0]) if len(batch) else i)
@@ -160,6 +162,19 @@ class Split:
                 own = mixed(seed, int(chunk[0]))
                 images = augment(images, own, augmentation, flip=self.flip, whole=False)
             yield images, labels
+
+
+def in_bytes(images: Tensor) -> Tensor:
+    """Return images in [0, 1] as 0 to 255, a quarter of their size, if `in_floats` undoes that."""
+    if images.dtype != torch.float32:
+        return images
+    bytes_ = (255 * images).round().clamp(0, 255).to(torch.uint8)
+    return bytes_ if torch.equal(in_floats(bytes_), images) else images
+
+
+def in_floats(images: Tensor) -> Tensor:
+    """Return images of bytes in [0, 1]; others as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _of_workers(loader: Iterable[T]) -> Iterator[T]:

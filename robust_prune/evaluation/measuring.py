@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from robust_prune.modules import (
     contiguous,
     device_of,
     evaluating,
+    images_in_free_memory,
     predict,
     requires_grad,
     seeded,
@@ -87,13 +89,14 @@ def evaluate(
     names = ("clean", "pgd", "autoattack")[: 1 + ATTACKS.index(attack)]
     labels = {"pgd": f"PGD-{PGD_STEPS}", "autoattack": "AutoAttack"}
     found = {measurement.attack: measurement for measurement in done}
+    fit = functools.partial(images_in_free_memory, model, test.images[:1])
     with evaluating(model), requires_grad(model, False):
         for name in names:
             if name in found:
                 continue
             if name in labels:
                 report(f"{labels[name]} on {len(test.labels)} images")
-            with seeded(seed), telling_of_memory(report) as lines:
+            with seeded(seed), telling_of_memory(report, fit) as lines:
                 part = makers[name]()
                 if lines:
                     part = replace(part, details={**part.details, "memory": lines})

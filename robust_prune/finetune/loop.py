@@ -26,6 +26,7 @@ from robust_prune.finetune.registry import resolve_method
 from robust_prune.finetune.saved import STATE_ERRORS, Saved, check_state
 from robust_prune.finetune.validation import VALIDATION_STEPS, validate
 from robust_prune.modules import (
+    images_in_free_memory,
     make_contiguous_,
     random_states,
     restore_random_states,
@@ -75,7 +76,9 @@ def train_(
     run = _Run(model, training, ready, processes, saved, on_progress, on_epoch)
     interrupted = False
     try:
-        told = telling_of_memory(lambda line: run.choice.notes.append(line))
+        told = telling_of_memory(
+            run.choice.notes.append, lambda: images_in_free_memory(model, ready.images[:1])
+        )
         with seeded(config.seed), interruptions() as asked, told:
             run.start()
             while not run.finished:

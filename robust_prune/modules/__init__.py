@@ -17,6 +17,7 @@ from robust_prune.modules.contexts import (
     uncollected,
 )
 from robust_prune.modules.copying import copied, own_, sharing
+from robust_prune.modules.free_memory import images_in_free_memory
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
 from robust_prune.modules.layout import (
     channels_last,
@@ -59,6 +60,7 @@ __all__ = [
     "check_outputs",
     "contiguous",
     "copied",
+    "images_in_free_memory",
     "device_of",
     "evaluating",
     "fields_of",

@@ -11,7 +11,7 @@ from torch import nn
 from robust_prune.allocation import allocate_evenly
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
-from robust_prune.modules import copied, own_, seeded, telling_of_memory
+from robust_prune.modules import copied, images_in_free_memory, own_, seeded, telling_of_memory
 from robust_prune.pipeline.drop_search import plan_within_drop
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
@@ -43,7 +43,8 @@ def run(
     """
     with seeded(settings.seed), torch.enable_grad(), contextlib.ExitStack() as stack:
         job, state = begin(model, splits, settings, events or Events(), folder, processes)
-        stack.enter_context(telling_of_memory(job.journal.note))
+        fit = functools.partial(images_in_free_memory, job.dense, torch.zeros(1, *job.input_size))
+        stack.enter_context(telling_of_memory(job.journal.note, fit))
         for step in range(1, settings.prune_steps + 1):
             state = prune(job, state, step)
             own_(state.model, job.dense)  # where a step prunes nothing, too

@@ -210,7 +210,10 @@ class Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
         most = images_that_fit(model, images[:1], len(images))
         return as_memory_allows(
-            lambda size: cls(images[:size], dense_moments(model, images[:size])), most, *WHAT
+            lambda size: cls(images[:size], dense_moments(model, images[:size])),
+            most,
+            *WHAT,
+            ahead=False,
         )
 
     @classmethod
@@ -224,7 +227,8 @@ class Reconstruction:
                 dense = dense_moments(model, images[:size], most=most)
             return cls(images[:size], dense, anchors, quick)
 
-        return as_memory_allows(run, images_that_fit(model, images[:1], len(images)), *WHAT)
+        fit = images_that_fit(model, images[:1], len(images))
+        return as_memory_allows(run, fit, *WHAT, ahead=False)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""

@@ -388,3 +388,18 @@ def test_batches_do_not_depend_on_where_one_begins_or_who_reads_them(
     for mine, theirs, (_, labels) in zip(*shares, whole, strict=True):
         assert torch.equal(mine[1], labels[0::2])
         assert torch.equal(theirs[1], labels[1::2])
+
+
+def test_images_in_memory_take_a_byte_a_pixel_where_that_loses_nothing() -> None:
+    bytes_ = torch.arange(256, dtype=torch.uint8).repeat(12).view(4, 3, 16, 16)
+    labels = torch.arange(4)
+    for images, kept in (
+        (bytes_.float() / 255, torch.uint8),
+        (torch.rand(4, 3, 16, 16), torch.float32),
+        (torch.cat([bytes_[:2].float() / 255, torch.rand(2, 3, 16, 16)]), torch.float32),
+    ):
+        split = Split(torch.utils.data.TensorDataset(images, labels), in_memory=True)
+        found, names = split.take(4, seed=0)
+        assert torch.equal(found[names.argsort()], images)
+        assert split._cache is not None
+        assert split._cache[0].dtype == kept
