@@ -1,11 +1,11 @@
 """AutoAttack through the stand-in that `evaluate` attacks, beside pyautoattack on the model itself.
 
-    python -m benchmarks.attack_speed --weights FILE --data DIR --out DIR [--n 100]
+    python -m benchmarks.attack_speed --weights FILE --data DIR --out DIR [--n 200]
 
 FILE is a state_dict of the small ResNet of `benchmarks.throughput`, DIR a folder of images with a
 test split. Both run in this process on one thread, one after the other; beside wall time there are
-seconds of CPU, which other work on the machine disturbs less. The verdicts are compared image by
-image: the stand-in's logits are the model's up to rounding.
+seconds of CPU, in all and until each attack ended, which other work on the machine disturbs less.
+The verdicts are compared image by image: the stand-in's logits are the model's up to rounding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ from robust_prune.pipeline import hardware
 
 
 def timed(model: nn.Module, images: Tensor, labels: Tensor, stand_in: bool) -> dict[str, Any]:
-    """Attack once; return seconds and the verdict for every image."""
+    """Attack once; return seconds, in all and by attack, and the verdict for every image."""
     wall, cpu = time.perf_counter(), time.process_time()
+    until: dict[str, float] = {}
+
+    def note(line: str) -> None:
+        print(line, flush=True)
+        if line.startswith("robust accuracy after "):
+            until[line.split()[3].strip(":")] = time.process_time() - cpu
+
     result = autoattack(
         model,
         images,
@@ -37,11 +44,12 @@ def timed(model: nn.Module, images: Tensor, labels: Tensor, stand_in: bool) -> d
         seed=0,
         batch_size=100,
         stand_in=stand_in,
-        on_progress=print,
+        on_progress=note,
     )
     return {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds_until": until,
         "robust_after": result.robust_after,
         "robust": [bool(verdict) for verdict in result.robust],
     }
@@ -53,7 +61,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--n", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build(options.weights).eval()

@@ -13,6 +13,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
+from robust_prune.adversaries.hyperplanes import spare_sorting_
 from robust_prune.adversaries.quick import quick
 from robust_prune.errors import AttackError
 from robust_prune.modules import (
@@ -66,9 +67,10 @@ def autoattack(
         threat: norm and eps.
         seed: for every attack; AutoAttack reseeds per batch, so results depend on `batch_size`.
         batch_size: images at a time.
-        stand_in: attack a quicker copy where one is proven (see `quick`): its logits differ from
-            the model's by rounding, which can turn a verdict only where two classes tie. Without,
-            images are pyautoattack's own, bit for bit.
+        stand_in: attack a quicker copy where one is proven (see `quick`), with FAB's Linf steps
+            found without sorting: both differ by rounding from what they stand for, which can turn
+            a verdict only where an image is just broken, or just not. Without, images are
+            pyautoattack's own, bit for bit.
         attacks: run these alone, by AutoAttack's names; `square` needs no gradient.
         on_progress: called with a line for each batch an attack finished.
 
@@ -115,6 +117,8 @@ def _run(
         attack = AutoAttack(
             attacked, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
         )
+        if stand_in:
+            spare_sorting_(attack.fab)
         flags = _fit_to_classes(attack, classes)
         if attacks is not None:
             attack.attacks_to_run, flags = list(attacks), []
