@@ -17,6 +17,7 @@ from robust_prune.allocation import (
 from robust_prune.errors import BudgetError
 from robust_prune.types import Curve, Sensitivity
 
+BLENDS = 0.25, 0.5, 0.75  # of log-capacity's widths in those of curves, geometrically
 LEAST, MOST = 0.15, 1.0  # what random shapes ask of a group, in shares of the others' loss
 
 
@@ -40,8 +41,12 @@ def shapes(problem: Problem, evidence: Evidence, drawn: int) -> dict[str, dict[s
     found = {"even": allocate_evenly(problem), "capacity": allocate_by_capacity(problem)}
     for name, weights in layer_weights(layers).items():
         found[f"capacity-{name}"] = allocate_by_capacity(problem, weights)
-    for i, widths in enumerate(candidate_widths(problem, evidence.curves)[1:], 1):
+    curves = candidate_widths(problem, evidence.curves)[1:]
+    for i, widths in enumerate(curves, 1):
         found[f"curve-{i}"] = widths
+    for share in BLENDS:
+        middle = curves[len(curves) // 2]
+        found[f"blend-{share:g}"] = between(problem, middle, found["capacity"], share)
     for rule in ("mrs", "inverted"):
         found[rule] = allocate(problem, group_weights(rule, evidence.sensitivity.of_groups()))
     for i in range(drawn):
@@ -50,6 +55,19 @@ def shapes(problem: Problem, evidence: Evidence, drawn: int) -> dict[str, dict[s
     for name, widths in found.items():
         once.setdefault(tuple(sorted(widths.items())), name)
     return {name: dict(widths) for widths, name in once.items()}
+
+
+def between(
+    problem: Problem, first: Mapping[str, int], second: Mapping[str, int], share: float
+) -> dict[str, int]:
+    """Return widths at the budget between two others, `share` of the way on a logarithmic scale."""
+    goes = {
+        g.name: max(
+            1 - (first[g.name] / g.width) ** (1 - share) * (second[g.name] / g.width) ** share, 1e-3
+        )
+        for g in problem.groups
+    }
+    return allocate(problem, goes)
 
 
 def layer_weights(mrs: Mapping[str, float]) -> dict[str, dict[str, float]]:

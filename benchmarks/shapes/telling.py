@@ -16,7 +16,9 @@ from benchmarks.criteria.summary import interval_of, p_of, p_value
 from benchmarks.matrix.levels import DENSE
 from benchmarks.shapes.predicting import Predictor, left_out, predictors
 
-RULES = ("capacity", "even", "curve", "mrs", "inverted")
+RULES = ("capacity", "even", "curve", "blend", "mrs", "inverted")
+CAPACITY = "log-capacity (sum of log parameters of layers)"
+LOSS = "un-tuned adversarial loss"
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,20 @@ def known(shapes: Mapping[str, Sequence[Shape]]) -> dict[str, list[float]]:
     return {
         "parameters": [float(s.params) for s in first],
         "log of parameters": [math.log(s.params) for s in first],
-        "log-capacity (sum of log parameters of layers)": [s.log_capacity for s in first],
+        CAPACITY: [s.log_capacity for s in first],
         "sum of log widths of groups": [sum(map(math.log, s.widths.values())) for s in first],
         "narrowest group, share of channels": _narrowest(first),
-        "un-tuned adversarial loss": [
-            -statistics.mean(s.loss for s in runs) for runs in shapes.values()
-        ],
+        LOSS: [-statistics.mean(s.loss for s in runs) for runs in shapes.values()],
     }
 
 
 def _told(pruned: Mapping[str, Sequence[Shape]]) -> list[str]:
     tuned = [_mean(runs, "validation") + _mean(runs, "pgd") for runs in pruned.values()]
     tuned = [value / 2 for value in tuned]
-    rows = predictors(known(pruned), tuned)
+    numbers = known(pruned)
+    rows = predictors(numbers, tuned)
+    pair = np.array([numbers[LOSS], numbers[CAPACITY]]).T
+    both = left_out(pair, np.asarray(tuned))
     logs = np.array([[math.log(w) for w in runs[0].widths.values()] for runs in pruned.values()])
     fitted = left_out(logs, np.asarray(tuned), ridge=0.1)
     return [
@@ -131,6 +134,7 @@ def _told(pruned: Mapping[str, Sequence[Shape]]) -> list[str]:
         "| known before | Spearman | p | R^2, each left out |",
         "|---|---|---|---|",
         *(_predictor(row) for row in rows),
+        f"| un-tuned loss and log-capacity together | | | {both:.2f} |",
         f"| log widths of all groups, one slope each | | | {fitted:.2f} |",
         "",
         "![What is known before fine-tuning against PGD-20 after it](predictors.png)",
@@ -155,15 +159,11 @@ def _draw(pruned: Mapping[str, Sequence[Shape]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     all_known = known(pruned)
-    shown = [
-        "log-capacity (sum of log parameters of layers)",
-        "parameters",
-        "un-tuned adversarial loss",
-    ]
+    shown = [CAPACITY, "parameters", LOSS]
     tuned = [_mean(runs, "pgd") for runs in pruned.values()]
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3, sharey=True), shown, strict=True):
-        sign = -1 if "loss" in name else 1
+        sign = -1 if name == LOSS else 1
         for family in (*RULES, "random"):
             mine = [i for i, shape in enumerate(pruned) if shape.startswith(family)]
             x, y = [sign * all_known[name][i] for i in mine], [tuned[i] for i in mine]

@@ -10,7 +10,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from torch import nn
 
-from benchmarks.shapes.drawing import at_random, layer_weights
+from benchmarks.shapes.drawing import at_random, between, layer_weights
 from benchmarks.shapes.predicting import left_out, predictors
 from robust_prune.allocation import Problem
 from robust_prune.graph import ModelGraph
@@ -37,6 +37,18 @@ def test_random_shapes_differ_and_cost_what_is_asked() -> None:
     for widths in found:
         assert graph.cost(widths).macs / graph.cost({}).macs == pytest.approx(0.25, abs=0.01)
     assert found[0] == at_random(problem, random.Random(0))
+
+
+def test_blends_go_from_one_shape_to_the_other_at_the_same_cost() -> None:
+    graph = ModelGraph(network(), (3, 8, 8))
+    problem = Problem(graph.groups, graph.cost, Budget("macs", 0.6))
+    first, second = (at_random(problem, random.Random(i)) for i in (1, 4))
+    assert between(problem, first, second, 0) == first
+    assert between(problem, first, second, 1) == second
+    half = between(problem, first, second, 0.5)
+    assert graph.cost(half).macs / graph.cost({}).macs == pytest.approx(0.4, abs=0.01)
+    for group, width in half.items():
+        assert min(first[group], second[group]) <= width <= max(first[group], second[group])
 
 
 def test_weights_follow_mrs_and_the_control_opposes_it() -> None:
