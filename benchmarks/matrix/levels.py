@@ -24,11 +24,15 @@ UNTUNED, LITTLE, LONG = "untuned", "little", "long"
 
 @dataclass(frozen=True)
 class Images:
-    """A data set: its name or the folder below --data, and the size that networks take."""
+    """A data set: its name or the folder below --data, and the size that networks take.
+
+    Dense models see few images `passes` times as often as the networks' own epochs say.
+    """
 
     name: str
     size: tuple[int, int, int] | None = None
     threat: ThreatModel = field(default_factory=lambda: ThreatModel.linf("8/255"))
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,10 @@ SMOKE = Level(
     claimed=1.0,
 )
 CPU = Level(
-    data=tuple(Images(n, (3, 32, 32), _EPS) for n in ("cifar10", "cifar100", "tiny-imagenet-20")),
+    data=tuple(
+        Images(name, (3, 32, 32), _EPS, passes)
+        for name, passes in (("cifar10", 1), ("cifar100", 4), ("tiny-imagenet-20", 2))
+    ),
     networks=(
         Network("resnet10", partial(narrow_resnet, width=16), {**_FLAT, "epochs": 12}),
         Network("vgg13", partial(narrow_vgg, width=16), {**_WARM, "epochs": 16, "lr": 0.05}),

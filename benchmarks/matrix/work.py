@@ -51,7 +51,8 @@ class Bench:
 
     def dense(self, key: Key, splits: DataSplits, network: Network) -> ImageModel:
         """Return the robust dense model, trained by the method that tunes its pruned ones."""
-        trained = {**network.training, "method": key.method}
+        epochs = network.training["epochs"] * self.level.images(key.data).passes
+        trained = {**network.training, "epochs": epochs, "method": key.method}
         named = replace(network, name=f"{network.name}-{key.method}", training=trained)
         args = named, splits, self.level.threat(key), self.cache, None, self.device, self.tell
         return dense_model(*args)[0]
