@@ -171,5 +171,5 @@ def _draw(pruned: Mapping[str, Sequence[Shape]], path: Path) -> None:
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PGD-20 after fine-tuning, test images, %")
-    figure.axes[-1].legend(fontsize=8)
+    figure.axes[1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
