@@ -150,10 +150,10 @@ def probed(
     that fails, the widths of attentions are tied to their inputs', as code that divides the one by
     the heads to know the other needs; culprits that are left are searched by halving.
     """
-    large = is_large(net)
+    size = _parameters(net)
+    large = size > LARGE
     dtype = torch.float32 if large else torch.float64
     stir = functools.partial(stirred_copy, net, dtype)
-    size = sum(parameter.numel() for parameter in net.parameters())
     seeds = range(WEIGHTS if size < SMALL else 1)
     trial = _Trial(
         (net,) if large else tuple(map(stir, seeds)),
@@ -185,7 +185,11 @@ def probed(
 
 def is_large(net: nn.Module) -> bool:
     """Whether copies in float64 are too much for memory."""
-    return sum(parameter.numel() for parameter in net.parameters()) > LARGE
+    return _parameters(net) > LARGE
+
+
+def _parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _is_right_at_once(trial: _Trial) -> bool:
@@ -197,14 +201,18 @@ def _is_right_at_once(trial: _Trial) -> bool:
         return False
     if trial.again is not None:
         return replace(trial, draw=1).problem(names) is None
-    try:
-        for net in trial.nets:
-            net.float()
-        single = trial.example.to(torch.float32)
-        return replace(trial, draw=1, example=single, limit=QUICK).problem(names) is None
-    finally:
-        for net in trial.nets:
-            net.double()
+    if replace(_in_single(trial), draw=1, limit=QUICK).problem(names) is None:
+        return True
+    for net in trial.nets:
+        net.double()
+    return False
+
+
+def _in_single(trial: _Trial) -> _Trial:
+    """Return the trial in float32; its networks are converted in place."""
+    for net in trial.nets:
+        net.float()
+    return replace(trial, example=trial.example.to(torch.float32))
 
 
 def _as_exact_as_its_code(trial: _Trial) -> _Trial:
@@ -212,10 +220,7 @@ def _as_exact_as_its_code(trial: _Trial) -> _Trial:
     try:
         inexact = trial.example.computes_in_less(trial.nets[0])
     except RUN_ERRORS:  # float32 is part of its code
-        for net in trial.nets:
-            net.float()
-        single = trial.example.to(torch.float32)
-        return replace(trial, example=single, limit=TOLERANCES[torch.float32])
+        return replace(_in_single(trial), limit=TOLERANCES[torch.float32])
     return replace(trial, limit=TOLERANCES[torch.float64]) if inexact else trial
 
 

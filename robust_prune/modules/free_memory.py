@@ -59,7 +59,7 @@ def bytes_of_a_pass(model: nn.Module, image: Tensor) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with evaluating(model), seeded(0), torch.enable_grad(), hooks:
         outputs = tensors_in((model(images),))
-    largest = max(*kept.values(), images.nbytes, *(out.nbytes for out in outputs), 1, 1)
+    largest = max(1, images.nbytes, *kept.values(), *(out.nbytes for out in outputs))
     return sum(kept.values()) + 2 * largest
 
 
