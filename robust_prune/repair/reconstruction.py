@@ -23,13 +23,13 @@ from robust_prune.modules import (
 )
 from robust_prune.repair.anchors import Anchor, anchors_of, mean_and_variance
 from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
+from robust_prune.repair.sizes import Sizes
 from robust_prune.repair.solving import Solver, solved, solved_by_fewer
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
 POSITIONS = 32  # of each image, drawn at random, that a layer is fitted on
 STAND_IN_ROWS = 2048  # for a layer, where its maps have as many positions
-ACTIVATION_BYTES = 1 << 30
 WHAT = "reconstruction", "that is all of them"
 Rows = tuple[Tensor, Tensor]  # indices of outputs, and the factor of each
 
@@ -208,27 +208,27 @@ class Reconstruction:
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
-        most = images_that_fit(model, images[:1], len(images))
-        return as_memory_allows(
-            lambda size: cls(images[:size], dense_moments(model, images[:size])),
-            most,
-            *WHAT,
-            ahead=False,
-        )
+        sizes = Sizes.of(model, images[:1])
+
+        def run(size: int) -> Reconstruction:
+            most = sizes.positions(size, POSITIONS)
+            return cls(images[:size], dense_moments(model, images[:size], most=most))
+
+        return as_memory_allows(run, sizes.images(len(images)), *WHAT, ahead=False)
 
     @classmethod
     def of_stand_ins(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Do so on few images of another kind, with more positions of each."""
         quick = takes_channels_last(model, images[:1])
+        sizes = Sizes.of(model, images[:1])
 
         def run(size: int) -> Reconstruction:
-            most = max(POSITIONS, STAND_IN_ROWS // size)
+            most = sizes.positions(size, max(POSITIONS, STAND_IN_ROWS // size))
             with anchors_of(model) as anchors, channels_last(model, quick):
                 dense = dense_moments(model, images[:size], most=most)
             return cls(images[:size], dense, anchors, quick)
 
-        fit = images_that_fit(model, images[:1], len(images))
-        return as_memory_allows(run, fit, *WHAT, ahead=False)
+        return as_memory_allows(run, sizes.images(len(images)), *WHAT, ahead=False)
 
     def apply_(self, pruned: nn.Module, rows: Mapping[str, Rows]) -> tuple[Fit, ...]:
         """Fit the weights of the pruned model; see `reconstruct_`."""
@@ -294,20 +294,6 @@ def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
             factors[indices] = factor
         rows[layer] = mask.nonzero().squeeze(1), factors[mask]
     return rows
-
-
-@torch.no_grad()
-def images_that_fit(model: nn.Module, image: Tensor, most: int) -> int:
-    """Return how many images one pass can take while its largest activation stays under 1 GiB."""
-    largest = [image.numel()]
-
-    def look(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        # the patches of a convolution are unfolded, a part of the images at a time
-        largest[0] = max(largest[0], x.numel(), y.numel())
-
-    with evaluating(model), watching(fittable(model), after=look):
-        model(image.to(device_of(model)))
-    return max(1, min(most, ACTIVATION_BYTES // (4 * largest[0])))
 
 
 def _fit_(

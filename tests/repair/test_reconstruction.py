@@ -10,7 +10,6 @@ from torch import nn
 
 from robust_prune.graph import ModelGraph
 from robust_prune.repair import Reconstruction, dense_moments, kept_rows, reconstruct_
-from robust_prune.repair import reconstruction as reconstruction
 from robust_prune.types import PruningPlan
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 from tests.criteria.test_curves import plan_of
@@ -164,11 +163,3 @@ def test_layers_that_one_product_does_not_compute_are_left_alone() -> None:
     found = dense_moments(Twice(), torch.rand(4, 3, 4, 4))
     assert set(found) == {"out"}
     assert not found["out"].free
-
-
-def test_images_are_as_many_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_resnet()
-    image = torch.rand(1, 3, 32, 32)
-    assert reconstruction.images_that_fit(model, image, 100) == 100
-    monkeypatch.setattr(reconstruction, "ACTIVATION_BYTES", 4 * 8 * 32 * 32 * 10)
-    assert 5 <= reconstruction.images_that_fit(model, image, 100) <= 10
