@@ -24,7 +24,8 @@ from robust_prune.latency import (
     measuring,
 )
 from robust_prune.modules import network_of
-from robust_prune.pipeline import timing
+from robust_prune.pipeline import planning, timing
+from robust_prune.types import PruningPlan
 from tests.allocation.test_budgets import data
 from tests.conftest import tiny_resnet
 from tests.graph.test_graph import random_plan
@@ -152,6 +153,35 @@ def test_a_plan_meets_the_time_that_is_measured(
     assert result.plan.budget.target == "macs"
     assert result.plan.budget.prune_ratio == pytest.approx(result.plan.reached)
     assert any("1 thread" in row[0] for row in report.cost_rows(result.report))
+
+
+def test_steps_are_priced_both_ways_and_the_better_model_is_taken(
+    timed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "alternating", of_parameters(0.0))
+    judged: list[list[PruningPlan]] = []
+    real = planning.best_composed
+
+    def last_is_best(graph: Any, plans: Any, *more: Any, **options: Any) -> tuple[int, list[float]]:
+        judged.append(list(plans))
+        _, losses = real(graph, plans, *more, **options)
+        return len(plans) - 1, losses
+
+    monkeypatch.setattr(planning, "best_composed", last_is_best)
+    result = rp.compress(
+        tiny_resnet(),
+        data(),
+        prune_ratio=0.5,
+        target="latency",
+        latency_threads=1,
+        calibration_images=4,
+        verify=False,
+    )
+    by_time, by_macs, finals = judged
+    assert not set(by_time) & set(by_macs)
+    assert len(finals) == 2
+    assert result.plan.digest == finals[1].digest != finals[0].digest
+    assert len(result.report["search"]["candidates"]) == 2
 
 
 def test_time_that_widths_do_not_change_is_said(

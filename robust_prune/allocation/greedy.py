@@ -42,7 +42,7 @@ def narrowed(problem: Problem, rise: Rise) -> Widths:
     now = problem.spent(widths)
     queue = [(price(g), i) for i, g in enumerate(groups)]
     heapq.heapify(queue)
-    while now > problem.enough and queue:
+    while queue and not problem.met(widths, now):
         _, i = heapq.heappop(queue)
         g = groups[i]
         fresh = price(g), i

@@ -32,6 +32,8 @@ class Problem:
         price: what the model takes at given widths, in milliseconds, where the budget is about
             that.
         layers: weights by layer at given widths, of the layers that groups touch.
+        by_macs: whether steps are priced by the multiply-adds that they save, whatever the budget
+            is in; it ends the steps all the same.
     """
 
     groups: Sequence[ChannelGroup]
@@ -43,6 +45,7 @@ class Problem:
     fixed: Mapping[str, int] = field(default_factory=dict)
     price: Callable[[Mapping[str, int]], float] | None = None
     layers: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
+    by_macs: bool = False
 
     @cached_property
     def dense(self) -> float:
@@ -84,17 +87,20 @@ class Problem:
         """Return what a step is to save of: the cost, of several budgets what is above their goals.
 
         Those add up, each in shares of its goal, so that a step is worth something as long as it
-        saves any that is not reached. `enough` is what may be spent.
+        saves any that is not reached.
         """
+        if self.by_macs:
+            return self.cost(widths).macs
         if not self.also:
             return self.cost_at(widths)
         cost = self.cost(widths)
         return sum(max(cost.of(b.target) / goal - 1, 0) for b, goal in self._goals.items())
 
-    @property
-    def enough(self) -> float:
-        """What may be `spent` once every budget holds."""
-        return 0.0 if self.also else self.goal
+    def met(self, widths: Mapping[str, int], spent: float) -> bool:
+        """Return whether no budget is missed at these widths, at which this is `spent`."""
+        if self.by_macs:
+            return self.cost_at(widths) <= self.goal
+        return spent <= (0.0 if self.also else self.goal)
 
     def miss(self, widths: Mapping[str, int]) -> float:
         """Return how far the cost at these widths is from the goal.

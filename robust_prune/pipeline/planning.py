@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.measuring import Measured, Observed
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
-from robust_prune.pipeline.timing import price_of, to_time
+from robust_prune.pipeline.timing import Corrected, price_of, timed, to_time
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Repaired, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
@@ -132,17 +132,47 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
     def plans_of(of: Problem) -> list[PruningPlan]:
         return [plan_of(widths, of) for widths in allocations(settings.allocation, of, evidence)]
 
-    plans = plans_of(problem)
-    single = len(plans) == 1 and not ALLOCATIONS.fact(settings.allocation, "curves")
-    chosen = plans[0] if single else _best(job, observed, plans, settings)
+    rule_decides = not ALLOCATIONS.fact(settings.allocation, "curves")
+
+    def best(plans: Sequence[PruningPlan]) -> PruningPlan:
+        single = len(plans) == 1 and rule_decides
+        return plans[0] if single else _best(job, observed, plans, settings)
+
     if observed.latency is None:
-        return chosen
-    place = plans.index(chosen)
+        return best(plans_of(problem))
+    return _in_time(job, graph, observed.latency, problem, plans_of, best)
 
-    def again(of: Problem) -> PruningPlan:
-        return (found := plans_of(of))[min(place, len(found) - 1)]
 
-    return to_time(job, graph, observed.latency, problem, chosen, again)
+def _in_time(
+    job: Job,
+    graph: ModelGraph,
+    model: LatencyModel,
+    problem: Problem,
+    plans_of: Callable[[Problem], list[PruningPlan]],
+    best: Callable[[Sequence[PruningPlan]], PruningPlan],
+) -> PruningPlan:
+    """Return the plan that takes the time asked for: by milliseconds saved, or by multiply-adds.
+
+    Steps priced in milliseconds lean on the errors of the layers' sum. Both ways are gone, each
+    model is timed and corrected, and the better one at that time is taken.
+    """
+    found: dict[PruningPlan, Corrected] = {}
+    seen: list[PruningPlan] = []
+    for way in (problem, replace(problem, by_macs=True)):
+        plans = plans_of(way)
+        fresh = [plan for plan in plans if plan not in seen]
+        seen += fresh
+        if not fresh:
+            continue  # a rule without steps to price
+        start = best(fresh)
+
+        def again(of: Problem, place: int = plans.index(start)) -> PruningPlan:
+            return (made := plans_of(of))[min(place, len(made) - 1)]
+
+        corrected = to_time(job, graph, model, way, start, again)
+        found[corrected.plan] = corrected
+    chosen = next(iter(found)) if len(found) == 1 else best(list(found))
+    return timed(job, graph, model, 1 - problem.budget.prune_ratio, found[chosen])
 
 
 def _best(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ def _said(found: Rounding, conditions: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """A plan whose model takes about as much time as was asked, found by timing `rounds` plans."""
+
+    plan: PruningPlan
+    rounds: int
+
+
 def to_time(
     job: Job,
     graph: ModelGraph,
@@ -94,7 +102,7 @@ def to_time(
     problem: Problem,
     plan: PruningPlan,
     make: Making,
-) -> PruningPlan:
+) -> Corrected:
     """Return a plan whose model, really pruned, takes as much time as is asked.
 
     The sum over layers is off by what layers do to one another (caches, memory). So the goal of the
@@ -108,8 +116,8 @@ def to_time(
         plan: to begin with.
         make: the plan for a problem with another budget.
     """
-    asked = 1 - problem.budget.prune_ratio
-    aimed, tried = asked, {}
+    asked = aimed = 1 - problem.budget.prune_ratio
+    tried: dict[PruningPlan, float] = {}
     with job.journal.timed("latency"):
         for _ in range(ROUNDS):
             share = _share(graph, model, plan, QUICK_PAIRS)
@@ -126,13 +134,23 @@ def to_time(
                 break
             if plan in tried:
                 break
-        plan = min(tried, key=lambda one: abs(tried[one] - asked))
-        dense, pruned = _times(graph, model, plan, FINAL_PAIRS)
-    modelled = model.ms({group.name: group.keep_width for group in plan.groups})
+    return Corrected(min(tried, key=lambda one: abs(tried[one] - asked)), len(tried))
+
+
+def timed(
+    job: Job, graph: ModelGraph, model: LatencyModel, asked: float, found: Corrected
+) -> PruningPlan:
+    """Time a plan's model once more, tell of it, and return the plan, which says where it missed.
+
+    `asked` is the share of the dense model's time that is to be left.
+    """
+    with job.journal.timed("latency"):
+        dense, pruned = _times(graph, model, found.plan, FINAL_PAIRS)
+    modelled = model.ms({group.name: group.keep_width for group in found.plan.groups})
     job.journal.tell(
-        latency=Timed(str(model.conditions), asked, dense, pruned, modelled, len(tried))
+        latency=Timed(str(model.conditions), asked, dense, pruned, modelled, found.rounds)
     )
-    return replace(plan, notes=(*plan.notes, *_notes(asked, pruned / dense)))
+    return replace(found.plan, notes=(*found.plan.notes, *_notes(asked, pruned / dense)))
 
 
 def _share(graph: ModelGraph, model: LatencyModel, plan: PruningPlan, pairs: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 
 import robust_prune as rp
 from robust_prune.allocation import Problem, allocate_by_curves, allocate_evenly, make_plan
+from robust_prune.allocation.greedy import narrowed
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.options import PlanningOptions, shares
 from robust_prune.pipeline import measuring
-from robust_prune.types import Budget, Curve
+from robust_prune.types import Budget, ChannelGroup, Curve
 from tests.conftest import tiny_resnet
 
 TRYING: dict[str, Any] = {"calibration_images": 4, "verify": False}
@@ -51,6 +54,23 @@ def test_several_budgets_hold_and_no_channel_more_goes(
     assert gone["params"] >= params
     # the smallest that holds both: one of them is met within a point and a half
     assert min(gone["macs"] - macs, gone["params"] - params) < 0.015
+
+
+def test_steps_priced_in_macs_are_those_of_a_budget_of_macs_wherever_they_end(
+    graph: ModelGraph,
+) -> None:
+    def ms(widths: Mapping[str, int]) -> float:  # the first groups cost far more than their MACs
+        return sum(widths.get(g.name, g.width) / i for i, g in enumerate(graph.groups, 1))
+
+    def rise(g: ChannelGroup, widths: Mapping[str, int], after: int) -> float:
+        return float(1 - after / g.width) ** 2 - (1 - widths[g.name] / g.width) ** 2
+
+    timed = Problem(graph.groups, graph.cost, Budget("macs", 0.4), price=ms)
+    widths = narrowed(replace(timed, by_macs=True), rise)
+    assert ms(widths) <= timed.goal < ms({g.name: g.width for g in graph.groups})
+    reached = 1 - graph.cost(widths).macs / graph.cost().macs - 1e-9  # not below by rounding
+    assert widths == narrowed(Problem(graph.groups, graph.cost, Budget("macs", reached)), rise)
+    assert widths != narrowed(timed, rise)
 
 
 def test_a_second_budget_that_holds_anyway_changes_nothing(graph: ModelGraph) -> None:
