@@ -6,7 +6,8 @@
 
 Each suite writes to FOLDER/LEVEL/SUITE, and goes on there where it was. --data holds data sets by
 name, as image folders: cifar10, cifar100, tiny-imagenet-20. A suite that fails does not keep the
-next from running; the command then ends with 1. --index writes benchmarks/README.md anew.
+next from running; the command then ends with 1. --index writes benchmarks/README.md anew, and the
+tables of the README and the docs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.index import RECORDS, index
+from benchmarks.published import PAGES, filled
 
 SUITES = ("criteria", "matrix", "zoo", "speed")
 FEW = ("resnet", "densenet", "mobilevit", "vision_transformer")  # families of the smoke zoo
@@ -43,6 +45,8 @@ def main() -> None:
     options = _options()
     if options.index:
         (RECORDS.parent / "README.md").write_text(index(RECORDS), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
         return
     unknown = [name for name in options.only if name not in SUITES]
     if unknown:
@@ -72,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of data sets by name")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of all records")
     parser.add_argument("--jobs", type=int, default=1, help="cells and networks at once")
-    parser.add_argument("--index", action="store_true", help="write benchmarks/README.md")
+    parser.add_argument("--index", action="store_true", help="write the pages that records fill")
     return parser.parse_args()
 
 

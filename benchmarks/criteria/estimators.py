@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -146,7 +146,7 @@ def table(out: Path) -> str:
     ]
     for path in sorted(out.glob("estimators-*.json")):
         record = json.loads(path.read_text())
-        groups, seconds = record["groups"], record["seconds"]
+        seconds = record["seconds"]
         pairs = (
             ("ascent", "first-order"),
             ("ascent", "structural"),
@@ -155,10 +155,17 @@ def table(out: Path) -> str:
             ("measured", "first-order"),
             ("measured", "structural"),
         )
-        values = " | ".join(f"{spearman(groups[a], groups[b]):.2f}" for a, b in pairs)
+        groups, found = correlations(path, pairs)
+        values = " | ".join(f"{value:.2f}" for value in found)
         times = ", ".join(f"{seconds[m]:.1f}" for m in ("ascent", "first-order", "structural"))
-        lines.append(f"| {record['network']} | {len(groups['measured'])} | {values} | {times} |")
+        lines.append(f"| {record['network']} | {groups} | {values} | {times} |")
     return "\n".join(lines) + "\n"
+
+
+def correlations(path: Path, pairs: Sequence[tuple[str, str]]) -> tuple[int, list[float]]:
+    """Return how many groups a network has, and the rank correlations of pairs of columns."""
+    groups = json.loads(path.read_text())["groups"]
+    return len(groups["measured"]), [spearman(groups[a], groups[b]) for a, b in pairs]
 
 
 def spearman(first: dict[str, float], second: dict[str, float]) -> float:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.__main__ import LEVELS, SUITES, command
 from benchmarks.index import RECORDS, commands, findings, index
+from benchmarks.published import PAGES, PLACE, TABLES, filled
 
 
 def test_the_page_is_what_the_records_say() -> None:
@@ -16,6 +17,20 @@ def test_the_page_is_what_the_records_say() -> None:
     assert page == index(RECORDS), "python -m benchmarks --index"
     for folder in RECORDS.iterdir():
         assert f"records/{folder.name}/README.md" in page
+
+
+def test_tables_of_the_pages_are_what_the_records_say() -> None:
+    named = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named += [match["name"] for match in PLACE.finditer(text)]
+        assert text == filled(text), "python -m benchmarks --index"
+        emptied = PLACE.sub(lambda m: f"{m[1]}{m[3]}", text)
+        assert len(emptied) < len(text)
+        assert filled(emptied) == text
+    assert set(named) == set(TABLES)
+    with pytest.raises(KeyError, match="nothing"):
+        filled("<!-- table nothing: written from the records -->\n<!-- end -->")
 
 
 @pytest.mark.parametrize(
