@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -84,25 +85,53 @@ def gradients_of(
     images: Tensor,
     labels: Tensor,
     reduction: Literal["mean", "sum"],
+    batch_size: int | None = None,
 ) -> tuple[float, Sequence[Tensor | None]]:
-    """Return the cross-entropy of a batch and its gradient by each weight, None by those unused.
+    """Return the cross-entropy of images and its gradient by each weight, None by those unused.
 
-    Parts are added up where memory does not suffice for the batch; batch norms must be in eval
-    mode, so that the sum is the same up to rounding.
+    Parts of the images are added up, where there are more than `batch_size` (default: all) or than
+    memory takes; batch norms must be in eval mode, so that the sum is the same up to rounding. A
+    weight's part is added while the backward pass goes on, so that there is one gradient of the
+    model, not two.
     """
 
     def run(size: int) -> tuple[float, Sequence[Tensor | None]]:
-        total, sums = 0.0, list[Tensor | None]([None] * len(weights))
-        for part, target in zip(torch.split(images, size), torch.split(labels, size), strict=True):
-            share = len(part) / len(images) if reduction == "mean" else 1.0
-            loss = share * F.cross_entropy(model(part), target, reduction=reduction)
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            pairs = zip(sums, found, strict=True)
-            sums = [b if a is None else a if b is None else a + b for a, b in pairs]
-            total += float(loss.detach())
-        return total, sums
+        total, sums = 0.0, dict[Tensor, Tensor]()
+        with _adding(weights, sums):
+            pairs = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+            for part, target in pairs:
+                share = len(part) / len(images) if reduction == "mean" else 1.0
+                loss = share * F.cross_entropy(model(part), target, reduction=reduction)
+                torch.autograd.grad(loss, weights, allow_unused=True)
+                total += float(loss.detach())
+        return total, [sums.get(weight) for weight in weights]
 
-    return as_memory_allows(run, len(images), "gradients")
+    return as_memory_allows(run, min(batch_size or len(images), len(images)), "gradients")
+
+
+@contextlib.contextmanager
+def _adding(weights: Sequence[Tensor], sums: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Add the gradient of each weight to its sum as soon as a backward pass has it.
+
+    What the pass then returns takes no memory, and is zero.
+    """
+
+    def add(weight: Tensor, gradient: Tensor) -> Tensor:
+        if weight in sums:
+            sums[weight].add_(gradient)
+        else:
+            sums[weight] = gradient.clone()  # another weight may be given the same tensor
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    hooks = [
+        w.register_hook(functools.partial(add, w))  # type: ignore[no-untyped-call]
+        for w in dict.fromkeys(weights)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

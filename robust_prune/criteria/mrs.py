@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.adversaries import AdversarialSet, adversarial_loss, gradients_of
@@ -129,21 +129,13 @@ def first_order(
     """
     layers = weighted_layers(model)
     weights = [weight_of(layer) for layer in layers.values()]
-    sums: list[Tensor | None] = [None] * len(weights)
-    total = 0.0
     with evaluating(model), requires_grad(model, False):
         for weight in weights:
             weight.requires_grad_(True)
-        for images, labels in adversarial.batches():
-            loss, gradients = gradients_of(model, weights, images, labels, "sum")
-            for i, gradient in enumerate(gradients):
-                before = sums[i]
-                if before is None:
-                    sums[i] = gradient
-                elif gradient is not None:
-                    before += gradient
-            del gradients  # as large as the model
-            total += loss
+        total, sums = gradients_of(
+            *(model, weights, adversarial.images, adversarial.labels, "sum"),
+            adversarial.batch_size,
+        )
     n = len(adversarial)
     values = {
         name: 0.0 if gradient is None else float(rho * weight.detach().norm() * gradient.norm() / n)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -158,6 +159,38 @@ def test_gradients_of_a_step_add_up_to_those_of_the_batch(scene: Scene) -> None:
     for half, gradient in zip(expected[1], whole, strict=False):
         assert_close(2 * half, gradient)
     model.zero_grad(set_to_none=True)
+
+
+def test_gradients_are_those_of_torch_and_are_there_once() -> None:
+    """One weight in two layers, two weights that are given one tensor, one that is unused."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+            self.left, self.right, self.unused = (nn.Parameter(torch.rand(4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed: Tensor = self.second(self.first(x).tanh()) + (self.left + self.right)
+            return mixed
+
+    net = Net().double()
+    images, labels = torch.rand(10, 4).double(), torch.randint(4, (10,))
+    weights = [net.first.weight, net.second.weight, net.left, net.right, net.unused]
+    loss = F.cross_entropy(net(images), labels, reduction="sum")
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    alive = []
+    net.right.register_hook(lambda g: alive.append(g.abs().sum()))
+    for size in (None, 3):
+        total, found = gradients_of(net, weights, images, labels, "sum", size)
+        assert total == pytest.approx(float(loss))
+        assert found[4] is expected[4] is None
+        assert_close(found[:4], list(expected[:4]))
+        assert found[2] is not found[3]
+    assert len(alive) == 1 + 4, "hooks of a user hear of each part"
+    assert not any(w.grad is not None or len(w._backward_hooks or ()) > 1 for w in weights)
 
 
 def test_statistics_of_batch_norms_count_no_failed_pass() -> None:
