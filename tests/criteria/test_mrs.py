@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.criteria import ascent, first_order, sensitivities
@@ -145,3 +146,20 @@ def test_first_order_costs_at_most_three_forward_backward_passes() -> None:
 
     plain()
     assert best_of(lambda: sensitivities(model, adversarial)) <= 3 * best_of(plain)
+
+
+def test_a_weight_that_two_layers_share_counts_once_in_every_batch() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)
+    )
+    net[3].weight = net[1].weight
+    net = net.double().eval()
+    images, labels = torch.rand(20, 3, 2, 2).double(), torch.randint(3, (20,))
+    threat = ThreatModel.linf("8/255")
+    whole, parts = (
+        first_order(net, AdversarialSet(images, labels, threat, "PGD-1", 0, size), rho=0.1)[1]
+        for size in (20, 5)
+    )
+    assert parts == pytest.approx(whole)
+    assert whole["1"] == whole["3"] > 0
