@@ -188,7 +188,7 @@ def main() -> None:
         sets = [(block,) for block in WHOLE]
         sets += [WHOLE[2:], WHOLE[1:]]
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(dense, splits, options, Path(folder))
+            bench = Bench(dense, splits, THREAT, options, Path(folder))
             for blocks in sets:
                 found = row(bench, blocks, images, asked)
                 write(found)

@@ -3,9 +3,10 @@
     python -m benchmarks.equal_time --weights cifar10-resnet10-robust.pt --data cifar10 \
         --out benchmarks/records/<date>_equal-time
 
-The robust ResNet-10 for CIFAR-10, un-tuned. Half of the time is to go. Then the ratio of
-multiply-adds is sought whose plan takes the same time, timed by turns with the first one in one
-process, and both models are attacked on the same test images. What planning measures is shared.
+The robust ResNet-10 for CIFAR-10, or any .safetensors file of this package, un-tuned. Half of the
+time is to go. Then the ratio of multiply-adds is sought whose plan takes the same time, timed by
+turns with the first one in one process, and both models are attacked on the same test images. What
+planning measures is shared.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import robust_prune
 from benchmarks.int8 import NETWORK
 from robust_prune.data import open_data
 from robust_prune.latency import alternating, conditions_of
-from robust_prune.models import library_versions, open_model
+from robust_prune.models import image_size_of, library_versions, open_model
 from robust_prune.options import LatencyOptions
 from robust_prune.pipeline import hardware
+from robust_prune.types import ThreatModel
 
 RATIO, PAIRS = 0.5, 40
 CLOSE, ROUNDS = 0.01, 8  # of the dense model's time
@@ -38,6 +40,7 @@ class Bench:
 
     dense: nn.Module
     splits: Any
+    threat: ThreatModel
     options: dict[str, Any]
     folder: Path
     size: tuple[int, int, int] = field(init=False)
@@ -50,6 +53,7 @@ class Bench:
         return robust_prune.compress(
             self.dense,
             self.splits,
+            threat=self.threat,
             prune_ratio=ratio,
             target=target,
             evaluation="none",
@@ -94,7 +98,9 @@ def compared(bench: Bench, n: int) -> dict[str, Any]:
     counted, tried = as_fast(bench, timed.model, timed.plan.reached)
     models = {"dense": bench.dense, "latency": timed.model, "macs": counted.model}
     found = {
-        name: robust_prune.evaluate(model, bench.splits.test, attack="pgd", n=n)
+        name: robust_prune.evaluate(
+            model, bench.splits.test, threat=bench.threat, attack="pgd", n=n
+        )
         for name, model in models.items()
     }
     shares = bench.shares(timed.model, counted.model)
@@ -135,23 +141,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 64))
+    parser.add_argument("--eps", default="8/255", help="Linf")
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
-    model, _ = open_model(str(asked.weights), **NETWORK)
-    splits = open_data(str(asked.data), input_size=(3, 32, 32))
+    known = asked.weights.suffix == ".safetensors"
+    model, _ = open_model(str(asked.weights), **({} if known else NETWORK))
+    splits = open_data(str(asked.data), input_size=image_size_of(model) if known else (3, 32, 32))
+    threat = ThreatModel.linf(asked.eps)
     with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
 
         def write(line: dict[str, Any]) -> None:
             print(json.dumps(line), file=log, flush=True)
 
-        told = {"ratio": RATIO, "pairs": PAIRS, "versions": library_versions()}
+        told = {
+            "model": asked.weights.name,
+            "threat": str(threat),
+            "ratio": RATIO,
+            "pairs": PAIRS,
+            "versions": library_versions(),
+        }
         write({**told, **hardware(torch.device("cpu"))})
         for batch in asked.batches:
             options = {"latency_batch": batch, "latency_threads": 1}
             with tempfile.TemporaryDirectory() as folder:
-                found = compared(Bench(model, splits, options, Path(folder)), asked.n)
+                found = compared(Bench(model, splits, threat, options, Path(folder)), asked.n)
             write(found)
             print(f"batch {batch}: {found['time_left']} {found['accuracy']}", flush=True)
 

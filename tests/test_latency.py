@@ -195,9 +195,37 @@ def test_time_that_widths_do_not_change_is_said(
     assert result.report["latency"]["rounds"] > 1
 
 
+@pytest.mark.parametrize(("time", "params", "binds"), [(0.3, 0.7, "params"), (0.6, 0.2, "time")])
+def test_time_and_another_budget_both_hold(
+    time: float, params: float, binds: str, timed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "alternating", of_parameters(0.0))  # time falls as parameters do
+    result = rp.compress(
+        tiny_resnet(),
+        data(),
+        prune_ratio=time,
+        target="latency",
+        latency_threads=1,
+        also={"params": params},
+        allocation="uniform",
+        calibration_images=4,
+        verify=False,
+    )
+    plan, told = result.plan, result.report["latency"]
+    left = plan.pruned.params / plan.dense.params
+    assert told["pruned_ms"] / told["dense_ms"] == pytest.approx(left)
+    assert left <= min(1 - time + 0.011, 1 - params)
+    assert left == pytest.approx(1 - (params if binds == "params" else time), abs=0.03)
+    assert ("params asked for take more" in plan.notes[-1]) == (binds == "params")
+
+
 def test_what_cant_be_asked_is_one_line(timed: list[Any]) -> None:
-    with pytest.raises(UsageError, match="not with --also"):
-        rp.compress(tiny_resnet(), data(), target="latency", also={"params": 0.5})
+    with pytest.raises(UsageError, match="not with --steps"):
+        rp.compress(
+            *(tiny_resnet(), data()), target="latency", prune_steps=2, finetune="pgd-at", epochs=2
+        )
+    with pytest.raises(BudgetError, match=r"use --also params=0\.\d+ or less"):
+        rp.compress(tiny_resnet(), data(), target="latency", also={"params": 0.9999})
     with pytest.raises(BudgetError, match=r"less time is out of reach: about \d+\.\d % can go"):
         rp.compress(tiny_resnet(), data(), target="latency", prune_ratio=0.999)
 

@@ -55,9 +55,7 @@ class Problem:
     @cached_property
     def goal(self) -> float:
         """What the budget leaves of it."""
-        if self.price is not None:
-            return self.dense * (1 - self.budget.prune_ratio)
-        return self._goals[self.budget]
+        return self._goals[0]
 
     @cached_property
     def narrowest(self) -> Widths:
@@ -76,12 +74,10 @@ class Problem:
 
     def cost_at(self, widths: Mapping[str, int]) -> float:
         """Return the cost at these widths, in units of the budget's target."""
-        if self.price is not None:
-            return self.price(widths)
-        cost = self.cost(widths)
+        costs = self._costs_at(widths)
         if not self.also:
-            return cost.of(self.budget.target)
-        return self.goal * max(cost.of(b.target) / goal for b, goal in self._goals.items())
+            return costs[0]
+        return self.goal * max(c / goal for c, goal in zip(costs, self._goals, strict=True))
 
     def spent(self, widths: Mapping[str, int]) -> float:
         """Return what a step is to save of: the cost, of several budgets what is above their goals.
@@ -91,10 +87,10 @@ class Problem:
         """
         if self.by_macs:
             return self.cost(widths).macs
+        costs = self._costs_at(widths)
         if not self.also:
-            return self.cost_at(widths)
-        cost = self.cost(widths)
-        return sum(max(cost.of(b.target) / goal - 1, 0) for b, goal in self._goals.items())
+            return costs[0]
+        return sum(max(c / goal - 1, 0) for c, goal in zip(costs, self._goals, strict=True))
 
     def met(self, widths: Mapping[str, int], spent: float) -> bool:
         """Return whether no budget is missed at these widths, at which this is `spent`."""
@@ -120,35 +116,40 @@ class Problem:
 
     def check_reach(self, narrowest: Mapping[str, int]) -> None:
         """Raise BudgetError if even these widths cost more than the budget leaves."""
-        if self.price is not None:
-            self._check_price(narrowest)
-            return
-        dense, least = self.cost({}), self.cost(narrowest)
-        for budget in self._goals:
-            most = 1 - least.of(budget.target) / dense.of(budget.target)
+        pairs = zip(self._costs_at({}), self._costs_at(narrowest), strict=True)
+        for budget, (dense, least) in zip((self.budget, *self.also), pairs, strict=True):
+            most = 1 - least / dense
             if most < budget.prune_ratio:
-                possible = f"{math.floor(1000 * most) / 1000:g}"
-                flag = "--ratio " if budget is self.budget else f"--also {budget.target}="
-                raise BudgetError(
-                    f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is "
-                    f"out of reach: at most {100 * most:.1f} % can go while every group keeps its "
-                    f"minimum and protected layers stay; use {flag}{possible} or less, or protect "
-                    "fewer layers"
-                )
+                raise BudgetError(self._out_of_reach(budget, most))
 
-    def _check_price(self, narrowest: Mapping[str, int]) -> None:
-        most = 1 - self.cost_at(narrowest) / self.dense
-        if most < self.budget.prune_ratio:
-            raise BudgetError(
-                f"{100 * self.budget.prune_ratio:.1f} % less time is out of reach: about "
-                f"{100 * most:.1f} % can go by removing channels; use --ratio "
-                f"{math.floor(1000 * max(most, 0)) / 1000:g} or less"
+    def _out_of_reach(self, budget: Budget, most: float) -> str:
+        possible = f"{math.floor(1000 * max(most, 0)) / 1000:g}"
+        if budget is self.budget and self.price is not None:
+            return (
+                f"{100 * budget.prune_ratio:.1f} % less time is out of reach: about "
+                f"{100 * most:.1f} % can go by removing channels; use --ratio {possible} or less"
             )
+        flag = "--ratio " if budget is self.budget else f"--also {budget.target}="
+        return (
+            f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is "
+            f"out of reach: at most {100 * most:.1f} % can go while every group keeps its "
+            f"minimum and protected layers stay; use {flag}{possible} or less, or protect "
+            "fewer layers"
+        )
+
+    def _costs_at(self, widths: Mapping[str, int]) -> list[float]:
+        """Return what each budget counts at these widths."""
+        if self.price is not None and not self.also:
+            return [self.price(widths)]
+        cost = self.cost(widths)
+        first = cost.of(self.budget.target) if self.price is None else self.price(widths)
+        return [first, *(cost.of(budget.target) for budget in self.also)]
 
     @cached_property
-    def _goals(self) -> dict[Budget, float]:
-        dense = self.cost({})
-        return {b: dense.of(b.target) * (1 - b.prune_ratio) for b in (self.budget, *self.also)}
+    def _goals(self) -> list[float]:
+        """What each budget leaves."""
+        budgets = zip((self.budget, *self.also), self._costs_at({}), strict=True)
+        return [dense * (1 - budget.prune_ratio) for budget, dense in budgets]
 
 
 def width_after(group: ChannelGroup, prune_ratio: float, round_to: int = 1) -> int:

@@ -207,14 +207,13 @@ def _announce(
 
     budget = settings.budget
     tuning = f"{settings.finetune}, {settings.epochs} epochs" if settings.finetune else "none"
+    target = "time" if settings.latency else budget.target
     if settings.max_drop is None:
-        asked = ", ".join(
-            f"{100 * b.prune_ratio:g} % of the {'time' if settings.latency else b.target}"
-            for b in (budget, *settings.also_budgets)
-        )
+        budgets = ((target, budget), *((b.target, b) for b in settings.also_budgets))
+        asked = ", ".join(f"{100 * b.prune_ratio:g} % of the {what}" for what, b in budgets)
     else:
         asked = (
-            f"as much of the {'time' if settings.latency else budget.target} as costs "
+            f"as much of the {target} as costs "
             f"{settings.max_drop:g} percentage points of robust accuracy "
             f"({settings.max_drop_of} models)"
         )

@@ -172,7 +172,7 @@ def _in_time(
         corrected = to_time(job, graph, model, way, start, again)
         found[corrected.plan] = corrected
     chosen = next(iter(found)) if len(found) == 1 else best(list(found))
-    return timed(job, graph, model, 1 - problem.budget.prune_ratio, found[chosen])
+    return timed(job, graph, model, problem, found[chosen])
 
 
 def _best(

@@ -93,13 +93,13 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
             raise UsageError(f"{given[0]}: a plan that is replayed decides that; leave out one")
         if given and self.prune_steps > 1:
             raise UsageError(f"{given[0]}: not with {self.prune_steps} pruning steps")
-        if self.latency and (self.also or self.prune_steps > 1 or self.plan is not None):
-            raise UsageError("--target latency: not with --also, --steps or --plan")
+        if self.latency and (self.prune_steps > 1 or self.plan is not None):
+            raise UsageError("--target latency: not with --steps or --plan")
         if self.max_drop is not None and (self.also or self.prune_steps > 1 or self.plan):
             raise UsageError("--max-drop: not with --also, --steps or --plan")
         if self.max_drop_of == "tuned" and (self.max_drop is None or self.finetune is None):
             raise UsageError("--max-drop-of tuned: needs --max-drop, and fine-tuning")
-        if any(budget.target == self.budget.target for budget in self.also_budgets):
+        if not self.latency and any(b.target == self.budget.target for b in self.also_budgets):
             raise UsageError(f"--also {self.budget.target}: that is what --ratio is about")
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +47,11 @@ def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel 
     job.journal.stage(f"timing layers: {conditions}")
     with job.journal.timed("latency"):
         found = latency_model(graph, conditions)
-    most, step = settings.max_prune_ratio, settings.round_to
-    problem = Problem(graph.groups, graph.cost, settings.budget, most, step, price=found.ms)
+    problem = Problem(
+        *(graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to),
+        also=settings.also_budgets,
+        price=found.ms,
+    )
     problem.check_reach(problem.narrowest)  # before the expensive stations
     return found
 
@@ -138,19 +141,19 @@ def to_time(
 
 
 def timed(
-    job: Job, graph: ModelGraph, model: LatencyModel, asked: float, found: Corrected
+    job: Job, graph: ModelGraph, model: LatencyModel, problem: Problem, found: Corrected
 ) -> PruningPlan:
-    """Time a plan's model once more, tell of it, and return the plan, which says where it missed.
-
-    `asked` is the share of the dense model's time that is to be left.
-    """
+    """Time a plan's model once more, tell of it, and return the plan with a note of a miss."""
+    asked = 1 - problem.budget.prune_ratio
     with job.journal.timed("latency"):
         dense, pruned = _times(graph, model, found.plan, FINAL_PAIRS)
     modelled = model.ms({group.name: group.keep_width for group in found.plan.groups})
     job.journal.tell(
         latency=Timed(str(model.conditions), asked, dense, pruned, modelled, found.rounds)
     )
-    return replace(found.plan, notes=(*found.plan.notes, *_notes(asked, pruned / dense)))
+    return replace(
+        found.plan, notes=(*found.plan.notes, *_notes(asked, pruned / dense, problem.also))
+    )
 
 
 def _share(graph: ModelGraph, model: LatencyModel, plan: PruningPlan, pairs: int) -> float:
@@ -169,12 +172,15 @@ def _times(
     return dense, pruned
 
 
-def _notes(asked: float, share: float) -> list[str]:
+def _notes(asked: float, share: float, also: Sequence[Budget]) -> list[str]:
     if abs(share - asked) <= TOLERANCE:
         return []
+    why = "what is left is not in the widths, or the machine was busy"
+    if share < asked and also:
+        why = f"the {' or '.join(budget.target for budget in also)} asked for take more"
     return [
         f"asked for {100 * asked:.0f} % of the dense model's time, {100 * share:.0f} % were "
-        "measured: what is left is not in the widths, or the machine was busy"
+        f"measured: {why}"
     ]
 
 
