@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from robust_prune.finetune import History
+from robust_prune.modules import release_memory
 from robust_prune.pipeline.record import Pruned, Record, Step
 from robust_prune.pipeline.settings import Events
 from robust_prune.types import PruningPlan
@@ -38,11 +39,12 @@ class Journal:
 
     @contextlib.contextmanager
     def timed(self, station: str) -> Iterator[None]:
-        """Add the seconds of what is done inside to a station's."""
+        """Add the seconds of what is done inside to a station's, and give its memory back."""
         start = time.perf_counter()
         try:
             yield
         finally:
+            release_memory()  # else what is left between its tensors adds to the next station's
             so_far = self.record.seconds.get(station, 0.0)
             self._set_seconds({station: so_far + time.perf_counter() - start})
 

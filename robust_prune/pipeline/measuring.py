@@ -17,9 +17,9 @@ from robust_prune.criteria import (
     structural_curves,
 )
 from robust_prune.data import DataSplits, stand_ins
-from robust_prune.graph import ModelGraph, is_large
+from robust_prune.graph import ModelGraph
 from robust_prune.latency import LatencyModel
-from robust_prune.modules import device_of, release_memory
+from robust_prune.modules import device_of
 from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
 from robust_prune.pipeline.grade import grade_of
 from robust_prune.pipeline.job import Job
@@ -210,8 +210,6 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
     with journal.timed("sensitivity"):
         journal.stage(f"module robustness sensitivity: {settings.estimator}")
         sensitivity = measure_mrs(graph, adversarial, settings.estimator, scores)
-        if is_large(model):
-            release_memory()  # gradients of all weights
     if observed.key is not None and settings.measured is not None:
         store(settings.measured, observed.key, adversarial, scores, curves, sensitivity)
     return Measured(scores, curves, sensitivity)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from robust_prune import compress, load
 from robust_prune.data import from_iterable
@@ -134,6 +136,29 @@ def test_nothing_is_kept_without_a_folder_or_by_another_process(tmp_path: Path) 
         assert parts == [{}, {}]
         assert not is_kept(job, "part")
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other heaps give back by themselves")
+def test_a_station_leaves_no_memory_of_its_own() -> None:
+    """Large tensors that are freed between small ones stay with the process otherwise."""
+
+    def resident() -> float:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    kept: list[Tensor] = []
+    before = resident()
+    with Journal(Events()).timed("station"):
+        large = []
+        for _ in range(1600):
+            large.append(torch.ones(2**14))  # 64 KiB: larger ones may come from elsewhere
+            kept.append(torch.ones(100))
+        inside = resident()
+        large.clear()
+    assert inside > before + 80
+    assert resident() < before + 30
 
 
 def test_the_record_is_kept_as_folders_have_it(small: CompressResult) -> None:
