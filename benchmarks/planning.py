@@ -38,13 +38,17 @@ def planned(tree: Path, out: Path, seed: int, asked: argparse.Namespace) -> dict
     command += ["--data", str(asked.data.resolve()), "--ratio", str(asked.ratio), "--eval", "none"]
     command += ["--calibration-images", str(IMAGES), "--seed", str(seed), "--out", str(out)]
     command += shlex.split(asked.options)
+    process: dict[str, Any] = {
+        "check": True,
+        "cwd": out.parent,  # Python would take the package from here before the tree's
+        "env": {**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"},
+    }
+    where = "import robust_prune; print(robust_prune.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, **process)
+    if not Path(found.stdout.strip()).is_relative_to(tree.resolve()):
+        raise SystemExit(f"{found.stdout.strip()} is not in {tree}")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        command,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"},
-    )
+    subprocess.run(command, stdout=subprocess.DEVNULL, **process)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = json.loads((out / "report.json").read_text())
     return {
