@@ -245,11 +245,15 @@ def as_split(data: Any, labeller: nn.Module | None = None) -> Split:
     if isinstance(data, DataLoader) and plain_loader(data):
         return Split(data.dataset, workers=data.num_workers, collate=data.collate_fn)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        if not hasattr(data, "__len__"):
+            raise DataError(
+                f"the data set, a {type(data).__name__}, has no __len__, so that its images can't "
+                "be drawn; give it one, or make it an IterableDataset"
+            )
         return Split(data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = data
-        arrays = isinstance(images, (Tensor, np.ndarray)) and hasattr(labels, "shape")
-        if arrays and images.ndim == 4 and tuple(labels.shape[:1]) == (len(images),):
+        if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
             return _tensor_split(images, labels)
     if not isinstance(data, Iterable):
         raise DataError(
@@ -317,6 +321,6 @@ def _subset(split: Split, indices: list[int]) -> Split:
     )
 
 
-def _tensor_split(images: Tensor, labels: Tensor) -> Split:
+def _tensor_split(images: Any, labels: Any) -> Split:
     images, labels = check_batch((images, labels))
     return Split(torch.utils.data.TensorDataset(images, labels), in_memory=True, flip=False)

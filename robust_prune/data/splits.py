@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -20,11 +19,12 @@ from torch.utils.data import (
     default_collate,
 )
 
+from robust_prune.data.arrays import tensor_of
 from robust_prune.data.augmentation import Augmentation, Numbered, augment, mixed
 from robust_prune.data.datasets import (
     Size,
 )
-from robust_prune.errors import DataError
+from robust_prune.errors import DataError, first_line
 from robust_prune.modules import plain_layout, predict
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Split:
         self.classes = classes  # 0 where it is not known
         self.flip = flip
         self.workers = workers
-        self._collate = collate or default_collate
+        self._collate = together if collate in (None, default_collate) else collate
         self._training_view = training_view
         self._in_memory = in_memory
         self._cache: tuple[Tensor, Tensor] | None = None
@@ -230,6 +230,17 @@ class DataSplits:
         return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
+def together(items: list[Any]) -> Any:
+    """Return a batch of a data set's items, or say why they make none."""
+    try:
+        return default_collate(items)
+    except (TypeError, RuntimeError) as error:
+        raise DataError(
+            f"the data set's items can't be put together in batches: {first_line(error)}; each "
+            "must be an image as a tensor [C, H, W], all of one size, with its label as a number"
+        ) from None
+
+
 def _class_indices(labels: Tensor) -> Tensor:
     """Return [N] of labels as people also have them: a column [N, 1], or one-hot rows [N, K]."""
     if labels.ndim != 2:
@@ -249,8 +260,7 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise DataError(f"a batch must be (images, labels), not a {type(batch).__name__}") from None
     if len(shape) != 4:
         raise DataError(f"images must be [N, C, H, W], not {list(shape)}")
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+    images = tensor_of(images, "images")
     if 0 in shape:
         raise DataError(f"a batch holds no images: its shape is {list(shape)}")
     if images.dtype == torch.uint8:
@@ -264,9 +274,10 @@ def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
             f"images must lie in [0, 1], but a batch spans [{low:.3g}, {high:.3g}]; leave the "
             "normalisation to the model (mean and std), attacks need the true range"
         )
-    labels = _class_indices(torch.as_tensor(labels))
+    labels = _class_indices(tensor_of(labels, "labels"))
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != shape[0]:
-        raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)}")
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise DataError(f"labels must be {shape[0]} integers, not {list(labels.shape)} of {kind}")
     return plain_layout(images.clamp(0, 1)), labels.long()
 
 

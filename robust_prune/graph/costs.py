@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from robust_prune.errors import ModelError, first_line, out_of_memory
+from robust_prune.errors import ModelError
 from robust_prune.graph.tracing import adapted, name_of, work_of
-from robust_prune.modules import device_of, evaluating, network_of
+from robust_prune.modules import checked, device_of, evaluating, network_of
 from robust_prune.types import Cost
 
 Use = tuple[int, tuple[tuple[int, tuple[tuple[str, int], ...]], ...]]
@@ -176,16 +175,3 @@ class Counter(TorchFunctionMode):
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         return id(tensor) in self._parameters
-
-
-@contextlib.contextmanager
-def checked(input_size: tuple[int, int, int]) -> Iterator[None]:
-    """Turn what a network raises on images of a size that it does not take into a ModelError."""
-    try:
-        yield
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-        if out_of_memory(error):
-            raise
-        line = first_line(error)[:160]
-        size = "x".join(map(str, input_size))
-        raise ModelError(f"the model does not take a {size} image: {line}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,15 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.errors import PlanError
-from robust_prune.graph.costs import (
-    TensorCost,
-    Use,
-    WorkCost,
-    checked,
-    count_cost,
-    example_image,
-    weight_of,
-)
+from robust_prune.graph.costs import TensorCost, Use, WorkCost, count_cost, example_image, weight_of
 from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
@@ -31,7 +24,14 @@ from robust_prune.graph.probing import wired
 from robust_prune.graph.tracing import Count, Slot
 from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import MIN_WIDTH
-from robust_prune.modules import evaluating, make_contiguous_, network_of, own_, sharing
+from robust_prune.modules import (
+    checked,
+    evaluating,
+    make_contiguous_,
+    network_of,
+    own_,
+    sharing,
+)
 from robust_prune.types import ChannelGroup, Cost, PruningPlan, Unprunable
 
 logger = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ class ModelGraph:
     def reachable(self) -> float:
         """Share of the parameters that lie along channels which can be removed."""
         tensors = self._costs.tensors
-        touched = sum(_numel(t.shape) for t in tensors if t.shares)
-        return touched / max(sum(_numel(t.shape) for t in tensors), 1)
+        touched = sum(math.prod(t.shape) for t in tensors if t.shares)
+        return touched / max(sum(math.prod(t.shape) for t in tensors), 1)
 
     @functools.cached_property
     def uncounted(self) -> tuple[str, ...]:
@@ -323,7 +323,3 @@ class ModelGraph:
         products = [shrinking(*use) for use in coupling.products]
         fixed = sum(times for times, sizes in products if not sizes)
         return WorkCost(tensors, ((fixed, ()), *(use for use in products if use[1])))
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from robust_prune.graph.costs import Counter, checked, example_image
+from robust_prune.graph.costs import Counter, example_image
 from robust_prune.graph.tracing import adapted
-from robust_prune.modules import evaluating, network_of
+from robust_prune.modules import checked, evaluating, network_of
 
 OWN = ("aten", "prim", "prims", "profiler", "rngprims")  # torch's own kernels
 # products or more in torch's own kernels that nothing here, nor torch's counter, has a formula for

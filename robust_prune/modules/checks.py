@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from robust_prune.errors import DataError, ModelError, UsageError
+from robust_prune.errors import DataError, ModelError, UsageError, first_line, out_of_memory
 from robust_prune.modules.contexts import evaluating
 from robust_prune.modules.image_model import network_of
 from robust_prune.modules.layout import device_of
 
 
 def check_float32(model: nn.Module) -> None:
-    """Raise ModelError where weights are of another floating-point type than images.
+    """Raise ModelError where weights are of another floating-point type than images, or no numbers.
 
     A UsageError says that what is given is no module.
     """
@@ -28,6 +31,24 @@ def check_float32(model: nn.Module) -> None:
                 f"the model's weights are {kind} ({name}), images come in float32; give "
                 "model.float()"
             )
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ModelError(
+                f"the model's weights hold NaN or infinity ({name}): is it from a training that "
+                "diverged? Take an earlier state"
+            )
+
+
+@contextlib.contextmanager
+def checked(input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Turn what a network raises on images of a size that it does not take into a ModelError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        line = first_line(error)[:160]
+        size = "x".join(map(str, input_size))
+        raise ModelError(f"the model does not take a {size} image: {line}") from None
 
 
 @torch.no_grad()
@@ -39,7 +60,8 @@ def check_outputs(
     A network that says it ends before a classifier, as timm's do by `num_classes=0`, is refused:
     its features are no logits.
     """
-    with evaluating(model):
+    channels, height, width = images.shape[1:]
+    with evaluating(model), checked((channels, height, width)):
         logits = model(images[:1].to(device_of(model)))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

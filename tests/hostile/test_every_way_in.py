@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import robust_prune as rp
-from robust_prune.errors import RobustPruneError
+from robust_prune.errors import ModelError, RobustPruneError
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import ImageModel
 from tests.conftest import OwnNet, tiny_resnet
@@ -100,6 +100,39 @@ def test_networks_that_give_no_logits(call: str, name: str) -> None:
     with pytest.raises(RobustPruneError) as caught:
         CALLS[call](ODD[name].eval())
     assert_one_line(str(caught.value))
+
+
+DATA_OF_OTHERS: dict[str, Tensor] = {
+    "channels last": torch.rand(8, 12, 12, 3),
+    "grey images": torch.rand(8, 1, 12, 12),
+    "an alpha channel": torch.rand(8, 4, 12, 12),
+}
+
+
+TAKING: dict[str, Callable[[Any], Any]] = {
+    "evaluate": lambda data: rp.evaluate(OwnNet().eval(), data, attack="pgd", n=8),
+    "compress": lambda data: rp.compress(OwnNet().eval(), data, prune_ratio=0.3),
+}
+
+
+@pytest.mark.parametrize("name", list(DATA_OF_OTHERS))
+@pytest.mark.parametrize("call", list(TAKING))
+def test_images_that_the_network_does_not_take(call: str, name: str) -> None:
+    with pytest.raises(
+        RobustPruneError, match=r"the model does not take a .*x12.* image"
+    ) as caught:
+        TAKING[call]((DATA_OF_OTHERS[name], torch.arange(8) % 5))
+    assert_one_line(str(caught.value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("call", list(CALLS))
+def test_weights_that_are_no_numbers_are_named(call: str, value: float) -> None:
+    net = OwnNet().eval()
+    name, parameter = list(net.named_parameters())[-1]
+    parameter.data.view(-1)[0] = value
+    with pytest.raises(ModelError, match=rf"hold NaN or infinity .{name}"):
+        CALLS[call](net)
 
 
 def squeezed(**options: Any) -> Any:
