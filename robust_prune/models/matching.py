@@ -17,7 +17,10 @@ DEEPEST_NAME, DEEPEST_WRAPPER = 60, 3
 # what other libraries leave beside weights: counts of averaged models and of operations
 BOOKKEEPING = frozenset({"n_averaged", "total_ops", "total_params", UNCOUNTED})
 ASIDE = re.compile(r"loss|criterion|metric|^aux", re.IGNORECASE)
-AVERAGES = frozenset({"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"})
+AVERAGES = frozenset(
+    {"ema", "swa", "wa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}
+)
+NEGATIONS = ("not", "non", "no", "without", "un")
 SLOW = frozenset({"teacher", "target", "momentum"})
 FAST = frozenset({"student", "online"})
 KIN = 0.5  # cosine of weights from which on one set counts as the other's running average
@@ -115,7 +118,7 @@ def choose(content: Content, sets: Sequence[WeightSet]) -> Choice:
     """
     order = sorted(sets, key=lambda s: (s.root.count("."), sets.index(s)))
     fast = next((s for s in sets if _words(s) & FAST), None)
-    ranks = {s.root: 0 if is_average(s.root) else 1 for s in sets}
+    ranks = {s.root: 0 if is_average(s.root) else 1 + _is_unaveraged(s.root) for s in sets}
     why = {s.root: "the moving average" for s in sets if is_average(s.root)}
     for one in sets:
         if _words(one) & SLOW and not is_average(one.root):
@@ -131,10 +134,23 @@ def choose(content: Content, sets: Sequence[WeightSet]) -> Choice:
 
 def is_average(path: str) -> bool:
     """Return whether a name says that running averages are under it."""
-    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", path).lower())
-    return any(
-        w in AVERAGES or re.fullmatch(r"(model|net|weights?)(ema|avg|swa)", w) for w in words
-    )
+    return _averaging(path) is True
+
+
+def _is_unaveraged(path: str) -> bool:
+    return _averaging(path) is False
+
+
+def _averaging(path: str) -> bool | None:
+    """Return whether a name speaks of averages; False where it says that they are not."""
+    parted = re.sub(r"([a-z])([A-Z])|([A-Z])(?=[A-Z][a-z])", r"\1\3_\2", path)
+    words = re.findall(r"[a-z]+", parted.lower())
+    for before, word in zip(["", *words], words, strict=False):
+        if word in AVERAGES or re.fullmatch(r"(model|net|weights?)(ema|avg|swa)", word):
+            return before not in NEGATIONS
+        if any(word.removeprefix(n) in AVERAGES for n in NEGATIONS if word.startswith(n)):
+            return False
+    return None
 
 
 def left_over(content: Content, choice: Choice) -> dict[str, Tensor]:
@@ -155,14 +171,21 @@ def foreign(
     """Return which of the names left over are parts of the file's network that ours has not.
 
     Those are what lies inside of its modules, or beside them in the same state_dict under the same
-    prefix, a loss set aside.
+    prefix, a loss set aside; and the other layers of an nn.Sequential that it is a part of.
     """
     tops = {name.partition(".")[0] for name in wanted}
     first = next(iter(taken.names.values()))
+    parent, _, place = taken.root.rpartition(".")
+    # an entry of a list in the file has a number as well, and is its own holder
+    around = f"{parent}." if parent else ""
+    in_sequence = place.isdecimal() and content.holders[first] != taken.root
     found = []
     for name in names:
         inside = name if not taken.root else name.removeprefix(f"{taken.root}.")
         if taken.root and inside == name:
+            beside = name.removeprefix(around).partition(".")[0]
+            if in_sequence and name.startswith(around) and beside.isdecimal():
+                found.append(name)
             continue
         top = inside.partition(".")[0]
         same = content.holders[name] == content.holders[first]
@@ -259,6 +282,8 @@ def _notes(
     reason = why.get(taken.root)
     if reason is None and any("current" in _words(o) for o in differing):
         reason = "the moving average"  # of Lightning, which calls the other one current
+    if reason is None and any(_is_unaveraged(o.root) for o in differing):
+        reason = "as its neighbour is said to be no average,"
     if reason is None and any(_words(o) & SLOW for o in differing):
         reason = "what has learned from the others,"
     verb = "is" if len(differing) == 1 else "are"

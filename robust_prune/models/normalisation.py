@@ -16,9 +16,10 @@ from robust_prune.errors import ModelError
 from robust_prune.models.builders import per_channel
 from robust_prune.models.content import Content, numbers_of
 
-MEAN = re.compile(r"(^|[_\W])(means?|mu)$", re.IGNORECASE)
-STD = re.compile(r"(^|[_\W])(stds?|stdev|sigma)$", re.IGNORECASE)
+MEAN = re.compile(r"(^|[_\W])(means?|mu)(?=_|$)", re.IGNORECASE)
+STD = re.compile(r"(^|(?<!inv)[_\W])(stds?|stdev|sigma)(?=_|$)", re.IGNORECASE)
 BYTE_SCALE = 5.0  # a mean or std above it is of images in 0..255
+UNIFORM = 0.03  # a std below it is of no images: of accuracies, of initial weights
 LARGEST_IMAGE = 2**14
 
 
@@ -59,6 +60,7 @@ def from_tensors(left: Mapping[str, Tensor], root: str, channels: int) -> Normal
                 for other, second in left.items()
                 if other.rpartition(".")[0] == beside
                 and _matches(STD, other)
+                and _stem(STD, other) == _stem(MEAN, name)
                 and second.numel() in (1, channels)
             ),
             None,
@@ -84,7 +86,9 @@ def from_settings(content: Content, channels: int) -> Normalisation | None:
         means, stds = ([k for k in plain if _matches(p, k)] for p in (MEAN, STD))
         for mean, std in itertools.product(means, stds):
             pair = _pair(numbers_of(plain[mean]), numbers_of(plain[std]), channels)
-            if pair is not None and MEAN.sub("", mean) == STD.sub("", std):
+            if pair is None or min(pair[1]) < UNIFORM:
+                continue
+            if _stem(MEAN, mean) == _stem(STD, std):
                 where = f"{path}.{mean}" if path else mean
                 return Normalisation(*pair[:2], where, (), pair[2])
     return None
@@ -147,6 +151,11 @@ def _pair(
 
 def _matches(pattern: re.Pattern[str], name: str) -> bool:
     return bool(pattern.search(name.rpartition(".")[2]))
+
+
+def _stem(pattern: re.Pattern[str], name: str) -> str:
+    """Return what is left of a name's last part without its mean or std."""
+    return pattern.sub("", name.rpartition(".")[2])
 
 
 def _common(one: str, two: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from robust_prune.models.content import Content
 from robust_prune.models.fitting import check_names
 from robust_prune.models.matching import (
+    ASIDE,
     Choice,
     WeightSet,
     choose,
@@ -72,10 +73,12 @@ def _complete(
         return sets, ()
     nearest = sets[0]
     head = _one_module(nearest.missing)
+    holder = content.holders[next(iter(nearest.names.values()))]
     candidates: dict[str, dict[str, str]] = {}
     for name in left_over(content, Choice(nearest)):
         layer, _, leaf = name.rpartition(".")
-        if layer.startswith(nearest.root):
+        beside = content.holders[name] == holder and not ASIDE.search(layer)
+        if layer.startswith(nearest.root) or beside:
             candidates.setdefault(layer, {})[leaf] = name
     fitting = {
         layer: leaves
