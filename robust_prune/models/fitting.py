@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,14 @@ def fill_(net: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
     given = OrderedDict(state)
     # some classes ask for the version of their state
     given._metadata = getattr(net.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    own = net.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{path}: {name} is of {kind}, which are no weights of floating point; is the "
+                "network quantised? Give the weights that it was made from"
+            )
     try:
         problems = net.load_state_dict(given, strict=False)
     except RuntimeError as error:
@@ -38,13 +47,22 @@ def fill_(net: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
             f"{path}: {len(lines) - 1} tensors have other shapes than the network built: "
             f"{detail[:200]}; check --arch and --model-kwargs"
         ) from None
-    own = net.state_dict()
     missing = [key for key in problems.missing_keys if needed(key, own[key])]
     check_names(path, missing, problems.unexpected_keys)
 
 
 def check_names(path: Path, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Raise ModelError where names are missing or left over."""
+    for name in missing:
+        layer, _, leaf = name.rpartition(".")
+        inside = re.escape(f"{layer}.parametrizations.{leaf}.".lstrip("."))
+        parts = re.compile(rf"(^|\.)({re.escape(name)}_(orig|mask|g|v|u)$|{inside})")
+        if len(found := [n for n in unexpected if parts.search(n)]) > 1:
+            raise ModelError(
+                f"{path}: {name} is computed from other tensors ({found[0]}, {found[1]}): a mask, "
+                "weight norm or spectral norm; make it a plain weight, as by "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations, and save again"
+            )
     if missing or unexpected:
         example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
         raise ModelError(

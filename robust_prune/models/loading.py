@@ -34,7 +34,8 @@ from robust_prune.models.hub import PREFIX, fetched
 from robust_prune.models.manifest import Manifest, write
 from robust_prune.models.named import Given, by_arch, from_state
 from robust_prune.models.narrowing import Follow
-from robust_prune.models.pickled import find_module, identified, pickle_note
+from robust_prune.models.normalisation import BYTE_SCALE
+from robust_prune.models.pickled import find_module, identified, in_float32, pickle_note
 from robust_prune.models.reading import ModelFile, read
 from robust_prune.models.weights import take
 from robust_prune.modules import (
@@ -66,6 +67,7 @@ def open_model(
     The record is empty if there is none. `follow` gives the numbers in modules that go with the
     widths of a network that was pruned elsewhere, as in `narrow_to_`.
     """
+    _check_given(mean, std)
     name = str(path_or_name)
     if name.startswith(PREFIX) and not is_there(name) and (folder := fetched(name)):
         path_or_name = name = str(folder)
@@ -95,6 +97,7 @@ def _loaded(
         if model is None and given.arch is not None and found.manifest.spec.source == "custom":
             return by_arch(found, found.manifest, given), record
         if model is None:
+            _check_arch(found.path, found.manifest.spec, given.arch)
             return _from_manifest(found, found.manifest), record
         refill_(network_of(model), found.path, found.content.tensors, found.manifest.fields)
         if found.manifest.spec.mean and not isinstance(model, ImageModel):
@@ -104,13 +107,39 @@ def _loaded(
     if model is not None:
         model, notes = _into_own_class(model, found)
     elif module is not None:
+        module, cast = in_float32(module)
         model, mean, std = identified(module, given.mean, given.std)
+        if isinstance(model, ImageModel):
+            _check_arch(found.path, model.spec, given.arch)
         if not isinstance(model, ImageModel) and mean and std:
             model = _normalised(model, mean, std)
-        notes = (pickle_note(model, given.mean is not None), *notes)
+        notes = (pickle_note(model, given.mean is not None), *cast, *notes)
     else:
         model, notes = from_state(found, given, follow)
     return model, {"assumed": list(notes)} if notes else {}
+
+
+def _check_given(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raise UsageError where a user's normalisation is half of one, or of images in 0..255."""
+    if (mean is None) != (std is None):
+        raise UsageError("a normalisation is a mean and a std, one value per channel; give both")
+    if mean is not None and std is not None and max(map(abs, (*mean, *std))) > BYTE_SCALE:
+        raise UsageError(
+            f"mean {tuple(mean)} and std {tuple(std)} are of images in 0..255, and images are in "
+            "[0, 1] here: divide both by 255"
+        )
+
+
+def _check_arch(path: Path, spec: ModelSpec, arch: str | None) -> None:
+    """Raise ModelError where a file says that it holds another network than is asked for."""
+
+    def bare(name: str) -> str:
+        return name.removeprefix("torchvision/").partition(".")[0]
+
+    if arch is not None and spec.source != "custom" and bare(arch) != bare(spec.arch):
+        raise ModelError(
+            f"{path}: holds a {spec.arch}, as it says itself, and no {arch}; leave out --arch"
+        )
 
 
 def save(
@@ -199,10 +228,8 @@ def _normalised(
     module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> nn.Module:
     """Put a class of one's own behind the normalisation that is given, if any."""
-    if mean is None and std is None:
-        return module
     if mean is None or std is None:
-        raise UsageError("a normalisation is a mean and a std, one value per channel; give both")
+        return module
     cls = type(module)
     spec = ModelSpec("custom", f"{cls.__module__}.{cls.__qualname__}")
     spec = replace(spec, mean=tuple(mean), std=tuple(std))

@@ -81,6 +81,8 @@ def from_tensors(left: Mapping[str, Tensor], root: str, channels: int) -> Normal
 def from_settings(content: Content, channels: int) -> Normalisation | None:
     """Find mean and std in a mapping of settings (timm's args, a config), the outermost first."""
     for path, settings in sorted(content.settings.items(), key=lambda item: item[0].count(".")):
+        if settings.get("do_normalize") is False:  # of transformers' image processors
+            continue
         # tensors are buffers of a network, found by their names
         plain = {key: value for key, value in settings.items() if not isinstance(value, Tensor)}
         means, stds = ([k for k in plain if _matches(p, k)] for p in (MEAN, STD))

@@ -64,6 +64,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = getattr(module, names[0])
 
 
+def in_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return an unpickled module with weights as images have them, and what is to be said of it."""
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
+    if not kinds:
+        return module, ()
+    said = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return module.float(), (f"its weights are of {said}, and are used as float32",)
+
+
 def _own_parameters(module: nn.Module) -> Sequence[Any]:
     return list(module.parameters(recurse=False))
 

@@ -9,7 +9,6 @@ import pickle
 import re
 import reprlib
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,14 @@ from robust_prune.errors import ModelError, UnsafeFileError, first_line
 from robust_prune.files import is_there
 from robust_prune.models.content import Content, content_of
 from robust_prune.models.manifest import METADATA_KEY, Manifest, parse_manifest
+from robust_prune.models.recognising import (
+    check_archive,
+    foreign,
+    is_archive,
+    looks_like_safetensors,
+    looks_pickled,
+    text_of,
+)
 from robust_prune.models.values import STAND_INS
 from robust_prune.types import to_plain
 from robust_prune.untrusted import read_json
@@ -32,6 +39,7 @@ from robust_prune.user_code import importable_folder
 STORED = ("model_args", "pretrained_cfg")  # in config.json, as timm writes it
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.bin")
 LIBRARY = "robust-prune"  # what `library_name` says in config.json of ours
+WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".safetensors", ".bin")
 INDEX = ".index.json"  # beside weights in several files: which tensor is in which
 MESSAGE_LENGTH = 2000
 
@@ -79,7 +87,7 @@ def read(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> ModelFi
 
 
 def _read_file(path: Path, trust_pickle: bool) -> ModelFile:
-    if _looks_like_safetensors(path):
+    if looks_like_safetensors(path):
         return _read_safetensors(path)
     loaded = _load_torch(path, trust_pickle)
     if not isinstance(loaded, (Mapping, list, tuple)) and not trust_pickle:
@@ -97,6 +105,8 @@ def _read_safetensors(path: Path) -> ModelFile:
             metadata = reader.metadata() or {}
         state: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        if text := text_of(path):
+            raise ModelError(f"{path}: not a safetensors file{text}") from None
         raise ModelError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
     content = content_of(path, state, path.stat().st_size)
     if METADATA_KEY in metadata:
@@ -117,6 +127,7 @@ def _read_folder(folder: Path, trust_pickle: bool) -> ModelFile:
         content = _read_shards(folder, trust_pickle)
     if not content.tensors:
         raise ModelError(f"{folder}: no weights found in it")
+    content = replace(content, settings={**content.settings, **_settings_beside(folder, config)})
     arch = config.get("architecture")
     if arch is not None and not isinstance(arch, str):
         raise ModelError(f"{config_path}: 'architecture' must be a name, not {_short(arch)}")
@@ -131,6 +142,14 @@ def _read_folder(folder: Path, trust_pickle: bool) -> ModelFile:
             )
         kwargs.setdefault("num_classes", classes)
     return ModelFile(folder, content, None, arch, kwargs, pretrained)
+
+
+def _settings_beside(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return what configurations beside weights say, but for what timm's own is read for."""
+    found: dict[str, Any] = {"config.json": {k: v for k, v in config.items() if k not in STORED}}
+    for path in sorted(folder.glob("*_config.json")):
+        found[path.name] = _read_json(path)
+    return {name: value for name, value in content_of(folder, found, 0).settings.items() if name}
 
 
 def _read_own_folder(folder: Path, config: Mapping[str, Any]) -> ModelFile:
@@ -153,8 +172,11 @@ def _read_shards(folder: Path, trust_pickle: bool) -> Content:
     """Read weights that lie in several files, as accelerate and the Hub's libraries write them."""
     index = next((path for name in WEIGHTS if (path := folder / f"{name}{INDEX}").exists()), None)
     if index is None:
+        near = (*folder.glob("*"), *folder.glob("*/*"))
+        weights = [p.name for p in near if p.suffix in WEIGHT_SUFFIXES and p.is_file()]
+        hint = f"; it holds {min(weights)}: name the file itself" if weights else ""
         raise ModelError(
-            f"{folder}: a folder needs model.safetensors, and config.json as timm writes it"
+            f"{folder}: a folder needs model.safetensors, and config.json as timm writes it{hint}"
         )
     places = _mapping(_read_json(index), "weight_map", index)
     tensors: dict[str, Tensor] = {}
@@ -184,7 +206,7 @@ def _mapping(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, A
 
 
 def _load_torch(path: Path, trust_pickle: bool) -> Any:
-    _check_archive(path)
+    check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(STAND_INS)):
             warnings.simplefilter("ignore")  # advice to callers of torch.load
@@ -192,8 +214,8 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None and not _is_archive(path) and not _looks_pickled(path):
-            raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
+        if found is None and not is_archive(path) and not looks_pickled(path):
+            raise ModelError(foreign(path)) from None
         if trust_pickle:
             return _unpickle(path)
         if "Unsupported operand" in str(error):
@@ -209,8 +231,8 @@ def _load_torch(path: Path, trust_pickle: bool) -> Any:
             "its source"
         ) from None
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything
-        if not _is_archive(path) and not _looks_pickled(path):
-            raise ModelError(f"{path}: not a PyTorch or safetensors file") from None
+        if not is_archive(path) and not looks_pickled(path):
+            raise ModelError(foreign(path)) from None
         raise ModelError(f"{path}: not readable by torch.load: {first_line(error)}") from None
 
 
@@ -239,53 +261,6 @@ def _short_searches() -> Iterator[None]:
         yield
     finally:
         torch.serialization.re = re  # type: ignore[attr-defined]
-
-
-def _is_archive(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # one of several disks
-        return True
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse programs (TorchScript, torch.export) and archives that unpack to much more."""
-    if not _is_archive(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{path}: a broken archive: {first_line(error)}") from None
-    names = {entry.filename.partition("/")[2] for entry in entries}
-    if "constants.pkl" in names:
-        raise ModelError(
-            f"{path}: a TorchScript archive: a compiled program, whose layers can't be pruned; "
-            "save the state_dict() of the module that it was made from"
-        )
-    if "archive_format" in names or any(name.startswith("models/") for name in names):
-        raise ModelError(
-            f"{path}: a program of torch.export, whose layers can't be pruned; save the "
-            "state_dict() of the module that it was made from"
-        )
-    size = path.stat().st_size
-    if (unpacked := sum(entry.file_size for entry in entries)) > 2 * size + 2**20:
-        raise ModelError(
-            f"{path}: an archive of {size:,} bytes that would unpack to {unpacked:,}; torch.save "
-            "does not compress"
-        )
-
-
-def _looks_like_safetensors(path: Path) -> bool:
-    """Eight bytes of header length, then JSON; the suffix decides where that is not clear."""
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    return start[8:9] == b"{" or path.suffix == ".safetensors"
-
-
-def _looks_pickled(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(1) == b"\x80"
 
 
 def _unpickle(path: Path) -> Any:
