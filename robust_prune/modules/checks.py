@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from robust_prune.errors import DataError, ModelError, UsageError, first_line, out_of_memory
 from robust_prune.modules.contexts import evaluating
@@ -25,6 +26,11 @@ def check_float32(model: nn.Module) -> None:
             "opens a file or a name"
         )
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(
+                f"the model's weights have no shape yet ({name}, of a lazy layer): run it once on "
+                "an image before"
+            )
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ModelError(
@@ -35,6 +41,18 @@ def check_float32(model: nn.Module) -> None:
             raise ModelError(
                 f"the model's weights hold NaN or infinity ({name}): is it from a training that "
                 "diverged? Take an earlier state"
+            )
+
+
+def check_transparent(net: nn.Module) -> None:
+    """Raise ModelError where a part of a network is a program, without layers to look into."""
+    for name, module in net.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted or hasattr(module, "_orig_mod"):
+            kind = "a scripted module" if scripted else "compiled by torch.compile"
+            raise ModelError(
+                f"{name or 'the network'} is {kind}, which can't be looked into; use the module "
+                "that it was made from" + ("" if scripted else ", its _orig_mod")
             )
 
 

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -113,6 +114,9 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, str) and what.parse is not None:
                 value = what.parse(value)
+                object.__setattr__(self, name, value)
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+                value = value.item() if hasattr(value, "item") else float(value)  # numpy's
                 object.__setattr__(self, name, value)
             if value is not None:
                 _check(name, value, what, choices(hints(type(self))[name]))

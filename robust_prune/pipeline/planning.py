@@ -17,6 +17,7 @@ from robust_prune.allocation import (
     passes_of,
     width_after,
 )
+from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph, is_large
 from robust_prune.latency import LatencyModel
 from robust_prune.options import shares
@@ -28,6 +29,8 @@ from robust_prune.pipeline.timing import Corrected, price_of, timed, to_time
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Repaired, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
+
+MOST_REASONS = 2  # in a message
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,16 @@ def plan(job: Job, observed: Observed, measured: Measured, settings: Settings) -
 def problem_of(
     graph: ModelGraph, settings: Settings, latency: LatencyModel | None = None
 ) -> Problem:
-    """Return what an allocation has to solve."""
+    """Return what an allocation has to solve.
+
+    Raises:
+        BudgetError: no group can be pruned; the message says why the first ones can't.
+    """
+    if not graph.groups:
+        why = [f"{item.name}: {item.reason}" for item in graph.unprunable[:MOST_REASONS]]
+        more = len(graph.unprunable) - len(why)
+        why += [f"and {more} more, which robust-prune info lists"] if more > 0 else []
+        raise BudgetError(f"the model has no prunable group ({'; '.join(why) or 'no layers'})")
     ratios = graph.ratios_by_group(shares(settings.ratio_of, "--ratio-of"))
     return Problem(
         graph.groups,

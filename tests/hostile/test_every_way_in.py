@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,45 @@ def test_weights_that_are_no_numbers_are_named(call: str, value: float) -> None:
     parameter.data.view(-1)[0] = value
     with pytest.raises(ModelError, match=rf"hold NaN or infinity .{name}"):
         CALLS[call](net)
+
+
+class Drops(OwnNet):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(super().forward(images), 0.5, training=True)
+
+
+WITHOUT_GROUPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a last layer alone": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 5)),
+        r"no prunable group \(1: its channels are the model's outputs\)",
+    ),
+    "noise": (Drops, r"no prunable group \(.*not the same as masking.*; and . more, which"),
+    "nothing": (lambda: nn.Sequential(nn.Flatten()), r"no prunable group \(no layers\)"),
+    "lazy layers": (
+        lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(5)),
+        r"no shape yet \(0.weight, of a lazy layer\): run it once",
+    ),
+    "compiled": (lambda: torch.compile(OwnNet(), backend="eager"), "compiled by torch.compile"),
+    "compiled inside": (
+        lambda: nn.Sequential(torch.compile(OwnNet(), backend="eager"), nn.Identity()),
+        "^0 is compiled by torch.compile",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_GROUPS))
+def test_where_nothing_can_be_pruned_it_is_said_why(name: str) -> None:
+    make, message = WITHOUT_GROUPS[name]
+    with pytest.raises(RobustPruneError, match=message) as caught:
+        rp.compress(make().eval(), images(), calibration_images=4, prune_ratio=0.3)
+    assert_one_line(str(caught.value))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    ratio, n = np.float32(0.3), np.int64(4)
+    result = rp.compress(OwnNet().eval(), images(), calibration_images=n, prune_ratio=ratio)
+    assert result.plan.budget.prune_ratio == pytest.approx(0.3)
+    assert type(result.plan.budget.prune_ratio) is float
 
 
 def squeezed(**options: Any) -> Any:

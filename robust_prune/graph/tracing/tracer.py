@@ -15,14 +15,12 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robust_prune.errors import ModelError
 from robust_prune.graph.tracing.atoms import FIXED, Atoms, compress, zeros
 from robust_prune.graph.tracing.products import Place, Product, work_of
-from robust_prune.modules import tensors_in
+from robust_prune.modules import check_transparent, tensors_in
 
 
 class HasStack(Protocol):
@@ -305,12 +303,7 @@ def call_of(
 def following(net: nn.Module, tracer: HasStack) -> Iterator[None]:
     """Keep the tracer's stack of running modules."""
     names = {module: name for name, module in net.named_modules()}
-    scripted = [n for m, n in names.items() if isinstance(m, torch.jit.ScriptModule)]
-    if scripted:
-        raise ModelError(
-            f"{scripted[0] or 'the network'} is a scripted module, which can't be looked into; use "
-            "the module that it was scripted from"
-        )
+    check_transparent(net)
 
     def enter(module: nn.Module, inputs: Any) -> None:
         tracer.stack.append(names[module])
