@@ -19,10 +19,8 @@ from robust_prune.data.datasets import (
     Parts,
     Size,
     native_size,
-    read_image_folder,
-    read_pictures,
-    read_tiny_imagenet,
 )
+from robust_prune.data.folders import read_image_folder, read_pictures, read_tiny_imagenet
 from robust_prune.data.named import read_named
 from robust_prune.data.pictures import without_labels
 from robust_prune.data.skipping import without_unreadable
