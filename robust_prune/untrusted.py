@@ -6,6 +6,7 @@ to the eye or gives orders to a terminal, and that is dealt with here.
 
 from __future__ import annotations
 
+import codecs
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def read_json(path: Path) -> Any:
         text = stream.read(LARGEST_JSON + 1)  # of a device too, whose size nobody knows
     if len(text) > LARGEST_JSON:
         raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
-    return parse_json(text)
+    return parse_json(text.removeprefix(codecs.BOM_UTF8))
 
 
 def parse_json(text: str | bytes) -> Any:

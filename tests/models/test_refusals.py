@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from robust_prune import load, save
 from robust_prune.errors import ModelError, UsageError
 from robust_prune.models import open_model
+from robust_prune.untrusted import read_json
 from tests.models.networks import GIVEN, IDENTITY, KWARGS, MEAN, STD, network, opened, same
 
 NET = network()
@@ -163,3 +164,9 @@ def test_the_normalisation_beside_a_folders_weights_is_used(name: str, tmp_path:
     if "preprocess_cfg" not in CONFIGURATIONS[name]:
         _, record = open_model(tmp_path, arch="resnet18", model_kwargs=KWARGS)
         assert "normalisation assumed" in record["assumed"][0]
+
+
+def test_a_byte_order_mark_before_json_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"architecture": "resnet18"}', encoding="utf-8-sig")
+    assert read_json(path) == {"architecture": "resnet18"}
