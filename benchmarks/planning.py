@@ -4,7 +4,8 @@
         --out RECORD [--options "--arch resnet18 ..."]
 
 TREE is a checkout. Each version runs `robust-prune compress` without fine-tuning in a process of
-its own, by turns, on one thread; seconds are those of the CPU, reading and writing files included.
+its own, by turns, on one thread; seconds are those of the CPU, reading and writing files included,
+and by station those of the clock.
 What they made is attacked by this version, on the same test images.
 """
 
@@ -35,7 +36,8 @@ IMAGES = 512
 def planned(tree: Path, out: Path, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Prune in a process of its own; return its seconds and its own report's."""
     command = [sys.executable, "-m", "robust_prune", "compress", str(asked.model.resolve())]
-    command += ["--data", str(asked.data.resolve()), "--ratio", str(asked.ratio), "--eval", "none"]
+    command += ["--data", str(asked.data.resolve()), "--ratio", str(asked.ratio), "--quick"]
+    command += ["--n-eval", "1"]
     command += ["--calibration-images", str(IMAGES), "--seed", str(seed), "--out", str(out)]
     command += shlex.split(asked.options)
     process: dict[str, Any] = {
