@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -96,36 +96,35 @@ def gradients_of(
     """
 
     def run(size: int) -> tuple[float, Sequence[Tensor | None]]:
-        total, sums = 0.0, dict[Tensor, Tensor]()
-        with _adding(weights, sums):
+        total, met = 0.0, set[Tensor]()
+        sums = {weight: torch.zeros_like(weight) for weight in weights}  # before activations
+        with _adding(sums, met):
             pairs = zip(torch.split(images, size), torch.split(labels, size), strict=True)
             for part, target in pairs:
                 share = len(part) / len(images) if reduction == "mean" else 1.0
                 loss = share * F.cross_entropy(model(part), target, reduction=reduction)
                 torch.autograd.grad(loss, weights, allow_unused=True)
                 total += float(loss.detach())
-        return total, [sums.get(weight) for weight in weights]
+        return total, [sums[weight] if weight in met else None for weight in weights]
 
     return as_memory_allows(run, min(batch_size or len(images), len(images)), "gradients")
 
 
 @contextlib.contextmanager
-def _adding(weights: Sequence[Tensor], sums: dict[Tensor, Tensor]) -> Iterator[None]:
+def _adding(sums: Mapping[Tensor, Tensor], met: set[Tensor]) -> Iterator[None]:
     """Add the gradient of each weight to its sum as soon as a backward pass has it.
 
     What the pass then returns takes no memory, and is zero.
     """
 
     def add(weight: Tensor, gradient: Tensor) -> Tensor:
-        if weight in sums:
-            sums[weight].add_(gradient)
-        else:
-            sums[weight] = gradient.clone()  # another weight may be given the same tensor
+        sums[weight].add_(gradient)
+        met.add(weight)
         return gradient.new_zeros(()).expand_as(gradient)
 
     hooks = [
         w.register_hook(functools.partial(add, w))  # type: ignore[no-untyped-call]
-        for w in dict.fromkeys(weights)
+        for w in sums
     ]
     try:
         yield
