@@ -155,6 +155,24 @@ def test_a_plan_meets_the_time_that_is_measured(
     assert any("1 thread" in row[0] for row in report.cost_rows(result.report))
 
 
+def test_time_that_widths_change_more_than_they_should_is_met_all_the_same(
+    timed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels change with widths: steps by the ratio of times alone lead further away each time."""
+
+    def steep(models: Any, images: Any, conditions: Any, pairs: int) -> list[float]:
+        dense, pruned = (float(sum(p.numel() for p in m.parameters())) for m in models)
+        return [1.0, max(0.02, 3 * pruned / dense - 0.9)]
+
+    monkeypatch.setattr(timing, "alternating", steep)
+    result = rp.compress(
+        *(tiny_resnet(), data()),
+        **{"prune_ratio": 0.5, "target": "latency", "latency_threads": 1},
+        **{"allocation": "uniform", "calibration_images": 4, "verify": False},
+    )
+    assert result.report["latency"]["pruned_ms"] == pytest.approx(0.5, abs=0.011)
+
+
 def test_steps_are_priced_both_ways_and_the_better_model_is_taken(
     timed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

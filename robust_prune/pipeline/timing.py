@@ -109,7 +109,8 @@ def to_time(
     """Return a plan whose model, really pruned, takes as much time as is asked.
 
     The sum over layers is off by what layers do to one another (caches, memory). So the goal of the
-    allocation is moved by the ratio of what was asked to what was measured, until they agree.
+    allocation is moved by the ratio of what was asked to what was measured, until they agree, and
+    halved in where that leads out of what is known: kernels change with widths, and time jumps.
 
     Args:
         job: the run.
@@ -120,24 +121,36 @@ def to_time(
         make: the plan for a problem with another budget.
     """
     asked = aimed = 1 - problem.budget.prune_ratio
+    low, high = 0.0, 1.0  # goals at which the model takes too little, and too much
     tried: dict[PruningPlan, float] = {}
+    next_plan: PruningPlan | None = plan
     with job.journal.timed("latency"):
         for _ in range(ROUNDS):
-            share = _share(graph, model, plan, QUICK_PAIRS)
-            tried[plan] = share
-            job.journal.stage(f"timed: {100 * share:.0f} % of the dense model's time")
-            if abs(share - asked) <= CLOSE:
+            if next_plan is None:  # out of reach
+                low = aimed
+                aimed = (low + high) / 2
+            else:
+                if next_plan not in tried:
+                    tried[next_plan] = share = _share(graph, model, next_plan, QUICK_PAIRS)
+                    job.journal.stage(f"timed: {100 * share:.0f} % of the dense model's time")
+                share = tried[next_plan]
+                if abs(share - asked) <= CLOSE:
+                    break
+                low, high = (aimed, high) if share < asked else (low, aimed)
+                step = aimed * asked / share
+                aimed = step if low < step < high else (low + high) / 2
+            if high - low <= CLOSE / 2:
                 break
-            aimed *= asked / share
-            if not 0 < aimed < 1:
-                break
-            try:
-                plan = make(replace(problem, budget=Budget(problem.budget.target, 1 - aimed)))
-            except BudgetError:
-                break
-            if plan in tried:
-                break
+            next_plan = _made(make, problem, aimed)
     return Corrected(min(tried, key=lambda one: abs(tried[one] - asked)), len(tried))
+
+
+def _made(make: Making, problem: Problem, share: float) -> PruningPlan | None:
+    """Return the plan that leaves a share of the modelled time, None where none can."""
+    try:
+        return make(replace(problem, budget=Budget(problem.budget.target, 1 - share)))
+    except BudgetError:
+        return None
 
 
 def timed(
