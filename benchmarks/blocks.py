@@ -78,7 +78,6 @@ def emptied(model: ImageModel, blocks: Sequence[str], images: Tensor) -> ImageMo
     """
     found = copied(model)
     assert isinstance(found, ImageModel)
-    found.load_state_dict(model.state_dict())
     constants: dict[str, Tensor] = {}
 
     def look(name: str, _: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -99,7 +98,6 @@ def tuned(model: ImageModel, splits: DataSplits, epochs: int, seed: int) -> Imag
     """Fine-tune a copy as the matrix does."""
     found = copied(model)
     assert isinstance(found, ImageModel)
-    found.load_state_dict(model.state_dict())
     assert splits.validation is not None
     config = TrainingConfig(threat=THREAT, epochs=epochs, seed=seed, batch_size=128, **RECIPE)
     train_(found, splits.train, splits.validation, config)

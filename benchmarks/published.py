@@ -7,13 +7,12 @@ it; `python -m benchmarks --index` puts in between what the records say.
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.criteria import protocol as criteria
 from benchmarks.criteria.estimators import correlations
 from benchmarks.criteria.protocol import BEST, Cell
-from benchmarks.criteria.summary import accuracy, best_peer, p_value, spread
+from benchmarks.criteria.summary import accuracy, best_peer, by_arm, p_value, params, spread
 from benchmarks.finetuning import protocol as finetuning
 from benchmarks.index import RECORDS
 from benchmarks.matrix import cells as matrix
@@ -66,7 +65,7 @@ def untuned() -> str:
     for network, ratio in SHOWN:
         cells = criteria.read(CRITERIA / f"cells-{network}.jsonl")
         mine = [c for c in cells if c.stage == "untuned" and not c.error]
-        arms = _by_arm([c for c in mine if c.ratio == ratio])
+        arms = by_arm([c for c in mine if c.ratio == ratio])
         peer = best_peer(arms, "pgd")
         rows.append(
             (
@@ -74,7 +73,7 @@ def untuned() -> str:
                 spread([c for c in mine if c.arm == DENSE], "pgd"),
                 f"{spread(arms[peer], 'pgd')} ({NAMES[peer]})",
                 f"**{spread(arms[BEST], 'pgd')}**",
-                f"{_params(arms[peer])}, {_params(arms[BEST])}",
+                f"{params(arms[peer])}, {params(arms[BEST])}",
             )
         )
     return _table(
@@ -94,7 +93,7 @@ def tuned() -> str:
     cells = [c for c in finetuning.read(TUNING) if c.stage in ("final", "reach") and not c.error]
     rows = []
     for ratio in sorted({c.ratio for c in cells if c.ratio}):
-        arms = _by_arm([c for c in cells if c.ratio == ratio])
+        arms = by_arm([c for c in cells if c.ratio == ratio])
         peers = [arm for arm in arms if arm.startswith("tp-") and arm.endswith(f"/{OUR_TUNING}")]
         peers.sort(key=lambda arm: -accuracy(arms[arm], "pgd"))
         rows.append(
@@ -190,19 +189,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.arm, []).append(cell)
-    return found
-
-
-def _params(runs: Sequence[Cell]) -> str:
-    return f"{statistics.mean(c.params for c in runs):,.0f}"
-
-
 def _seeds(runs: Sequence[Cell]) -> str:
-    return f"{spread(runs, 'pgd')} ({len(runs)}), {_params(runs)}"
+    return f"{spread(runs, 'pgd')} ({len(runs)}), {params(runs)}"
 
 
 def _as_cells(runs: Sequence[matrix.Cell]) -> list[Cell]:

@@ -131,21 +131,18 @@ def of_parameters(offset: float) -> Any:
     return times
 
 
+def to_time(**options: Any) -> rp.CompressResult:
+    """Prune a small network to a share of its time."""
+    told = {"prune_ratio": 0.5, "latency_threads": 1, "calibration_images": 4, "verify": False}
+    return rp.compress(tiny_resnet(), data(), target="latency", **{**told, **options})
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "curve"])
 def test_a_plan_meets_the_time_that_is_measured(
     allocation: str, timed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "alternating", of_parameters(0.01))
-    result = rp.compress(
-        tiny_resnet(),
-        data(),
-        prune_ratio=0.5,
-        target="latency",
-        latency_threads=1,
-        allocation=allocation,
-        calibration_images=4,
-        verify=False,
-    )
+    result = to_time(allocation=allocation)
     told = result.report["latency"]
     assert told["pruned_ms"] / told["dense_ms"] == pytest.approx(0.5, abs=0.011)
     params = sum(p.numel() for p in result.model.parameters())
@@ -165,11 +162,7 @@ def test_time_that_widths_change_more_than_they_should_is_met_all_the_same(
         return [1.0, max(0.02, 3 * pruned / dense - 0.9)]
 
     monkeypatch.setattr(timing, "alternating", steep)
-    result = rp.compress(
-        *(tiny_resnet(), data()),
-        **{"prune_ratio": 0.5, "target": "latency", "latency_threads": 1},
-        **{"allocation": "uniform", "calibration_images": 4, "verify": False},
-    )
+    result = to_time(allocation="uniform")
     assert result.report["latency"]["pruned_ms"] == pytest.approx(0.5, abs=0.011)
 
 
@@ -186,15 +179,7 @@ def test_steps_are_priced_both_ways_and_the_better_model_is_taken(
         return len(plans) - 1, losses
 
     monkeypatch.setattr(planning, "best_composed", last_is_best)
-    result = rp.compress(
-        tiny_resnet(),
-        data(),
-        prune_ratio=0.5,
-        target="latency",
-        latency_threads=1,
-        calibration_images=4,
-        verify=False,
-    )
+    result = to_time()
     by_time, by_macs, finals = judged
     assert not set(by_time) & set(by_macs)
     assert len(finals) == 2
@@ -218,17 +203,7 @@ def test_time_and_another_budget_both_hold(
     time: float, params: float, binds: str, timed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "alternating", of_parameters(0.0))  # time falls as parameters do
-    result = rp.compress(
-        tiny_resnet(),
-        data(),
-        prune_ratio=time,
-        target="latency",
-        latency_threads=1,
-        also={"params": params},
-        allocation="uniform",
-        calibration_images=4,
-        verify=False,
-    )
+    result = to_time(prune_ratio=time, also={"params": params}, allocation="uniform")
     plan, told = result.plan, result.report["latency"]
     left = plan.pruned.params / plan.dense.params
     assert told["pruned_ms"] / told["dense_ms"] == pytest.approx(left)

@@ -32,7 +32,7 @@ def tables(cells: Sequence[Cell]) -> str:
 def _table(
     network: str, stage: str, ratio: float, cells: Sequence[Cell], dense: Sequence[Cell]
 ) -> str:
-    here = _by_arm([c for c in cells if c.ratio == ratio])
+    here = by_arm([c for c in cells if c.ratio == ratio])
     attack = "autoattack" if any(c.autoattack for c in cells) else "pgd"
     best = best_peer(here, "pgd")
     lines = [
@@ -72,7 +72,7 @@ def targets(cells: Sequence[Cell], ours: str = BEST) -> str:
             done = [c for c in cells if c.network == network and c.stage == stage and not c.error]
             dense = _dense(network, stage, cells)
             for ratio in sorted({c.ratio for c in done if c.ratio}):
-                here = _by_arm([c for c in done if c.ratio == ratio])
+                here = by_arm([c for c in done if c.ratio == ratio])
                 best = best_peer(here, attack)
                 if ours not in here or not best:
                     continue
@@ -84,8 +84,8 @@ def targets(cells: Sequence[Cell], ours: str = BEST) -> str:
                 lines.append(
                     f"- {stage}, {network}, -{100 * ratio:.0f} %: {ours} {we:.1f} against {best} "
                     f"{they:.1f} ({attack}, dense {top:.1f}): {we - they:+.1f} points, "
-                    f"{p_value(compare(mine, theirs, attack))}; parameters {_params(mine)} against "
-                    f"{_params(theirs)} (seeds {', '.join(str(c.seed) for c in mine)})"
+                    f"{p_value(compare(mine, theirs, attack))}; parameters {params(mine)} against "
+                    f"{params(theirs)} (seeds {', '.join(str(c.seed) for c in mine)})"
                 )
         if gains:
             lines.append(
@@ -196,7 +196,7 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
     palette = [*mpl.colormaps["tab20"].colors, *mpl.colormaps["Dark2"].colors]
     colours = dict(zip(ARMS, itertools.cycle(palette), strict=False))
     axes.axhline(percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
-    for arm, runs in _by_arm([c for c in cells if c.arm != "dense"]).items():
+    for arm, runs in by_arm([c for c in cells if c.arm != "dense"]).items():
         points = sorted((c.macs / dense.macs, percent(c.pgd)) for c in runs)
         peer = arm.startswith("tp-")
         axes.plot(
@@ -214,8 +214,9 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
+def by_arm(cells: Sequence[C]) -> dict[str, list[C]]:
+    """Return the cells of each arm, in the order of the first ones."""
+    found: dict[str, list[C]] = {}
     for cell in cells:
         found.setdefault(cell.arm, []).append(cell)
     return found
@@ -239,7 +240,8 @@ def interval_of(verdicts: Sequence[str]) -> str:
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
-def _params(runs: Sequence[Cell]) -> str:
+def params(runs: Sequence[Cell]) -> str:
+    """Write the mean number of parameters."""
     return f"{statistics.mean(c.params for c in runs):,.0f}"
 
 

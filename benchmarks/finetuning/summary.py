@@ -7,7 +7,14 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.criteria.protocol import BEST
-from benchmarks.criteria.summary import accuracy, compare, on_common_seeds, p_value, spread
+from benchmarks.criteria.summary import (
+    accuracy,
+    by_arm,
+    compare,
+    on_common_seeds,
+    p_value,
+    spread,
+)
 from benchmarks.finetuning.protocol import (
     FINAL,
     METHODS,
@@ -43,7 +50,7 @@ def tables(cells: Sequence[Tuned]) -> str:
 
 
 def _methods(cells: Sequence[Tuned]) -> str:
-    arms = _by_arm(cells)
+    arms = by_arm(cells)
     base = arms.get(f"{BEST}/{BASELINE}", [])
     best = f"{BEST}/{chosen(cells)}"
     lines = _head("Stage `methods`", ("p against pgd-at: validation", "test"))
@@ -56,7 +63,7 @@ def _methods(cells: Sequence[Tuned]) -> str:
 
 
 def _final(cells: Sequence[Tuned], best: str) -> str:
-    arms = _by_arm(cells)
+    arms = by_arm(cells)
     n = max((len(c.autoattack) for c in cells), default=0)
     ours = f"{BEST}/{best}" if f"{BEST}/{best}" in arms else f"{BEST}/{BASELINE}"
     column = f"AutoAttack %, {n} images"
@@ -124,13 +131,6 @@ def _crossing(points: Sequence[tuple[float, float]], level: float) -> str:
             share = low + (high - low) * (above - level) / (above - below)
             return f"falls below {level:.1f} % at -{100 * share:.1f} %"
     return f"still above {level:.1f} % at -{100 * points[-1][0]:g} %"
-
-
-def _by_arm(cells: Sequence[Tuned]) -> dict[str, list[Tuned]]:
-    found: dict[str, list[Tuned]] = {}
-    for cell in cells:
-        found.setdefault(cell.arm, []).append(cell)
-    return found
 
 
 def _difference(ours: Sequence[Tuned], theirs: Sequence[Tuned]) -> str:
