@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -90,7 +91,7 @@ def read_pictures(path: Path) -> Parts:
     """All pictures below a folder, without labels."""
     if not path.is_dir():
         raise DataError(f"{path}: no such folder of pictures")
-    files = [file for file in sorted(_visible(path)) if _is_image(file)]
+    files = [file for file in _in_order(path) if _is_image(file)]
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{path}: no pictures in it ({suffixes})")
@@ -124,10 +125,15 @@ def _any_image(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """What a class folder holds, but for hidden files and what lies in hidden folders."""
-    for file in folder.rglob("*"):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            yield file
+    """Yield the files below a class folder, but for hidden ones and those in hidden folders."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(root)
+        yield from (inside / name for name in files if not name.startswith("."))
+
+
+def _in_order(folder: Path) -> list[Path]:
+    return sorted(_visible(folder), key=lambda file: file.parts)
 
 
 def _is_image(file: Path) -> bool:
@@ -158,7 +164,7 @@ def _list_files(
     samples: list[tuple[Path, int]] = []
     others: Counter[str] = Counter()
     for name in names:
-        for file in sorted(_visible(folder / name)):
+        for file in _in_order(folder / name):
             if _is_image(file):
                 samples.append((file, labels[name]))
             elif file.is_file():

@@ -310,7 +310,7 @@ def _carve(n: int, seed: int) -> tuple[list[int], list[int]]:
 def _subset(split: Split, indices: list[int]) -> Split:
     return Split(
         Subset(split.dataset, indices),
-        in_memory=split._in_memory,
+        in_memory=split.in_memory,
         flip=split.flip,
         workers=split.workers,
         collate=split._collate,

@@ -21,9 +21,8 @@ from torch.utils.data import (
 
 from robust_prune.data.arrays import tensor_of
 from robust_prune.data.augmentation import Augmentation, Numbered, augment, mixed
-from robust_prune.data.datasets import (
-    Size,
-)
+from robust_prune.data.datasets import Size
+from robust_prune.data.held import Held
 from robust_prune.errors import DataError, first_line
 from robust_prune.modules import plain_layout, predict
 
@@ -37,8 +36,9 @@ LABELLED_AT_ONCE = 64
 class Split:
     """Images in [0, 1] with labels, read in batches, in order or shuffled by a seed.
 
-    Small data sets are decoded once and kept as bytes; large ones are read by worker processes.
-    Where a `labeller` is given the data has no labels, and the model's verdicts take their place.
+    Images of small data sets are decoded once and kept as bytes; large ones are read by worker
+    processes. Where a `labeller` is given the data has no labels, and the model's verdicts take
+    their place.
     """
 
     def __init__(
@@ -60,8 +60,7 @@ class Split:
         self.workers = workers
         self._collate = together if collate in (None, default_collate) else collate
         self._training_view = training_view
-        self._in_memory = in_memory
-        self._cache: tuple[Tensor, Tensor] | None = None
+        self._held = Held(dataset, self._collate) if in_memory else None
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -94,11 +93,19 @@ class Split:
         order = order[:limit]
         first, step = share
         places = [chunk[first::step] for chunk in torch.split(torch.arange(len(order)), batch_size)]
-        read = self._from_memory if self._in_memory else self._from_workers
-        for images, labels in read(order, places, start, seed or 0, augment):
+        if self._held is None:
+            read = self._from_workers(order, places, start, seed or 0, augment)
+        else:
+            read = self._from_memory(self._held, order, places, start, seed or 0, augment)
+        for images, labels in read:
             if verdicts and self.labeller is not None:
                 labels = predict(self.labeller, images, LABELLED_AT_ONCE)
             yield images, labels
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether images are decoded once, and held."""
+        return self._held is not None
 
     def take(self, n: int, seed: int, *, verdicts: bool = True) -> tuple[Tensor, Tensor]:
         """Return `n` images [n, C, H, W] in [0, 1] and labels [n], drawn without replacement.
@@ -112,26 +119,15 @@ class Split:
 
     def _from_memory(
         self,
+        held: Held,
         order: Tensor,
         places: Sequence[Tensor],
         start: int,
         seed: int,
         augmentation: Augmentation | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._cache is None:
-            loader: DataLoader[Any] = DataLoader(
-                self.dataset,
-                batch_size=512,
-                collate_fn=self._collate,
-                generator=torch.Generator(),  # the global one stays as it is
-            )
-            parts = [(in_bytes(images), labels) for images, labels in loader]
-            if len({images.dtype for images, _ in parts}) > 1:
-                parts = [(in_floats(images), labels) for images, labels in parts]
-            self._cache = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        all_images, all_labels = self._cache
         for i, batch in enumerate(places[start:], start):
-            images, labels = in_floats(all_images[order[batch]]), all_labels[order[batch]]
+            images, labels = held.at(order[batch])
             if augmentation is not None:
                 # by the first place, so that processes that share a batch draw differently
                 own = mixed(seed, int(batch[0]) if len(batch) else i)
@@ -162,19 +158,6 @@ class Split:
                 own = mixed(seed, int(chunk[0]))
                 images = augment(images, own, augmentation, flip=self.flip, whole=False)
             yield images, labels
-
-
-def in_bytes(images: Tensor) -> Tensor:
-    """Return images in [0, 1] as 0 to 255, a quarter of their size, if `in_floats` undoes that."""
-    if images.dtype != torch.float32:
-        return images
-    bytes_ = (255 * images).round().clamp(0, 255).to(torch.uint8)
-    return bytes_ if torch.equal(in_floats(bytes_), images) else images
-
-
-def in_floats(images: Tensor) -> Tensor:
-    """Return images of bytes in [0, 1]; others as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _of_workers(loader: Iterable[T]) -> Iterator[T]:

@@ -390,6 +390,50 @@ def test_batches_do_not_depend_on_where_one_begins_or_who_reads_them(
         assert torch.equal(theirs[1], labels[1::2])
 
 
+class Counting(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Says which of its images were decoded; the first `plain` are made of bytes."""
+
+    def __init__(self, n: int, plain: int) -> None:
+        bytes_ = torch.randint(256, (n, 3, 4, 4)).float() / 255
+        self.images = torch.cat([bytes_[:plain], torch.rand(n - plain, 3, 4, 4)])
+        self.decoded: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.decoded.append(index)
+        return self.images[index], index
+
+
+def test_of_images_in_memory_only_those_asked_for_are_decoded_and_each_once() -> None:
+    data = Counting(2000, plain=2000)
+    split = Split(data, in_memory=True)
+    _, first = split.take(5, seed=0)
+    assert sorted(data.decoded) == sorted(first.tolist())
+    images, places = split.take(2000, seed=1)
+    assert sorted(data.decoded) == list(range(2000))
+    assert torch.equal(images, data.images[places])
+
+
+def test_bytes_give_way_to_floats_where_a_later_image_needs_them() -> None:
+    data = Counting(600, plain=550)
+    split = Split(data, in_memory=True)
+    for batch in (torch.arange(550), torch.arange(600)):
+        assert split._held is not None
+        images, labels = split._held.at(batch)
+        assert torch.equal(images, data.images[batch])
+        assert torch.equal(labels, batch)
+
+
+def test_images_of_several_sizes_end_in_one_line() -> None:
+    sizes = [(torch.rand(3, 4, 4), 0), (torch.rand(3, 5, 4), 1)]
+    split = Split(sizes, in_memory=True)  # type: ignore[arg-type]
+    next(split.batches(1))
+    with pytest.raises(DataError, match=r"several sizes, as \[3, 4, 4\] and \[3, 5, 4\]"):
+        list(split.batches(1))
+
+
 def test_images_in_memory_take_a_byte_a_pixel_where_that_loses_nothing() -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8).repeat(12).view(4, 3, 16, 16)
     labels = torch.arange(4)
@@ -401,5 +445,6 @@ def test_images_in_memory_take_a_byte_a_pixel_where_that_loses_nothing() -> None
         split = Split(torch.utils.data.TensorDataset(images, labels), in_memory=True)
         found, names = split.take(4, seed=0)
         assert torch.equal(found[names.argsort()], images)
-        assert split._cache is not None
-        assert split._cache[0].dtype == kept
+        assert split._held is not None
+        assert split._held.images is not None
+        assert split._held.images.dtype == kept
