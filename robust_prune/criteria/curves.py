@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries import AdversarialSet, adversarial_loss
-from robust_prune.graph import ModelGraph
+from robust_prune.adversaries import AdversarialSet
+from robust_prune.graph import ModelGraph, Slot
 from robust_prune.modules import (
+    Replay,
+    as_memory_allows,
     channels_last,
     evaluating,
     network_of,
@@ -21,6 +25,8 @@ from robust_prune.types import LARGEST_RISE, Curve
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 IMAGE_PASSES = 20_000  # what all points together may cost: a fifth of an epoch on 10,000 images
+REPLAYED_BYTES = 1 << 29  # of a batch's activations
+Point = tuple[str, int] | None  # a group and how many of its units are gone; None for none
 FEWEST_IMAGES, FEW_IMAGES, MOST_IMAGES = 8, 32, 384
 
 
@@ -35,6 +41,7 @@ def structural_curves(
     passes: int = IMAGE_PASSES,
     fewest: int = FEWEST_IMAGES,
     quick: bool = False,
+    without_largest: bool = False,
 ) -> dict[str, Curve]:
     """Measure every group's curve by forward passes of the masked model.
 
@@ -49,39 +56,127 @@ def structural_curves(
         shares: of the units to remove, rising; every other one where images would get few.
         passes: images times forward passes, over all points.
         fewest: images that every point takes, whatever `passes` say.
-        quick: pass channels last where the model takes that, which is the same up to rounding, and
-            leave the largest share out where `passes` do not suffice for `fewest` images.
+        quick: pass channels last where the model takes that, which is the same up to rounding.
+        without_largest: leave the largest share out where `passes` do not suffice for `fewest`
+            images.
     """
     points = max(len(graph.groups) * len(shares), 1)
     if passes // points < FEW_IMAGES and len(shares) > 1:
         shares = shares[1::2]
         points = max(len(graph.groups) * len(shares), 1)
-    if quick and passes // points < fewest and len(shares) > 2:
+    if without_largest and passes // points < fewest and len(shares) > 2:
         shares = shares[:-1]
         points = max(len(graph.groups) * len(shares), 1)
     n = max(fewest, min(MOST_IMAGES, passes // points))
     used = adversarial.first(n)
-    curves: dict[str, Curve] = {}
+    removed = {group.name: _removed(group.units, shares) for group in graph.groups}
+    orders = {group.name: scores[group.name].argsort(stable=True) for group in graph.groups}
     quick = quick and takes_channels_last(model, used.images[:1])
     with evaluating(model), requires_grad(model, False), channels_last(model, quick):
-        base = adversarial_loss(model, used)
-        for group in graph.groups:
-            order = scores[group.name].argsort(stable=True)
-            done: dict[int, float] = {}
-            for share in shares:
-                count = min(max(1, round(share * group.units)), group.units - 1)
-                if count not in done:
-                    gone = torch.zeros(group.units, dtype=torch.bool)
-                    gone[order[:count]] = True
-                    with masked(model, graph, group.name, gone):
-                        rise = adversarial_loss(model, used) - base
-                    done[count] = rise if rise < LARGEST_RISE else LARGEST_RISE  # NaN too
-            curves[group.name] = Curve(
-                group.name,
-                tuple(count / group.units for count in sorted(done)),
-                tuple(done[count] for count in sorted(done)),
-            )
+        losses = _losses(model, graph, removed, orders, used)
+    base = losses[None]
+    curves: dict[str, Curve] = {}
+    for group in graph.groups:
+        rises = {count: losses[group.name, count] - base for count in removed[group.name]}
+        curves[group.name] = Curve(
+            group.name,
+            tuple(count / group.units for count in sorted(rises)),
+            tuple(  # NaN too
+                rise if (rise := rises[count]) < LARGEST_RISE else LARGEST_RISE
+                for count in sorted(rises)
+            ),
+        )
     return curves
+
+
+def _removed(units: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return how many units each point removes, every number once."""
+    return tuple(dict.fromkeys(min(max(1, round(share * units)), units - 1) for share in shares))
+
+
+def _losses(
+    model: nn.Module,
+    graph: ModelGraph,
+    removed: Mapping[str, Sequence[int]],
+    orders: Mapping[str, Tensor],
+    used: AdversarialSet,
+) -> dict[Point, float]:
+    """Return the mean adversarial loss at every point, and of the model as it is.
+
+    What lies in front of a group's readers is computed once for all points.
+    """
+    points = [(name, count) for name, counts in removed.items() for count in counts]
+    replay, readers = _replay(model, graph, orders, used)
+
+    def summed(images: Tensor, labels: Tensor, size: int) -> dict[Point, float]:
+        sums: dict[Point, float] = dict.fromkeys([None, *points], 0.0)
+        for part, target in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+            logits = replay.record(part) if readers else model(part)
+            sums[None] += float(F.cross_entropy(logits, target, reduction="sum"))
+            for name, count in points:
+                gone = _lowest(orders[name], count)
+                with masked(model, graph, name, gone), replay.before(readers.get(name, ("",))):
+                    logits = model(part)
+                sums[name, count] += float(F.cross_entropy(logits, target, reduction="sum"))
+        replay.forget()
+        return sums
+
+    totals: dict[Point, float] = dict.fromkeys([None, *points], 0.0)
+    for images, labels in used.batches():
+        work = functools.partial(summed, images, labels)
+        for point, loss in as_memory_allows(work, len(images), "losses").items():
+            totals[point] += loss
+    return {point: total / len(used) for point, total in totals.items()}
+
+
+def _replay(
+    model: nn.Module, graph: ModelGraph, orders: Mapping[str, Tensor], used: AdversarialSet
+) -> tuple[Replay, dict[str, tuple[str, ...]]]:
+    """Return what passes are shortened by, and the layers that a group's mask changes.
+
+    A group is among them if a shortened pass of an image gives the very numbers of a whole one.
+    """
+    replay, readers = Replay(model, REPLAYED_BYTES), {}
+    owners = _owners(network_of(model))
+    changed = {
+        name: tuple({layer for slot in _readers(graph, name) for layer in owners[slot.tensor]})
+        for name in orders
+    }
+    image = used.images[:1]
+    try:
+        replay.look_at(image, min(used.batch_size, len(used)))
+        replay.record(image)
+        for name, order in orders.items():
+            with masked(model, graph, name, _lowest(order, max(1, len(order) // 2))):
+                whole = model(image)
+                with replay.before(changed[name]):
+                    if torch.equal(model(image), whole):
+                        readers[name] = changed[name]
+    except Exception:  # noqa: BLE001 - a user's module may raise anything; passes stay whole
+        readers = {}
+    replay.forget()
+    return replay, readers
+
+
+def _readers(graph: ModelGraph, group: str) -> tuple[Slot, ...]:
+    """Return the columns that read a group, and the rows that only a product does."""
+    return *(s for s in graph.slots(group) if s.role == "in"), *graph.gates(group)
+
+
+def _owners(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return by parameter the modules that hold it; more than one where they share it."""
+    held: dict[int, list[str]] = {}
+    for name, module in net.named_modules():
+        for parameter in module.parameters(recurse=False):
+            held.setdefault(id(parameter), []).append(name)
+    return {name: tuple(held[id(p)]) for name, p in net.named_parameters()}
+
+
+def _lowest(order: Tensor, count: int) -> Tensor:
+    """Return booleans [units]: the first `count` in order."""
+    gone = torch.zeros(len(order), dtype=torch.bool)
+    gone[order[:count]] = True
+    return gone
 
 
 @contextmanager
@@ -95,7 +190,7 @@ def masked(
     net = network_of(model)
     tensors = {name: p.detach() for name, p in net.named_parameters()}
     dropped: dict[str, tuple[int, Tensor]] = {}
-    for slot in (*(s for s in graph.slots(group) if s.role == "in"), *graph.gates(group)):
+    for slot in _readers(graph, group):
         entries = slot.indices[gone[slot.units]]
         _, before = dropped.get(slot.tensor, (slot.dim, entries[:0]))
         dropped[slot.tensor] = slot.dim, torch.cat([before, entries])

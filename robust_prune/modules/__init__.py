@@ -35,6 +35,7 @@ from robust_prune.modules.outputs import (
     running_statistics,
     tensors_in,
 )
+from robust_prune.modules.replaying import Replay
 from robust_prune.modules.resize import (
     Fields,
     fields_of,
@@ -53,6 +54,7 @@ __all__ = [
     "Fields",
     "ImageModel",
     "NarrowAttention",
+    "Replay",
     "batch_norms",
     "batch_statistics",
     "channels_last",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -24,8 +24,10 @@ from robust_prune.allocation import (
     make_plan,
 )
 from robust_prune.criteria import channel_scores, masked, structural, structural_curves
+from robust_prune.criteria import curves as curves_module
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
+from robust_prune.modules import Replay
 from robust_prune.types import Budget, ChannelGroup, Cost, Curve, PruningPlan, ThreatModel
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
@@ -70,6 +72,38 @@ def test_a_point_of_a_curve_is_the_loss_of_the_pruned_model(
         pruned = graph.pruned(plan_of(graph, widths, (3, 16, 16)))
         rise = adversarial_loss(pruned, adversarial) - base
         assert curves[group.name].rises[0] == pytest.approx(rise, abs=1e-9), group.name
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, lambda: OwnNet(width=8, classes=10)])
+def test_what_lies_in_front_of_a_group_is_computed_once_for_all_points(
+    make: Callable[[], nn.Module],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    threat: ThreatModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = randomize_(make()).eval()
+    adversarial = adversarial_set(model, images, labels, threat=threat, steps=1, batch_size=5)
+    graph = ModelGraph(model, SIZE)
+    scores = channel_scores(model, graph, score="l2")
+    ran: list[int] = []
+    conv2d = torch.nn.functional.conv2d
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ran.append(1)
+        return conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
+
+    def measured() -> tuple[dict[str, Curve], int]:
+        ran.clear()
+        return structural_curves(model, graph, scores, adversarial), len(ran)
+
+    found, short = measured()
+    monkeypatch.setattr(curves_module, "_replay", lambda *_: (Replay(model, 0), {}))
+    expected, whole = measured()
+    assert found == expected
+    assert short < 0.7 * whole
 
 
 def test_masking_puts_every_weight_back_even_after_an_error() -> None:
