@@ -24,7 +24,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.criteria.dense import CACHE, dense_model
+from benchmarks.criteria.dense import CACHE, dense_model, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import verdicts
 from benchmarks.equal_time import Bench, as_fast
@@ -41,7 +41,14 @@ from robust_prune.statistics import PairedTest
 from robust_prune.types import ThreatModel
 
 THREAT = ThreatModel.linf("8/255")
-RECIPE = {"schedule": "constant", "ema": 0.999, "lr": 0.1, "amp": True, "attack_steps": 2}
+RECIPE = {
+    "method": "pgd-at",
+    "schedule": "constant",
+    "ema": 0.999,
+    "lr": 0.1,
+    "amp": True,
+    "attack_steps": 2,
+}
 WHOLE = ("layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1")
 IMAGES = 512
 
@@ -100,7 +107,7 @@ def tuned(model: ImageModel, splits: DataSplits, epochs: int, seed: int) -> Imag
     assert isinstance(found, ImageModel)
     assert splits.validation is not None
     config = TrainingConfig(threat=THREAT, epochs=epochs, seed=seed, batch_size=128, **RECIPE)
-    train_(found, splits.train, splits.validation, config)
+    train_(found, splits.train, splits.validation, where_native(config, "cpu"))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.criteria.networks import Network
 from robust_prune.data import DataSplits
 from robust_prune.errors import DataError
-from robust_prune.finetune import EpochRecord, TrainingConfig, train_
+from robust_prune.finetune import EpochRecord, TrainingConfig, native_bfloat16, train_
 from robust_prune.modules import ImageModel
 from robust_prune.types import ThreatModel
 
@@ -43,7 +43,7 @@ def dense_model(
         raise DataError(f"{splits.name}: too few images to keep some back for validation")
     model, started_from = network.start(splits.classes, splits.input_size, warm, seed)
     model.to(device)
-    config = TrainingConfig(threat=threat, seed=seed, **network.training)
+    config = where_native(TrainingConfig(threat=threat, seed=seed, **network.training), device)
 
     def tell_epoch(record: EpochRecord) -> None:
         tell(
@@ -68,6 +68,12 @@ def dense_model(
     log.write_text(json.dumps(told, indent=1) + "\n")
     draft.replace(path)
     return model, {**told, "digest": digest(model)}
+
+
+def where_native(config: TrainingConfig, device: torch.device | str) -> TrainingConfig:
+    """Return a recipe without bfloat16 where the device would emulate it, many times slower."""
+    native = native_bfloat16(torch.device(device))
+    return config if native else replace(config, amp=False)
 
 
 def digest(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.criteria import peers
+from benchmarks.criteria.dense import where_native
 from robust_prune import evaluation, pipeline
 from robust_prune.adversaries import AdversarialSet, adversarial_set
 from robust_prune.criteria import calibration_images
@@ -20,7 +21,7 @@ from robust_prune.data import DataSplits, Split, as_split
 from robust_prune.errors import RobustPruneError
 from robust_prune.finetune import TrainingConfig, train_
 from robust_prune.graph import count_cost
-from robust_prune.modules import ImageModel, seeded
+from robust_prune.modules import ImageModel, device_of, seeded
 from robust_prune.pipeline import Settings
 from robust_prune.repair import recalibrate_batchnorm_
 from robust_prune.types import Budget, ThreatModel
@@ -171,7 +172,7 @@ class Bench:
             batch_size=self.batch_size,
             seed=seed,
         )
-        train_(model, train, validation, config)
+        train_(model, train, validation, where_native(config, device_of(model)))
 
 
 def measure(bench: Bench, stage: Stage, arm: str, ratio: float, seed: int) -> Cell:

@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.criteria.dense import digest
+from benchmarks.criteria.dense import digest, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import ARMS, BEST, Bench, Cell, percent, verdicts
 from benchmarks.finetuning.recipes import BASELINE, RECIPES, TEXTBOOK, Recipe
 from robust_prune import evaluation
 from robust_prune.adversaries import pgd_correct
 from robust_prune.data import as_split
-from robust_prune.finetune import EpochRecord, History, TrainingConfig, train_
+from robust_prune.finetune import EpochRecord, History, train_
 from robust_prune.graph import count_cost
 from robust_prune.models import open_model, save
-from robust_prune.modules import ImageModel, seeded
+from robust_prune.modules import ImageModel, device_of, seeded
 
 RATIO = 0.75
 PEER = "tp-bn-scale"  # torch-pruning's best arm before fine-tuning
@@ -137,7 +137,8 @@ class Workshop:
         assert validation is not None
         if images:
             train = as_split([train.take(images, seed)])
-        config: TrainingConfig = recipe.config(bench.threat, bench.batch_size, epochs, seed)
+        config = recipe.config(bench.threat, bench.batch_size, epochs, seed)
+        config = where_native(config, device_of(model))
         return train_(model, train, validation, config, teacher=bench.model, on_epoch=on_epoch)
 
     def _epochs_in_our_time(self, model: ImageModel, recipe: Recipe, seed: int) -> int:
@@ -146,7 +147,7 @@ class Workshop:
         ours += self.tuned(BEST, recipe.as_long_as, seed)[1]["cpu_seconds"]
         for split in (self.bench.splits.train, self.bench.splits.validation):
             assert split is not None
-            split.take(1, seed)  # decoding the images is not training
+            split.take(len(split), seed)  # decoding the images is not training
         clock = [time.process_time()]
         images = min(TIMED_BATCHES * self.bench.batch_size, len(self.bench.splits.train))
         self._train_(

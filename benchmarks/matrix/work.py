@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.criteria import peers
-from benchmarks.criteria.dense import dense_model, digest
+from benchmarks.criteria.dense import dense_model, digest, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import BATCHNORM_IMAGES, verdicts
 from benchmarks.matrix.cells import Cell
@@ -184,7 +184,7 @@ def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: Dat
         batch_size=bench.level.batch_size,
         seed=key.seed,
     )
-    history = train_(model, train, validation, config)
+    history = train_(model, train, validation, where_native(config, bench.device))
     best = history.epochs[history.best_epoch] if history.epochs else None
     return Cell(
         key,

@@ -21,6 +21,7 @@ from robust_prune.finetune.preparing import (
     batches_of,
     check_optimizer,
     layout_of,
+    native_bfloat16,
     optimizer_of,
 )
 from robust_prune.finetune.registry import (
@@ -41,6 +42,7 @@ __all__ = [
     "TrainingConfig",
     "ard",
     "attacks_in_bfloat16",
+    "native_bfloat16",
     "awp",
     "batches_of",
     "bind",

@@ -58,9 +58,15 @@ class Prepared:
         return (
             f"{config.optimizer}, peak rate {config.lr:g}, {config.schedule}; {kind} against "
             f"{attack.batchnorm}-mode batch norms in "
-            f"{'bfloat16' if attack.bfloat16 or self.amp else 'float32'}{folded}; training passes "
-            f"in {'bfloat16' if self.amp else 'float32'}{average}"
+            f"{self._numbers(attack.bfloat16 or self.amp)}{folded}; training passes "
+            f"in {self._numbers(self.amp)}{average}"
         )
+
+    def _numbers(self, bfloat16: bool) -> str:
+        if not bfloat16:
+            return "float32"
+        native = native_bfloat16(self.device)
+        return "bfloat16" if native else "bfloat16 (emulated here: slower than float32)"
 
 
 def prepare(
@@ -168,21 +174,24 @@ def layout_of(model: nn.Module, config: TrainingConfig) -> torch.memory_format:
     return torch.channels_last
 
 
+def native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16; others emulate it, many times slower."""
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     """Return whether forward passes run in bfloat16: as asked, else on GPUs that have it."""
     if config.amp is None:
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device.type == "cuda" and native_bfloat16(device)
     return config.amp
 
 
 def attacks_in_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     """Return whether training attacks run in bfloat16: as asked, else where it is native."""
-    if config.attack_amp is not None:
-        return config.attack_amp
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return native_bfloat16(device) if config.attack_amp is None else config.attack_amp
 
 
 def folded_copy(model: nn.Module, config: TrainingConfig, images: Tensor) -> Folded | None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robust_prune.data import DataSplits, as_split
+from robust_prune.distributed import Processes
 from robust_prune.errors import TrainingError, UsageError
 from robust_prune.files import read_state, write_state
 from robust_prune.finetune import (
@@ -28,6 +29,7 @@ from robust_prune.finetune import (
     no_less_robust,
     train_,
 )
+from robust_prune.finetune.preparing import prepare
 from robust_prune.models import build_model, resolve_spec
 from robust_prune.modules import ImageModel
 from robust_prune.registry import METHODS
@@ -120,6 +122,23 @@ def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
     assert robust[history.best_epoch] == max(robust) > robust[-1]
     kept = states[history.best_epoch]
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_is_used_by_itself_where_it_is_native_and_said_to_be_emulated_elsewhere(
+    native: bool, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    some = as_split(digits.train.take(8, 0))
+
+    def how(**options: bool) -> str:
+        config = TrainingConfig("pgd-at", 1, ROBUST, batch_size=8, attack_steps=1, **options)
+        return prepare(small_digits_model(digits), some, some, config, None, Processes()).how
+
+    assert ("batch norms in bfloat16" in how()) == native
+    assert "training passes in float32" in how()
+    assert "emulated" not in how()
+    assert ("training passes in bfloat16 (emulated here" in how(amp=True)) != native
 
 
 def test_noise_is_no_reason_to_give_up_epochs() -> None:
