@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from robust_prune.adversaries import adversarial_loss, adversarial_set
+from robust_prune.adversaries import adversarial_loss, adversarial_set, quick
 from robust_prune.allocation.problem import Problem, Widths
 from robust_prune.allocation.widths import allocate_by_curves, allocate_evenly
 from robust_prune.errors import BudgetError
@@ -68,6 +68,7 @@ def best_composed(
     seed: int,
     steps: int = STEPS,
     batch_size: int = 64,
+    stand_in: bool = False,
     repair_: Callable[[nn.Module, PruningPlan], None] = lambda pruned, plan: None,
     on_best: Callable[[PruningPlan], None] = lambda plan: None,
 ) -> tuple[int, list[float]]:
@@ -87,6 +88,7 @@ def best_composed(
         seed: of the attack's random start.
         steps: of PGD.
         batch_size: images at a time.
+        stand_in: take gradients from a quicker copy; losses are the pruned model's own.
         repair_: what a pruned copy gets before it is judged (reconstruction, batch norm).
         on_best: called with every plan that is better than all before it, while it is the last
             that was repaired.
@@ -97,7 +99,7 @@ def best_composed(
         pruned = graph.pruned(plan)
         repair_(pruned, plan)
         attacked = adversarial_set(
-            pruned,
+            quick(pruned, images) if stand_in else pruned,
             images,
             labels,
             threat=threat,

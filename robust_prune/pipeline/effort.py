@@ -39,6 +39,8 @@ class Effort:
         search_steps: of PGD, on candidates.
         caps: how free the curves are, by candidate; see `candidate_widths`.
         batch_size: images at a time, at most.
+        stand_in: whether attacks take gradients from a quicker copy of the model, which a few
+            images do not pay for.
         cut_short: whether `images` are fewer than the default, for the sake of time.
     """
 
@@ -52,6 +54,7 @@ class Effort:
     search_steps: int
     caps: tuple[float, ...]
     batch_size: int
+    stand_in: bool
     cut_short: bool
 
 
@@ -78,6 +81,7 @@ def effort_with_data(asked: int | None, macs: int, cpu: bool) -> Effort:
         search_steps=STEPS,
         caps=CAPS,
         batch_size=64,
+        stand_in=True,
         cut_short=asked is None and images < CALIBRATION_IMAGES,
     )
 
@@ -105,5 +109,6 @@ def effort_with_stand_ins(asked: int | None, macs: int, pixels: int) -> Effort:
         search_steps=STAND_IN_STEPS,
         caps=STAND_IN_CAPS,
         batch_size=max(4, min(64, BATCH_PIXELS // pixels)),
+        stand_in=False,
         cut_short=False,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_prune.adversaries import AdversarialSet, adversarial_set
+from robust_prune.adversaries import AdversarialSet, adversarial_set, quick
 from robust_prune.criteria import (
     calibration_images,
     channel_scores,
@@ -17,7 +17,7 @@ from robust_prune.criteria import (
     structural_curves,
 )
 from robust_prune.data import DataSplits, stand_ins
-from robust_prune.graph import ModelGraph
+from robust_prune.graph import ModelGraph, is_large
 from robust_prune.latency import LatencyModel
 from robust_prune.modules import device_of
 from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
@@ -168,7 +168,7 @@ def _attacked(
             before.adversarial, labels, settings.threat, name, settings.seed, batch_size
         )
     return adversarial_set(
-        model,
+        quick(model, images) if effort.stand_in and not is_large(model) else model,
         images,
         labels,
         threat=settings.threat,
@@ -204,7 +204,8 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
                     adversarial,
                     passes=effort.passes,
                     fewest=effort.fewest,
-                    quick=not observed.splits.in_distribution,
+                    quick=True,
+                    without_largest=not observed.splits.in_distribution,
                 )
             journal.tell(curves=tuple(curves.values()))
     with journal.timed("sensitivity"):

@@ -24,7 +24,7 @@ from robust_prune.modules import (
 from robust_prune.repair.anchors import Anchor, anchors_of, mean_and_variance
 from robust_prune.repair.layers import fittable, inputs_at, outputs_at, places_of
 from robust_prune.repair.sizes import Sizes
-from robust_prune.repair.solving import Solver, solved, solved_by_fewer
+from robust_prune.repair.solving import solved_by_fewer
 from robust_prune.types import PruningPlan
 
 RIDGE = 0.1  # of the mean squared input
@@ -127,7 +127,6 @@ def reconstruct_(
     *,
     ridge: float = RIDGE,
     anchors: Mapping[str, Anchor] | None = None,
-    quick: bool = False,
 ) -> tuple[Fit, ...]:
     """Fit the weights of a pruned model, in place, to the dense model's activations.
 
@@ -152,14 +151,12 @@ def reconstruct_(
         ridge: how strongly weights stay; larger for fewer images.
         anchors: statistics of the dense model's batch norms, for images of another kind than it
             was trained on; statistics move from there as they move on these images.
-        quick: solve in the form with fewer unknowns; the same up to rounding.
 
     Returns:
         The relative squared errors of every layer that was fitted, in forward order.
     """
     fits: list[Fit] = []
     layers = {n: m for n, m in fittable(model).items() if n in dense}
-    solve = solved_by_fewer if quick else solved
 
     def fit(name: str, layer: nn.Module, x: Tensor) -> None:
         target, y = dense[name], dense[name].outputs
@@ -169,14 +166,13 @@ def reconstruct_(
         if isinstance(layer, nn.Linear) and places_of(layer, x) != target.places:
             return  # its rows are channels that are gone: it mixes tokens
         x = inputs_at(layer, x, target.positions)
-        fits.append(_fit_(name, layer, x, y, ridge, target.free, solve))
+        fits.append(_fit_(name, layer, x, y, ridge, target.free))
 
     def renew(name: str, norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is not None and norm.running_var is not None:
             if anchors is None:
-                dims = [d for d in range(x.ndim) if d != 1]
-                mean, variance = x.mean(dims), x.var(dims)
+                mean, variance = mean_and_variance(x)
             else:
                 kept = rows[name][0] if name in rows else None
                 mean, variance = anchors[name].moved(*mean_and_variance(x), kept, norm.eps)
@@ -197,7 +193,7 @@ class Reconstruction:
     """Images [N, C, H, W] in [0, 1], and what the dense model makes of them, layer by layer.
 
     `anchors` are there where the images are of another kind than those the model was trained on.
-    `quick` fits as `reconstruct_` says, in passes channels last where the model takes them.
+    `quick` fits in passes channels last, where the model takes them.
     """
 
     images: Tensor
@@ -208,11 +204,14 @@ class Reconstruction:
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> Reconstruction:
         """Run the dense model on as many of these images as one pass can take."""
+        quick = takes_channels_last(model, images[:1])
         sizes = Sizes.of(model, images[:1])
 
         def run(size: int) -> Reconstruction:
             most = sizes.positions(size, POSITIONS)
-            return cls(images[:size], dense_moments(model, images[:size], most=most))
+            with channels_last(model, quick):
+                dense = dense_moments(model, images[:size], most=most)
+            return cls(images[:size], dense, quick=quick)
 
         return as_memory_allows(run, sizes.images(len(images)), *WHAT, ahead=False)
 
@@ -239,7 +238,6 @@ class Reconstruction:
                 rows,
                 self.images,
                 anchors=self.anchors,
-                quick=self.anchors is not None,
             )
 
 
@@ -296,16 +294,14 @@ def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     return rows
 
 
-def _fit_(
-    name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool, solve: Solver
-) -> Fit:
+def _fit_(name: str, layer: nn.Module, x: Tensor, y: Tensor, ridge: float, free: bool) -> Fit:
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     old = layer.weight.flatten(1)
     x_mean, y_mean = x.mean(0), y.mean(0)
     if free:
         x, y = x - x_mean, y - y_mean
     energy = float(y.square().mean(0).sum()) or 1.0
-    before, new = solve(x, y, old, ridge)
+    before, new = solved_by_fewer(x, y, old, ridge)
     if new is not None:
         layer.weight.copy_(new.view_as(layer.weight))
     after = float((y - x @ layer.weight.flatten(1).T).square().mean(0).sum())

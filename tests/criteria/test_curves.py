@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_prune.adversaries import adversarial_loss, adversarial_set
+from robust_prune.adversaries import quick as quick_copy
 from robust_prune.allocation import (
     EVEN,
     CostOf,
@@ -23,6 +24,7 @@ from robust_prune.allocation import (
     candidate_widths,
     make_plan,
 )
+from robust_prune.allocation import search as search_module
 from robust_prune.criteria import channel_scores, masked, structural, structural_curves
 from robust_prune.criteria import curves as curves_module
 from robust_prune.errors import BudgetError
@@ -280,7 +282,10 @@ def test_candidates_go_from_uniform_to_free_at_one_cost() -> None:
 
 
 def test_the_search_takes_the_plan_that_hurts_least(
-    images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    threat: ThreatModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     model = OwnNet(width=8, classes=10).eval()
@@ -306,4 +311,17 @@ def test_the_search_takes_the_plan_that_hurts_least(
     assert best == 1
     assert losses[1] < losses[0]
     assert len(repaired) == 2
+    copies: list[nn.Module] = []
+
+    def quick(pruned: nn.Module, images: torch.Tensor) -> nn.Module:
+        copies.append(pruned)
+        return quick_copy(pruned, images)
+
+    monkeypatch.setattr(search_module, "quick", quick)
+    same, through_copies = best_composed(
+        graph, [harmful, harmless], images, labels, threat=threat, seed=0, stand_in=True
+    )
+    assert same == best
+    assert through_copies == pytest.approx(losses, rel=1e-3)
+    assert len(copies) == 2
     assert model.hidden.out_features == 20
