@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from robust_prune import evaluation
 from robust_prune.adversaries import pgd, pgd_correct
 from robust_prune.errors import UsageError
-from robust_prune.evaluation import PGD_STEPS, Attack, TestImages, test_images
+from robust_prune.evaluation import (
+    PGD_STEPS,
+    Attack,
+    TestImages,
+    draw,
+    drawn_from,
+    evaluate_in_rounds,
+    test_images,
+    too_wide,
+)
 from robust_prune.graph import count_cost
 from robust_prune.latency import alternating, conditions_of
 from robust_prune.models import library_versions
@@ -39,7 +49,8 @@ def compare(
     *,
     threat: ThreatModel | None = None,
     attack: Attack = "pgd",
-    n: int = 200,
+    n: int | Literal["auto"] = 200,
+    margin: float = 2.0,
     seed: int = 0,
     batches: Sequence[int] = BATCHES,
     timing: LatencyOptions | None = None,
@@ -59,7 +70,9 @@ def compare(
         data: test images, as `evaluate` takes them.
         threat: norm and eps; default Linf 8/255.
         attack: `none`, `pgd` or `autoattack`, as `evaluate` has it.
-        n: images to draw.
+        n: images to draw; `auto` for 200 and then twice as many, until the drop of every model
+            against the first, under the strongest attack, is known to within the margin.
+        margin: percentage points, half of a 95 % interval.
         seed: of the draw and of every attack.
         batches: of the timings; none for no timing.
         timing: threads and number format.
@@ -72,16 +85,21 @@ def compare(
         raise UsageError("name two models or more to compare")
     tell, threat = on_progress or (lambda line: None), threat or ThreatModel.linf("8/255")
     first = next(iter(models))
-    test = test_images(models[first], data, n, seed)
-    found: dict[str, Evaluation] = {}
+    judge = functools.partial(_evaluate_all, models, threat, attack, seed, tell)
+    if n == "auto":
+        split, name, classes = drawn_from(models[first], data)
+        evaluations = evaluate_in_rounds(split, judge, margin=margin, seed=seed, classes=classes)
+        if wide := too_wide(evaluations, margin):
+            tell(wide)
+        test = draw(split, evaluations[0].n, seed, name=name)
+    else:
+        test = test_images(models[first], data, n, seed)
+        evaluations = judge(test)
+    found = dict(zip(models, evaluations, strict=True))
     curves: dict[str, list[dict[str, Any]]] = {}
-    for name, model in models.items():
-        tell(f"{name}: {attack} on {len(test.labels)} images")
-        found[name] = evaluation.evaluate(
-            model, test, threat=threat, attack=attack, seed=seed, on_progress=on_progress
-        )
-        if attack != "none":
-            curves[name] = security_curve(model, test, found[name], threat=threat, seed=seed)
+    for name, model in models.items() if attack != "none" else ():
+        tell(f"{name}: PGD-{PGD_STEPS} at several eps")
+        curves[name] = security_curve(model, test, found[name], threat=threat, seed=seed)
     tell("timing by turns")
     times = _times(models, test.images, batches, timing or LatencyOptions())
     rows = [
@@ -110,6 +128,26 @@ def compare(
         "examples": shown,
         "versions": library_versions(),
     }
+
+
+def _evaluate_all(
+    models: Mapping[str, nn.Module],
+    threat: ThreatModel,
+    attack: Attack,
+    seed: int,
+    tell: Progress,
+    test: TestImages,
+) -> list[Evaluation]:
+    """Attack every model on the same images."""
+    found = []
+    for name, model in models.items():
+        tell(f"{name}: {attack} on {len(test.labels)} images")
+        found.append(
+            evaluation.evaluate(
+                model, test, threat=threat, attack=attack, seed=seed, on_progress=tell
+            )
+        )
+    return found
 
 
 def security_curve(

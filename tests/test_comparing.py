@@ -20,7 +20,7 @@ from PIL import Image
 import robust_prune as rp
 from robust_prune import comparing, report
 from robust_prune.errors import UsageError
-from robust_prune.evaluation import TestImages
+from robust_prune.evaluation import TestImages, rounds
 from robust_prune.graph import ModelGraph
 from robust_prune.latency import measuring
 from robust_prune.types import ThreatModel, to_plain
@@ -171,6 +171,38 @@ def test_a_picture_that_is_none_is_refused(record: dict[str, Any]) -> None:
         report.to_comparison_html(found)
 
 
+def test_as_many_images_as_the_margin_takes(
+    test_images: TestImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "FIRST", 4)
+    models = {"a": tiny_resnet(), "b": tiny_resnet(1), "c": tiny_resnet(2)}
+    told: list[str] = []
+
+    def compared(data: Any, margin: float) -> dict[str, Any]:
+        return rp.compare(
+            models,
+            data,
+            attack="none",
+            n="auto",
+            margin=margin,
+            batches=(),
+            seed=3,
+            on_progress=told.append,
+        )
+
+    data = [(test_images.images, test_images.labels)]
+    assert compared(data, 50)["n"] == 4
+    assert not any("tell every drop" in line for line in told)
+    whole = compared(iter(data), 0.1)  # can be read once
+    assert whole["n"] == 16
+    assert "all 16 test images tell every drop" in told[-2]
+    for name, row in zip(models, whole["models"], strict=True):
+        judged = rp.evaluate(models[name], data, attack="none", n=16, seed=3)
+        assert row["measurements"][0]["accuracy"] == to_plain(judged.measurements[0].accuracy)
+    with pytest.raises(UsageError, match="drawn already"):
+        compared(test_images, 1)
+
+
 def test_one_model_is_none_to_compare(test_images: TestImages) -> None:
     with pytest.raises(UsageError, match="two models or more"):
         rp.compare({"a": tiny_resnet()}, test_images)
@@ -192,6 +224,13 @@ def test_the_command(
     assert json.loads(Path("comparison/compare.json").read_text()) == found
     page = Path("comparison/compare.html").read_text()
     assert "Security curve</h2>" not in page
+    few[3] = "auto"
+    code, out, err = run(
+        *("compare", "dense.safetensors", "small", *few),
+        *("--margin", 50, "--force", "--json"),
+    )
+    assert code == 0, err
+    assert json.loads(out)["comparison"]["n"] == rounds.FIRST
     for arguments, message in (
         (["dense.safetensors", "small", *few], "--force"),
         (["dense.safetensors", *few], "two models or more"),

@@ -85,6 +85,14 @@ def test_two_models_are_told_apart_by_their_pairs() -> None:
     assert 50 * (high - low) <= 3.0
 
 
+def test_of_several_models_the_drop_that_is_known_least_decides() -> None:
+    alike = evaluate_in_rounds(split_of(3000), Judge(3000, 5, 5), margin=3.0, seed=1)
+    assert alike[0].n == FIRST
+    found = evaluate_in_rounds(split_of(3000), Judge(3000, 5, 5, 6), margin=3.0, seed=1)
+    assert [evaluation.n for evaluation in found] == [400] * 3
+    assert "tell every drop to within" in too_wide(found, 1.0)
+
+
 def test_where_images_end_first_it_is_said() -> None:
     found = evaluate_in_rounds(split_of(300), Judge(300, 5), margin=3.0, seed=0)
     assert found[0].n == 300

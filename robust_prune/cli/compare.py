@@ -13,6 +13,7 @@ from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
 from robust_prune.errors import DataError, ModelError, UsageError
 from robust_prune.options import (
+    AUTO,
     ComparingOptions,
     DataOptions,
     LatencyOptions,
@@ -60,7 +61,7 @@ def compare(
     _check_out(out, document, force)
 
     from robust_prune import comparing as room
-    from robust_prune import evaluation, report
+    from robust_prune import report
     from robust_prune.files import write_text
     from robust_prune.types import to_plain
 
@@ -73,12 +74,13 @@ def compare(
     if splits is None or splits.test is None or not splits.labelled:
         raise UsageError("compare needs labelled test images; name them with --data")
     _check_classes(nets, splits.classes)
-    test = evaluation.draw(splits.test, comparing.n_eval, running.seed)
     found = room.compare(
         nets,
-        test,
+        splits,
         threat=threat_model(threat, known),
         attack=comparing.evaluation,
+        n="auto" if comparing.n_eval == AUTO else comparing.n_eval,
+        margin=comparing.margin,
         seed=running.seed,
         batches=room.BATCHES if comparing.batches is None else comparing.batches,
         timing=timing,

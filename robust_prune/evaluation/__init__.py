@@ -1,6 +1,6 @@
 """Clean and robust accuracy with intervals, on the same images for every model compared."""
 
-from robust_prune.evaluation.images import TestImages, draw, test_images
+from robust_prune.evaluation.images import TestImages, draw, drawn_from, test_images
 from robust_prune.evaluation.measuring import (
     ATTACKS,
     PGD_STEPS,
@@ -19,6 +19,7 @@ __all__ = [
     "TestImages",
     "autoattack_seconds",
     "draw",
+    "drawn_from",
     "evaluate",
     "evaluate_in_rounds",
     "latency_ms",

@@ -43,10 +43,25 @@ def test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:
     """Return the images that `evaluate` measures on when it is given `data_`."""
     if isinstance(data_, TestImages):
         return data_
-    if isinstance(data_, (str, os.PathLike, DataSplits)):
-        splits = open_for(model, data_)
-        if splits is None or splits.test is None:
-            raise DataError(f"{data_}: no test split")
-        test = draw(splits.test, n, seed)
-        return replace(test, classes=splits.classes or test.classes)
-    return draw(as_split(data_), n, seed, name="the caller's")
+    split, name, classes = drawn_from(model, data_)
+    test = draw(split, n, seed, name=name)
+    return replace(test, classes=classes or test.classes)
+
+
+def drawn_from(model: nn.Module, data_: Any) -> tuple[Split, str, int]:
+    """Return what test images are drawn from, its name, and its classes, 0 if they aren't known.
+
+    Raises:
+        UsageError: the images were drawn already.
+        DataError: the data has no test split.
+    """
+    if isinstance(data_, TestImages):
+        raise UsageError(
+            f"{len(data_.labels)} test images were drawn already; give the data that they are from"
+        )
+    if not isinstance(data_, (str, os.PathLike, DataSplits)):
+        return as_split(data_), "the caller's", 0
+    splits = open_for(model, data_)
+    if splits is None or splits.test is None:
+        raise DataError(f"{data_}: no test split")
+    return splits.test, "test", splits.classes

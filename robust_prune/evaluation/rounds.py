@@ -26,15 +26,15 @@ def evaluate_in_rounds(
 ) -> list[Evaluation]:
     """Judge models on ever more test images until the answer is known to within a margin.
 
-    The answer is the drop of the second model against the first on the same images, or, for one
+    The answer is the drop of every other model against the first on the same images, or, for one
     model, its accuracy, under the last attack that is measured. The rounds stop where half of its
-    95 % interval is at most the margin, which says nothing of where the interval lies: stopping by
-    width does not favour an outcome as stopping by p-value does. Images of a round are new; all of
-    them together are those that `draw` gives for as many.
+    95 % interval (of the widest one) is at most the margin, which says nothing of where the
+    interval lies: stopping by width does not favour an outcome as stopping by p-value does. Images
+    of a round are new; all of them together are those that `draw` gives for as many.
 
     Args:
         split: of the test images; the rounds end with them at the latest.
-        measure: gives for one or two models what they get on some images.
+        measure: gives for one or more models what they get on some images.
         margin: percentage points.
         seed: of the draw.
         classes: of the data, 0 where it is not known.
@@ -67,7 +67,7 @@ def too_wide(found: Sequence[Evaluation], margin: float) -> str:
     half = half_width(found)
     if half <= margin:
         return ""
-    what = "the drop" if len(found) > 1 else "the accuracy"
+    what = ("the accuracy", "the drop", "every drop")[min(len(found), 3) - 1]
     return (
         f"all {found[0].n} test images tell {what} to within {half:.1f} percentage points, not the "
         f"{margin:g} that were asked for"
@@ -76,15 +76,19 @@ def too_wide(found: Sequence[Evaluation], margin: float) -> str:
 
 def half_width(found: Sequence[Evaluation]) -> float:
     """Return half of the 95 % interval of what rounds are to tell, in percentage points."""
-    verdicts = [evaluation.measurements[-1].correct for evaluation in found]
-    if len(verdicts) == 1:
-        low, high = Proportion(sum(verdicts[0]), len(verdicts[0]), CONFIDENCE).interval
+    first, *others = (evaluation.measurements[-1].correct for evaluation in found)
+    if others:
+        intervals = [_drop(first, other).interval(CONFIDENCE) for other in others]
     else:
-        pairs = list(zip(*verdicts, strict=True))
-        first_only = sum(a and not b for a, b in pairs)
-        second_only = sum(b and not a for a, b in pairs)
-        low, high = PairedDrop(first_only, second_only, len(pairs)).interval(CONFIDENCE)
-    return 50 * (high - low)
+        intervals = [Proportion(sum(first), len(first), CONFIDENCE).interval]
+    return max(50 * (high - low) for low, high in intervals)
+
+
+def _drop(first: Sequence[bool], second: Sequence[bool]) -> PairedDrop:
+    pairs = list(zip(first, second, strict=True))
+    first_only = sum(a and not b for a, b in pairs)
+    second_only = sum(b and not a for a, b in pairs)
+    return PairedDrop(first_only, second_only, len(pairs))
 
 
 def joined(first: Evaluation, second: Evaluation) -> Evaluation:
