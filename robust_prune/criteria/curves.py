@@ -26,6 +26,7 @@ from robust_prune.types import LARGEST_RISE, Curve
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 IMAGE_PASSES = 20_000  # what all points together may cost: a fifth of an epoch on 10,000 images
 REPLAYED_BYTES = 1 << 29  # of a batch's activations
+PASSES_TO_PAY = 8  # of images for a group, from which on shortened passes pay for their proof
 Point = tuple[str, int] | None  # a group and how many of its units are gone; None for none
 FEWEST_IMAGES, FEW_IMAGES, MOST_IMAGES = 8, 32, 384
 
@@ -106,7 +107,9 @@ def _losses(
     What lies in front of a group's readers is computed once for all points.
     """
     points = [(name, count) for name, counts in removed.items() for count in counts]
-    replay, readers = _replay(model, graph, orders, used)
+    replay, readers = Replay(model, REPLAYED_BYTES), dict[str, tuple[str, ...]]()
+    if len(points) * len(used) >= PASSES_TO_PAY * len(removed):
+        readers = _proven(replay, graph, orders, used)
 
     def summed(images: Tensor, labels: Tensor, size: int) -> dict[Point, float]:
         sums: dict[Point, float] = dict.fromkeys([None, *points], 0.0)
@@ -129,14 +132,14 @@ def _losses(
     return {point: total / len(used) for point, total in totals.items()}
 
 
-def _replay(
-    model: nn.Module, graph: ModelGraph, orders: Mapping[str, Tensor], used: AdversarialSet
-) -> tuple[Replay, dict[str, tuple[str, ...]]]:
-    """Return what passes are shortened by, and the layers that a group's mask changes.
+def _proven(
+    replay: Replay, graph: ModelGraph, orders: Mapping[str, Tensor], used: AdversarialSet
+) -> dict[str, tuple[str, ...]]:
+    """Return the layers that a group's mask changes, for groups whose passes can be shortened.
 
     A group is among them if a shortened pass of an image gives the very numbers of a whole one.
     """
-    replay, readers = Replay(model, REPLAYED_BYTES), {}
+    model, readers = replay.model, dict[str, tuple[str, ...]]()
     owners = _owners(network_of(model))
     changed = {
         name: tuple({layer for slot in _readers(graph, name) for layer in owners[slot.tensor]})
@@ -153,9 +156,9 @@ def _replay(
                     if torch.equal(model(image), whole):
                         readers[name] = changed[name]
     except Exception:  # noqa: BLE001 - a user's module may raise anything; passes stay whole
-        readers = {}
+        readers.clear()
     replay.forget()
-    return replay, readers
+    return readers
 
 
 def _readers(graph: ModelGraph, group: str) -> tuple[Slot, ...]:
