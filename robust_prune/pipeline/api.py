@@ -97,6 +97,8 @@ def compress(
         raise UsageError("prune_ratio and max_drop: one of them says how much goes; leave one out")
     budget = BudgetOptions(**{n: options.pop(n) for n in BUDGET if n in options})
     options |= {name: _entries(options[name]) for name in REPEATED if name in options}
+    if options.get("finetune") == "none":  # as the command line has it
+        options["finetune"] = None
     if options.get("finetune") is not None:
         options.setdefault("epochs", FINE_TUNING_EPOCHS)
     if options.get("measured") is not None:

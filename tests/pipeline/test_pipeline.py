@@ -128,6 +128,8 @@ def test_without_data_it_says_so_and_still_delivers() -> None:
     assert result.plan.reached == pytest.approx(0.5, abs=0.01)
     with pytest.raises(DataError, match="need data"):
         compress(model, None, finetune="trades", epochs=1)
+    untuned = compress(model, None, finetune="none", calibration_images=16)
+    assert untuned.report["finetune"] is None
 
 
 def test_calibration_never_sees_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
