@@ -89,12 +89,11 @@ def compare(
     if n == "auto":
         split, name, classes = drawn_from(models[first], data)
         evaluations = evaluate_in_rounds(split, judge, margin=margin, seed=seed, classes=classes)
-        if wide := too_wide(evaluations, margin):
-            tell(wide)
+        notes = [wide] if (wide := too_wide(evaluations, margin)) else []
         test = draw(split, evaluations[0].n, seed, name=name)
     else:
         test = test_images(models[first], data, n, seed)
-        evaluations = judge(test)
+        evaluations, notes = judge(test), []
     found = dict(zip(models, evaluations, strict=True))
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, model in models.items() if attack != "none" else ():
@@ -123,6 +122,8 @@ def compare(
         "seed": seed,
         "threat": to_plain(threat),
         "attack": attack,
+        "margin": margin if n == "auto" else None,
+        "notes": notes,
         "timed": times["how"],
         "models": rows,
         "examples": shown,

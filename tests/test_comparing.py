@@ -176,7 +176,6 @@ def test_as_many_images_as_the_margin_takes(
 ) -> None:
     monkeypatch.setattr(rounds, "FIRST", 4)
     models = {"a": tiny_resnet(), "b": tiny_resnet(1), "c": tiny_resnet(2)}
-    told: list[str] = []
 
     def compared(data: Any, margin: float) -> dict[str, Any]:
         return rp.compare(
@@ -187,15 +186,15 @@ def test_as_many_images_as_the_margin_takes(
             margin=margin,
             batches=(),
             seed=3,
-            on_progress=told.append,
         )
 
     data = [(test_images.images, test_images.labels)]
-    assert compared(data, 50)["n"] == 4
-    assert not any("tell every drop" in line for line in told)
+    few = compared(data, 50)
+    assert (few["n"], few["margin"], few["notes"]) == (4, 50, [])
     whole = compared(iter(data), 0.1)  # can be read once
     assert whole["n"] == 16
-    assert "all 16 test images tell every drop" in told[-2]
+    assert "all 16 test images tell every drop" in whole["notes"][0]
+    assert "all 16 test images tell every drop" in report.to_comparison_html(to_plain(whole))
     for name, row in zip(models, whole["models"], strict=True):
         judged = rp.evaluate(models[name], data, attack="none", n=16, seed=3)
         assert row["measurements"][0]["accuracy"] == to_plain(judged.measurements[0].accuracy)

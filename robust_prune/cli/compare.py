@@ -97,6 +97,8 @@ def compare(
             table.head,
             table.rows,
         )
+    for note in found["notes"]:
+        output.note(note)
     out.mkdir(parents=True, exist_ok=True)
     plain = to_plain(found)
     write_text(document, report.to_json(plain))

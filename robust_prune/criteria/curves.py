@@ -26,7 +26,7 @@ from robust_prune.types import LARGEST_RISE, Curve
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 IMAGE_PASSES = 20_000  # what all points together may cost: a fifth of an epoch on 10,000 images
 REPLAYED_BYTES = 1 << 29  # of a batch's activations
-PASSES_TO_PAY = 8  # of images for a group, from which on shortened passes pay for their proof
+PASSES_TO_PAY = 12  # of images for a group, from which on shortened passes pay for their proof
 Point = tuple[str, int] | None  # a group and how many of its units are gone; None for none
 FEWEST_IMAGES, FEW_IMAGES, MOST_IMAGES = 8, 32, 384
 
@@ -140,6 +140,8 @@ def _proven(
     A group is among them if a shortened pass of an image gives the very numbers of a whole one.
     """
     model, readers = replay.model, dict[str, tuple[str, ...]]()
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        return readers  # its replicas run with other weights
     owners = _owners(network_of(model))
     changed = {
         name: tuple({layer for slot in _readers(graph, name) for layer in owners[slot.tensor]})
@@ -152,6 +154,7 @@ def _proven(
         for name, order in orders.items():
             with masked(model, graph, name, _lowest(order, max(1, len(order) // 2))):
                 whole = model(image)
+                model(1 - image)  # what a module left for code behind it is then another image's
                 with replay.before(changed[name]):
                     if torch.equal(model(image), whole):
                         readers[name] = changed[name]

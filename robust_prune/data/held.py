@@ -36,8 +36,8 @@ class Held:
             DataError: items differ in size.
         """
         self.read_(places)
-        assert self.images is not None
-        assert self.labels is not None
+        if self.images is None or self.labels is None:
+            raise DataError("a batch holds no images")
         return in_floats(self.images[places]), self.labels[places]
 
     def read_(self, places: Tensor) -> None:

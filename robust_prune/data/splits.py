@@ -102,6 +102,11 @@ class Split:
                 labels = predict(self.labeller, images, LABELLED_AT_ONCE)
             yield images, labels
 
+    def decode(self) -> None:
+        """Decode all images that are to be held, so that a damaged one is found now."""
+        if self._held is not None:
+            self._held.read_(torch.arange(len(self)))
+
     @property
     def in_memory(self) -> bool:
         """Whether images are decoded once, and held."""

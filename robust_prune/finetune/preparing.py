@@ -65,8 +65,10 @@ class Prepared:
     def _numbers(self, bfloat16: bool) -> str:
         if not bfloat16:
             return "float32"
-        native = native_bfloat16(self.device)
-        return "bfloat16" if native else "bfloat16 (emulated here: slower than float32)"
+        emulated = not native_bfloat16(self.device) and self.device.type in ("cpu", "cuda")
+        if self.device.type == "cpu":
+            emulated &= torch.cpu.get_capabilities().get("architecture") == "x86_64"
+        return "bfloat16 (emulated here: slower than float32)" if emulated else "bfloat16"
 
 
 def prepare(
@@ -175,7 +177,10 @@ def layout_of(model: nn.Module, config: TrainingConfig) -> torch.memory_format:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16; others emulate it, many times slower."""
+    """Return whether a device is known to compute in bfloat16.
+
+    GPUs say so, and x86 processors; those that do not emulate it, many times slower.
+    """
     if device.type == "cpu":
         found = torch.cpu.get_capabilities()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -61,7 +61,7 @@ class Replay:
         left, kept = self.most, set[str]()
         for name in sorted(self._calls, key=lambda name: name.count(".")):
             given = self._calls[name].whole
-            if given is not None and (size := given.nbytes * images) <= left:
+            if given is not None and (size := given.untyped_storage().nbytes() * images) <= left:
                 left -= size
                 kept.add(name)
         self._kept = frozenset(kept)
@@ -97,8 +97,9 @@ class Replay:
         A layer whose weights something else reads counts as what is around it.
         """
         start = min((self._start(layer) for layer in layers), default=0)
+        modules = dict(network_of(self.model).named_modules())
         given = {
-            name: functools.partial(_again, whole)
+            name: _once(whole, modules[name].forward)
             for name, call in self._calls.items()
             if call.end < start and (whole := call.whole) is not None
         }
@@ -115,8 +116,14 @@ class Replay:
         return self._calls[layer].start if layer else 0
 
 
-def _again(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return given
+def _once(given: Tensor, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what gives again what a module gave, and runs it when it is called once more."""
+    left = [given]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return left.pop() if left else forward(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

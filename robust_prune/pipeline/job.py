@@ -198,6 +198,9 @@ def _check_data(job: Job, splits: DataSplits, model: nn.Module) -> None:
         optimizer_of(model, config)
         layout_of(model, config)
         batches_of(len(splits.train), config.batch_size, job.processes.size)
+        for split in (splits.train, splits.validation):
+            if split is not None:
+                split.decode()  # all of them will be looked at
 
 
 def _check_search(job: Job, splits: DataSplits) -> None:

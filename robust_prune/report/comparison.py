@@ -35,7 +35,7 @@ def to_comparison_html(record: Mapping[str, Any]) -> str:
             cost=cost_by_model(found),
             curve=curve_table(found),
             widths=width_table(found),
-            notes=_flags(found),
+            notes=(*found.get("notes", ()), *_flags(found)),
             examples=[_checked(one) for one in found["examples"]],
             **plots_of,
         )

@@ -107,6 +107,52 @@ def test_what_lies_in_front_of_a_group_is_computed_once_for_all_points(
     assert short < 0.7 * whole
 
 
+class LeavesBehind(nn.Module):
+    """What a layer gave in front is read behind, past the modules between; by a hook or not."""
+
+    def __init__(self, hook: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+        self.left: dict[str, torch.Tensor] = {}
+        inner = nn.Sequential(self.block)
+        if hook:
+            inner.register_forward_hook(lambda m, x, y: self.left.update(x=y))
+        else:
+            self.block.register_forward_hook(lambda m, x, y: self.left.update(x=y))
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, 10]."""
+        y = self.inner(self.stem(x).relu())
+        z: torch.Tensor = self.third(self.second(y.relu()).relu()) + self.left["x"]
+        logits: torch.Tensor = self.fc(z.relu().mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_what_modules_in_front_leave_behind_is_that_of_the_same_pass(
+    hook: bool, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel
+) -> None:
+    torch.manual_seed(0)
+    model = LeavesBehind(hook).eval()
+    adversarial = adversarial_set(model, images, labels, threat=threat, steps=1)
+    graph = ModelGraph(model, SIZE)
+    scores = channel_scores(model, graph, score="l2")
+    curves = structural_curves(model, graph, scores, adversarial, shares=(0.25, 0.5, 0.75))
+    base = adversarial_loss(model, adversarial)
+    assert len(curves) > 1
+    for name, curve in curves.items():
+        for share, rise in zip(curve.shares, curve.rises, strict=True):
+            gone = torch.zeros(8, dtype=torch.bool)
+            gone[scores[name].argsort(stable=True)[: round(8 * share)]] = True
+            with masked(model, graph, name, gone):
+                assert rise == adversarial_loss(model, adversarial) - base, name
+
+
 def test_masking_puts_every_weight_back_even_after_an_error() -> None:
     model = tiny_resnet()
     graph = ModelGraph(model, SIZE)

@@ -416,6 +416,27 @@ def test_of_images_in_memory_only_those_asked_for_are_decoded_and_each_once() ->
     assert torch.equal(images, data.images[places])
 
 
+def test_a_damaged_image_is_found_when_all_are_decoded() -> None:
+    class Damaged(Counting):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == 7:
+                raise DataError("b/7.png: can't be read")
+            return super().__getitem__(index)
+
+    data = Damaged(2000, plain=2000)
+    split = Split(data, in_memory=True)
+    split.take(4, seed=0)
+    with pytest.raises(DataError, match=r"7\.png"):
+        split.decode()
+    Split(data, in_memory=False).decode()  # read by workers as it is wanted
+
+
+def test_a_split_without_images_gives_no_batch() -> None:
+    split = Split(Counting(0, plain=0), in_memory=True)
+    with pytest.raises(DataError, match="holds no images"):
+        list(split.batches(4))
+
+
 def test_bytes_give_way_to_floats_where_a_later_image_needs_them() -> None:
     data = Counting(600, plain=550)
     split = Split(data, in_memory=True)

@@ -128,7 +128,9 @@ def test_the_best_epoch_is_kept_and_the_last_is_not(digits: DataSplits) -> None:
 def test_bfloat16_is_used_by_itself_where_it_is_native_and_said_to_be_emulated_elsewhere(
     native: bool, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": native}
+    )
     some = as_split(digits.train.take(8, 0))
 
     def how(**options: bool) -> str:

@@ -41,10 +41,13 @@ def test_weights_lie_as_before_even_after_an_error() -> None:
 
 
 def test_what_is_written_meanwhile_stays() -> None:
-    layer = nn.Conv2d(3, 4, 3)
+    layer = nn.Conv2d(3, 4, 3).share_memory()
+    place = layer.weight.data_ptr()
     with channels_last(layer), torch.no_grad():
         layer.weight.copy_(torch.arange(108.0).view(4, 3, 3, 3))
     assert torch.equal(layer.weight.detach().flatten(), torch.arange(108.0))
+    assert layer.weight.data_ptr() == place
+    assert layer.weight.is_shared()
 
 
 def test_only_models_that_stay_the_same_take_it() -> None:

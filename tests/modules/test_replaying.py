@@ -110,6 +110,47 @@ def test_outer_modules_are_kept_first_and_no_more_than_may_be() -> None:
 
 
 @torch.no_grad()
+def test_a_view_counts_as_all_that_it_holds() -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            """Return the first of 256 copies."""
+            return x.repeat(1, 256, 1, 1)[:, :3]
+
+    model = nn.Sequential(Part(), nn.Conv2d(3, 4, 3))
+    image = torch.rand(1, 3, 8, 8)
+    replay = Replay(model, 4 * 3 * 64 * 256)
+    replay.look_at(image, 1)
+    assert "0" in replay._kept
+    replay = Replay(model, 4 * 3 * 64 * 256 - 1)
+    replay.look_at(image, 1)
+    assert replay._kept == {"1"}
+
+
+@torch.no_grad()
+def test_a_module_that_only_the_changed_pass_runs_again_is_run() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Run the stem again where the second layer gives nothing."""
+            y: Tensor = self.second(self.stem(x))
+            return y if y.abs().max() > 0 else self.stem(2 * x)  # type: ignore[no-any-return]
+
+    model = Again()
+    images = torch.rand(2, 3, 4, 4)
+    replay = Replay(model, PLENTY)
+    replay.look_at(images[:1], 2)
+    replay.record(images)
+    for parameter in model.second.parameters():
+        parameter.zero_()
+    with replay.before(["second"]):
+        found = model(images)
+    assert torch.equal(found, model(images))
+
+
+@torch.no_grad()
 def test_nothing_is_given_again_after_a_pass_is_forgotten() -> None:
     model = resnet().eval()
     images = torch.rand(2, 3, 32, 32)
