@@ -25,9 +25,13 @@ from robust_prune.types import Evaluation, Measurement, ThreatModel
 
 # Everything in 8 bits is fastest. Where logits are then off by more than CLOSE, as with layer
 # norms and softmax, only products are: convolutions, linear layers, matrix products.
-KINDS: dict[str, tuple[str, ...] | None] = {
-    "all operators": None,
-    "products alone": ("Conv", "Gemm", "MatMul"),
+# Processors without VNNI add two products in 16 bits, which saturate: weights then take 7 bits.
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+KINDS: dict[str, tuple[tuple[str, ...] | None, bool]] = {  # operators, and whether in 7 bits
+    "all operators": (None, False),
+    "all operators, weights in 7 bits": (None, True),
+    "products alone": (PRODUCTS, False),
+    "products alone, weights in 7 bits": (PRODUCTS, True),
 }
 CLOSE = 0.1
 BATCH = 32
@@ -40,8 +44,8 @@ class Quantised:
 
     `error` is that of the logits on the calibration images, relative to how they spread over
     images; `agreement` the share of these images with the same class. `quantised` says whether all
-    operators or the products alone have 8 bits. `latency_ms` has milliseconds by batch of the
-    module (`torch`), of the float file (`onnx`) and of this one (`int8`), by turns.
+    operators or the products alone have 8 bits, and weights 7. `latency_ms` has milliseconds by
+    batch of the module (`torch`), of the float file (`onnx`) and of this one (`int8`), by turns.
     """
 
     path: Path
@@ -201,7 +205,7 @@ def _autoattacked(
 def _closest(
     model: nn.Module, whole: Path, images: Tensor, folder: Path
 ) -> tuple[Path, str, float, float]:
-    """Quantise everything, or products alone where that is nearer to the model by far.
+    """Quantise everything; weights in 7 bits, or products alone, where that is nearer by far.
 
     Returns:
         The file, what has 8 bits, and its error and agreement on the images.
@@ -209,9 +213,9 @@ def _closest(
     with torch.no_grad():
         exact = torch.cat([model(part) for part in torch.split(images, BATCH)])
     found: list[tuple[Path, str, float, float]] = []
-    for name, kinds in KINDS.items():
+    for name, (kinds, reduced) in KINDS.items():
         draft = folder / f"{len(found)}.onnx"
-        _quantise(whole, draft, images, kinds)
+        _quantise(whole, draft, images, kinds, reduced)
         runtime = OnnxModel(draft)
         logits = torch.cat([runtime(part) for part in torch.split(images, BATCH)])
         spread = (exact - exact.mean(0)).norm() if len(exact) > 1 else exact.norm()
@@ -223,7 +227,9 @@ def _closest(
     return min(found, key=lambda one: one[2])
 
 
-def _quantise(whole: Path, draft: Path, images: Tensor, kinds: Sequence[str] | None) -> None:
+def _quantise(
+    whole: Path, draft: Path, images: Tensor, kinds: Sequence[str] | None, reduced: bool
+) -> None:
     """Write the quantised file, after folding what ONNX Runtime folds.
 
     Raises:
@@ -251,6 +257,7 @@ def _quantise(whole: Path, draft: Path, images: Tensor, kinds: Sequence[str] | N
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
+            reduce_range=reduced,
             op_types_to_quantize=None if kinds is None else list(kinds),
         )
     except Exception as fault:

@@ -63,6 +63,7 @@ def compare(
     from robust_prune import comparing as room
     from robust_prune import report
     from robust_prune.files import write_text
+    from robust_prune.pipeline import eval_images
     from robust_prune.types import to_plain
 
     device = pick_device(running)
@@ -79,7 +80,7 @@ def compare(
         splits,
         threat=threat_model(threat, known),
         attack=comparing.evaluation,
-        n="auto" if comparing.n_eval == AUTO else comparing.n_eval,
+        n="auto" if comparing.n_eval == AUTO else eval_images(comparing.n_eval, device),
         margin=comparing.margin,
         seed=running.seed,
         batches=room.BATCHES if comparing.batches is None else comparing.batches,
@@ -89,6 +90,20 @@ def compare(
         class_names=splits.source.get("class_names"),
         on_progress=lambda line: output.line(f"  {line}"),
     )
+    _show(output, found)
+    out.mkdir(parents=True, exist_ok=True)
+    plain = to_plain(found)
+    write_text(document, report.to_json(plain))
+    write_text(page, report.to_comparison_html(plain))
+    for path in (document, page):
+        output.result(f"wrote {path}")
+    output.document({"files": {"json": str(document), "html": str(page)}, "comparison": plain})
+
+
+def _show(output: Output, found: Mapping[str, Any]) -> None:
+    """Print accuracy, cost and notes."""
+    from robust_prune import report
+
     for table in (report.accuracy_by_model(found), report.cost_by_model(found)):
         output.table(
             f"{table.label}: {report.comparison_line(found)}"
@@ -99,13 +114,6 @@ def compare(
         )
     for note in found["notes"]:
         output.note(note)
-    out.mkdir(parents=True, exist_ok=True)
-    plain = to_plain(found)
-    write_text(document, report.to_json(plain))
-    write_text(page, report.to_comparison_html(plain))
-    for path in (document, page):
-        output.result(f"wrote {path}")
-    output.document({"files": {"json": str(document), "html": str(page)}, "comparison": plain})
 
 
 def _names(models: Sequence[str]) -> dict[str, str]:

@@ -233,9 +233,9 @@ class EvaluationOptions(Options):
     )
     margin: float = option(
         2.0,
-        "With --n-eval auto: 200 images and then twice as many, until the drop of the pruned model "
-        "(of one model: its accuracy) is known to so many percentage points, half of a 95 % "
-        "interval.",
+        "With --n-eval auto: 200 images and then twice as many, until the drop against the dense "
+        "or first model (of one model: its accuracy) is known to so many percentage points, half "
+        "of a 95 % interval.",
         within=Range(0, 50, "low"),
     )
 
@@ -265,25 +265,12 @@ class QuantisingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparingOptions(Options):
+class ComparingOptions(EvaluationOptions):
     """How several models are measured side by side."""
 
     panel = "Comparison"
 
     evaluation: Judge = option("pgd", "Strongest attack on all models.", flag="--eval")
-    n_eval: int = option(
-        200,
-        "Test images, the same for all. With auto as many as --margin takes.",
-        parse=number_or_auto("n eval"),
-        metavar="NUMBER",
-        within=Range(low=AUTO),
-    )
-    margin: float = option(
-        2.0,
-        "With --n-eval auto: 200 images and then twice as many, until the drop of every model "
-        "against the first is known to so many percentage points, half of a 95 % interval.",
-        within=Range(0, 50, "low"),
-    )
     batches: tuple[int, ...] | None = option(
         None,
         "Sizes of batches to time; default 1,16,64, and 0 for no timing.",
