@@ -58,13 +58,14 @@ class Effort:
     cut_short: bool
 
 
-def effort_with_data(asked: int | None, macs: int, cpu: bool) -> Effort:
+def effort_with_data(asked: int | None, macs: int, cpu: bool, large: bool = False) -> Effort:
     """Return what images of the model's own kind are worth.
 
     Args:
         asked: images to measure on; None for as many as end in minutes on a CPU.
         macs: multiply-adds of the model for one image.
         cpu: whether the model runs on one.
+        large: whether copies of the model are too much for memory.
     """
     images = asked or CALIBRATION_IMAGES
     if asked is None and cpu:
@@ -81,7 +82,7 @@ def effort_with_data(asked: int | None, macs: int, cpu: bool) -> Effort:
         search_steps=STEPS,
         caps=CAPS,
         batch_size=64,
-        stand_in=True,
+        stand_in=not large,
         cut_short=asked is None and images < CALIBRATION_IMAGES,
     )
 

@@ -168,7 +168,7 @@ def _attacked(
             before.adversarial, labels, settings.threat, name, settings.seed, batch_size
         )
     return adversarial_set(
-        quick(model, images) if effort.stand_in and not is_large(model) else model,
+        quick(model, images) if effort.stand_in else model,
         images,
         labels,
         threat=settings.threat,
@@ -223,7 +223,8 @@ def effort_of(
     asked, macs = settings.calibration_images, graph.cost().macs
     if not with_data:
         return effort_with_stand_ins(asked, macs, input_size[1] * input_size[2])
-    return effort_with_data(asked, macs, device_of(graph.model).type == "cpu")
+    on_cpu = device_of(graph.model).type == "cpu"
+    return effort_with_data(asked, macs, on_cpu, is_large(graph.model))
 
 
 def _reconstruction(

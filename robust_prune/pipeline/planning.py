@@ -224,7 +224,7 @@ def _best(
         steps=effort.search_steps,
         seed=settings.seed,
         batch_size=min(effort.batch_size, settings.batch_size),
-        stand_in=effort.stand_in and not is_large(graph.model),
+        stand_in=effort.stand_in,
         repair_=repair_,
         on_best=keep,
     )

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-# inputs [rows, in], outputs [rows, out], weights [out, in], ridge: the error before, new weights
-Solver = Callable[[Tensor, Tensor, Tensor, float], tuple[float, Tensor | None]]
 
 
 def solved(x: Tensor, y: Tensor, old: Tensor, ridge: float) -> tuple[float, Tensor | None]:
