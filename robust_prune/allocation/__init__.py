@@ -1,6 +1,7 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
 from robust_prune.allocation.bisection import ratio_for
+from robust_prune.allocation.blocks import without, worth_removing
 from robust_prune.allocation.capacity import allocate_by_capacity, log_capacity
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
@@ -41,4 +42,6 @@ __all__ = [
     "passes_of",
     "ratio_for",
     "width_after",
+    "without",
+    "worth_removing",
 ]

@@ -24,6 +24,7 @@ def make_plan(
     notes: Sequence[str] = (),
     ties: Sequence[tuple[str, str]] = (),
     whole_heads: bool = False,
+    blocks: Sequence[str] = (),
 ) -> PruningPlan:
     """Return the plan that keeps the best-scored units of every group.
 
@@ -42,6 +43,7 @@ def make_plan(
         notes: what the user should not miss.
         ties: `tensor:dim` pairs that the code couples silently.
         whole_heads: heads of attentions go as a whole.
+        blocks: those that go whole, by name.
     """
     budget = problem.budget
     dense, pruned = problem.cost({}), problem.cost(widths)
@@ -69,6 +71,7 @@ def make_plan(
         notes=tuple(notes),
         ties=tuple(ties),
         whole_heads=whole_heads,
+        blocks=tuple(blocks),
     )
     lines = [_asked_too(plan, other) for other in problem.also]
     miss = plan.reached - budget.prune_ratio
@@ -103,6 +106,8 @@ def _keep(group: ChannelGroup, units: int, scores: Sequence[float]) -> tuple[int
 
 
 def _note(problem: Problem, group: ChannelGroup, width: int) -> str:
+    if not width:
+        return "its block goes whole"
     if group.name in problem.fixed:
         gone = 1 - width / group.width
         return f"{100 * gone:.1f} % gone, as asked of its layers"

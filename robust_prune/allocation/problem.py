@@ -112,7 +112,9 @@ class Problem:
 
     def width(self, group: ChannelGroup, prune_ratio: float) -> int:
         """Return the width that is left of a group without this share of its units."""
-        return self.fixed.get(group.name) or width_after(group, prune_ratio, self.round_to)
+        if group.name in self.fixed:
+            return self.fixed[group.name]
+        return width_after(group, prune_ratio, self.round_to)
 
     def check_reach(self, narrowest: Mapping[str, int]) -> None:
         """Raise BudgetError if even these widths cost more than the budget leaves."""

@@ -1,8 +1,10 @@
 """What a channel, a layer and a group are worth: scores, MRS and curves."""
 
+from robust_prune.criteria.blocks import block_rises, branch_means
 from robust_prune.criteria.curves import (
     FEWEST_IMAGES,
     IMAGE_PASSES,
+    MOST_IMAGES,
     masked,
     removal_prices,
     structural_curves,
@@ -18,10 +20,13 @@ __all__ = [
     "ChannelImportance",
     "FEWEST_IMAGES",
     "IMAGE_PASSES",
+    "MOST_IMAGES",
     "LimitedScores",
     "RHO",
     "STAYS",
     "ascent",
+    "block_rises",
+    "branch_means",
     "channel_scores",
     "first_order",
     "masked",

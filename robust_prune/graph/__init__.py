@@ -1,6 +1,7 @@
 """Which channels go together, what they cost, and cutting them."""
 
 from robust_prune.graph.applying import mask_, prune_
+from robust_prune.graph.blocks import Block, branch_sum
 from robust_prune.graph.costs import count_cost, weight_of
 from robust_prune.graph.dependency import DependencyGraph, Importance
 from robust_prune.graph.graph import ModelGraph
@@ -14,6 +15,7 @@ from robust_prune.graph.wiring import MIN_WIDTH
 
 __all__ = [
     "Atoms",
+    "Block",
     "DependencyGraph",
     "Group",
     "Groups",
@@ -22,6 +24,7 @@ __all__ = [
     "ModelGraph",
     "Slot",
     "adapter",
+    "branch_sum",
     "check_pruned",
     "compress",
     "count_cost",

@@ -63,6 +63,21 @@ class TensorCost:
 
 
 @dataclass(frozen=True)
+class EmptyCost:
+    """What goes with a block whose branch goes whole.
+
+    Attributes:
+        groups: that lie inside of it, and keep nothing.
+        inside: names of the tensors that go.
+        constant: the tensor that comes.
+    """
+
+    groups: tuple[str, ...]
+    inside: frozenset[str]
+    constant: TensorCost
+
+
+@dataclass(frozen=True)
 class WorkCost:
     """What a model costs as a function of its widths: its parameters, and products beside them.
 
@@ -73,9 +88,14 @@ class WorkCost:
     tensors: tuple[TensorCost, ...]
     products: tuple[Use, ...]
 
-    def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
-        """Return (multiply-adds, parameters) when groups lose this many units."""
-        macs, params = self.of_weights(dropped)
+    def at(self, dropped: Mapping[str, int], empty: Iterable[EmptyCost] = ()) -> tuple[int, int]:
+        """Return (multiply-adds, parameters) when groups lose this many units.
+
+        Args:
+            dropped: by group.
+            empty: blocks that go whole, with all units of their groups.
+        """
+        macs, params = self.of_weights(dropped, empty)
         return macs + sum(times_at(use, dropped) for use in self.products), params
 
     def layers(self, dropped: Mapping[str, int]) -> dict[str, int]:
@@ -90,12 +110,17 @@ class WorkCost:
                 found[layer] = found.get(layer, 0) + tensor.at(dropped)[1]
         return found
 
-    def of_weights(self, dropped: Mapping[str, int]) -> tuple[int, int]:
+    def of_weights(
+        self, dropped: Mapping[str, int], empty: Iterable[EmptyCost] = ()
+    ) -> tuple[int, int]:
         """Return the same without the products, as plans of earlier versions count."""
         macs = params = 0
-        for tensor in self.tensors:
-            m, p = tensor.at(dropped)
-            macs, params = macs + m, params + p
+        empty = tuple(empty)
+        gone = frozenset[str]().union(*(block.inside for block in empty))
+        for tensor in (*self.tensors, *(block.constant for block in empty)):
+            if tensor.name not in gone:
+                m, p = tensor.at(dropped)
+                macs, params = macs + m, params + p
         return macs, params
 
 

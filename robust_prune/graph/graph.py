@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.errors import PlanError
-from robust_prune.graph.costs import TensorCost, Use, WorkCost, count_cost, example_image, weight_of
+from robust_prune.graph.blocks import IMAGES, Block, empty_blocks_, find_blocks
+from robust_prune.graph.costs import EmptyCost, count_cost, example_image, weight_of
+from robust_prune.graph.counting import check_counts, work_cost
 from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
@@ -21,7 +23,7 @@ from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.naming import matching, ratios_by_group
 from robust_prune.graph.probing import wired
-from robust_prune.graph.tracing import Count, Slot
+from robust_prune.graph.tracing import Slot
 from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import MIN_WIDTH
 from robust_prune.modules import (
@@ -118,7 +120,8 @@ class ModelGraph:
             )
         )
         self._by_name = {group.name: group for group in self.groups}
-        self._costs = self._work_costs(net)
+        self._costs = work_cost(net, wiring)
+        self._protected = frozenset(protected)
 
     def ratios_by_group(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return by group the share of its channels that patterns of layers ask for."""
@@ -147,13 +150,43 @@ class ModelGraph:
     def cost(self, widths: Mapping[str, int] | None = None) -> Cost:
         """Return the exact cost when groups have these widths; missing ones stay whole."""
         widths = widths or {}
-        macs, params = self._costs.at(self._units_gone(widths))
+        macs, params = self._costs.at(self._units_gone(widths), self._costs_of_empty(widths))
         channels = sum(widths.get(group.name, group.width) for group in self.groups)
         return Cost(macs, params, channels)
 
     def layers(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Return how many weights each layer that groups touch has at these widths."""
         return self._costs.layers(self._units_gone(widths))
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Residual blocks that can go whole; found by running them when first asked.
+
+        None of them has a protected layer. A plan that keeps no channel of a block's groups leaves
+        the block empty.
+        """
+        net = network_of(self.model)
+        image = torch.cat([example_image(net, self.input_size)] * IMAGES)
+        with checked(self.input_size), evaluating(net):
+            found = find_blocks(net, self._wiring, self._costs, lambda: net(image))
+        stay = self._protected
+        return tuple(b for b in found if not any(n.startswith(f"{b.name}.") for n in stay))
+
+    def empty_blocks(self, widths: Mapping[str, int]) -> tuple[Block, ...]:
+        """Return the blocks whose groups keep nothing at these widths; PlanError for others."""
+        none = {name for name, width in widths.items() if not width}
+        if not none:
+            return ()
+        found = tuple(block for block in self.blocks if none.issuperset(block.groups))
+        if left := none.difference(*(block.groups for block in found)):
+            raise PlanError(
+                f"nothing is kept of {min(left)!r}, which is no residual block of this model "
+                f"that can go whole ({len(self.blocks)} can): keep at least one channel of it"
+            )
+        return found
+
+    def _costs_of_empty(self, widths: Mapping[str, int]) -> list[EmptyCost]:
+        return [block.cost for block in self.empty_blocks(widths)]
 
     def _units_gone(self, widths: Mapping[str, int]) -> dict[str, int]:
         return {
@@ -199,18 +232,14 @@ class ModelGraph:
                     f"the plan keeps channels of {item.name!r} that {group.blocks} blocks (of a "
                     "grouped convolution) or heads (of an attention) can't keep apart"
                 )
+        if {block.name for block in self.empty_blocks(widths)} != set(plan.blocks):
+            raise PlanError(f"the plan leaves other blocks empty than it says: {plan.blocks}")
         counted = self.cost(), self.cost(widths)
-        by_weights = (self._costs.of_weights(self._units_gone(w)) for w in ({}, widths))
-        sides = zip(
-            ("dense", "pruned"), (plan.dense, plan.pruned), counted, by_weights, strict=True
-        )
-        for what, theirs, mine, old in sides:
-            if (theirs.macs, theirs.params) not in ((mine.macs, mine.params), old):
-                raise PlanError(
-                    f"the plan says {theirs.macs:,} multiply-adds and {theirs.params:,} parameters "
-                    f"for the {what} model, this one has {mine.macs:,} and {mine.params:,}; was it "
-                    "made for another network or image size, or edited by hand?"
-                )
+        by_weights = [
+            self._costs.of_weights(self._units_gone(w), self._costs_of_empty(w))
+            for w in ({}, widths)
+        ]
+        check_counts(plan, counted, by_weights)
         return widths
 
     def recounted(self, plan: PruningPlan) -> PruningPlan:
@@ -242,9 +271,13 @@ class ModelGraph:
                 found[item.name] = gone
         return found
 
+    def _narrowed(self, plan: PruningPlan) -> dict[str, Tensor]:
+        """Return the same but groups of blocks that go whole."""
+        return {g: gone for g, gone in self.dropped(plan).items() if not bool(gone.all())}
+
     def scaled_rows(self, plan: PruningPlan) -> dict[str, list[tuple[Tensor, float]]]:
         """Return by tensor the rows (dense indices) that pruning multiplies, and by what."""
-        dropped = self.dropped(plan)
+        dropped = self._narrowed(plan)
         stays = {name: int((~gone).sum()) / len(gone) for name, gone in dropped.items()}
         return self._wiring.scaled_rows(stays)
 
@@ -268,7 +301,11 @@ class ModelGraph:
         if plan is not recorded:
             logger.warning("plan %s: %s", plan.digest, plan.notes[-1])
         net = network_of(model)
-        whole.remove_(self.dropped(plan))
+        whole.remove_(self._narrowed(plan))
+        if empty := self.empty_blocks(plan.widths):
+            slots = {g: [whole.slot(g, s) for s in self.slots(g)] for b in empty for g in b.groups}
+            images = torch.cat([example_image(net, plan.input_size)] * IMAGES)
+            empty_blocks_(net, empty, slots, lambda: net(images))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)
@@ -281,45 +318,10 @@ class ModelGraph:
 
     def names_after(self, plan: PruningPlan) -> dict[str, str]:
         """Return, by the name that each group has once the plan is applied, its name here."""
-        return self._wiring.names_after(self.dropped(plan))
+        names = self._wiring.names_after(self._narrowed(plan))
+        return {now: name for now, name in names.items() if plan.widths.get(name, 1)}
 
     def mask_(self, plan: PruningPlan) -> None:
         """Silence the channels that `plan` drops, in place."""
         self.check(plan)
         silence_(network_of(self.model), self._wiring, self.dropped(plan))
-
-    def _work_costs(self, net: nn.Module) -> WorkCost:
-        shares: dict[str, list[tuple[int, str, int]]] = {}
-        for group in self.groups:
-            for slot in self._wiring.slots[group.name]:
-                each = len(slot.indices) // group.units
-                shares.setdefault(slot.tensor, []).append((slot.dim, group.name, each))
-        names = self._wiring.names
-
-        def shrinking(times: int, counts: Sequence[Count]) -> Use:
-            sizes = tuple(
-                (
-                    count.value,
-                    tuple(
-                        (names[g], len(units) // self._by_name[names[g]].units)
-                        for g, _, units in count.where
-                        if names.get(g) in self._by_name
-                    ),
-                )
-                for count in counts
-            )
-            return times, tuple(size for size in sizes if size[1])
-
-        coupling = self._wiring.coupling
-        tensors = tuple(
-            TensorCost(
-                name,
-                tuple(p.shape),
-                tuple(shares.get(name, ())),
-                tuple(shrinking(*use) for use in coupling.uses.get(name, ())),
-            )
-            for name, p in net.named_parameters()
-        )
-        products = [shrinking(*use) for use in coupling.products]
-        fixed = sum(times for times, sizes in products if not sizes)
-        return WorkCost(tensors, ((fixed, ()), *(use for use in products if use[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,11 @@ def silence_(net: nn.Module, wiring: Wiring, dropped: Mapping[str, Tensor]) -> N
             module.register_forward_hook(_Leave(statistics.running))
         net.__class__ = type(f"Masked{type(net).__name__}", (_Masked, type(net)), {})
         net._statistics = statistics  # type: ignore[assignment]
+
+
+def with_statistics(net: nn.Module) -> AbstractContextManager[Any]:
+    """Let parts of a silenced network run as they do inside of it."""
+    return _KeptChannels(net._statistics) if isinstance(net, _Masked) else nullcontext()
 
 
 @dataclass

@@ -49,6 +49,13 @@ class Layer:
             sizes[side] -= channels * dropped.get(group, 0)
         return max(sizes[0], 1), max(sizes[1], 1)
 
+    def goes(self, dropped: Mapping[str, int]) -> bool:
+        """Return whether nothing is left to compute when groups lose this many units."""
+        left = list(self.sizes)
+        for side, group, channels in self.shares:
+            left[side] -= channels * dropped.get(group, 0)
+        return min(left) <= 0
+
 
 @dataclass(frozen=True)
 class Table:
@@ -89,6 +96,8 @@ class LatencyModel:
         dropped = self._dropped(widths)
         layers = written = 0.0
         for layer, table in self.layers:
+            if layer.goes(dropped):
+                continue
             outputs, inputs = layer.at(dropped)
             layers += layer.calls * table.at(outputs, inputs)
             written += self._positions[layer.name] * outputs
@@ -98,7 +107,8 @@ class LatencyModel:
         """Return the milliseconds of every layer when groups have these widths."""
         dropped = self._dropped(widths)
         return {
-            layer.name: layer.calls * table.at(*layer.at(dropped)) for layer, table in self.layers
+            layer.name: 0.0 if layer.goes(dropped) else layer.calls * table.at(*layer.at(dropped))
+            for layer, table in self.layers
         }
 
     @cached_property

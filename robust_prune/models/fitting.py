@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from robust_prune.errors import ModelError, first_line, out_of_memory
 from robust_prune.models.builders import default_input_size
 from robust_prune.models.matching import needed
-from robust_prune.modules import Fields, ImageModel, evaluating, fit_, set_fields_
+from robust_prune.modules import (
+    EmptyForm,
+    Fields,
+    ImageModel,
+    empty_,
+    evaluating,
+    fit_,
+    set_fields_,
+)
 
 LARGEST_TRIED = 1024  # pixels of a side, where a file says the size of its images
 RUN_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ZeroDivisionError)
@@ -71,8 +79,15 @@ def check_names(path: Path, missing: Sequence[str], unexpected: Sequence[str]) -
         )
 
 
-def refill_(net: nn.Module, path: Path, state: Mapping[str, Tensor], fields: Fields) -> None:
+def refill_(
+    net: nn.Module,
+    path: Path,
+    state: Mapping[str, Tensor],
+    fields: Fields,
+    empty: Mapping[str, EmptyForm],
+) -> None:
     """Put widths, the numbers that follow them, and weights into a network, as we stored them."""
+    empty_(net, empty)
     fit_(net, state)
     set_fields_(net, fields)
     fill_(net, path, state)

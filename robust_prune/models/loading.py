@@ -40,6 +40,7 @@ from robust_prune.models.reading import ModelFile, read
 from robust_prune.models.weights import take
 from robust_prune.modules import (
     ImageModel,
+    empty_forms,
     fields_of,
     image_channels,
     make_contiguous_,
@@ -99,7 +100,8 @@ def _loaded(
         if model is None:
             _check_arch(found.path, found.manifest.spec, given.arch)
             return _from_manifest(found, found.manifest), record
-        refill_(network_of(model), found.path, found.content.tensors, found.manifest.fields)
+        given_net, stored = network_of(model), found.manifest
+        refill_(given_net, found.path, found.content.tensors, stored.fields, stored.empty)
         if found.manifest.spec.mean and not isinstance(model, ImageModel):
             model = ImageModel(model, found.manifest.spec)
         return model, record
@@ -161,6 +163,7 @@ def save(
         **to_plain(dict(record or {})),
         "model": to_plain(spec_of(model)),
         "fields": fields_of(network_of(model)),
+        **({"empty": forms} if (forms := empty_forms(network_of(model))) else {}),
         "versions": library_versions(),
     }
     return write(path, network_of(model).state_dict(), manifest)
@@ -185,9 +188,10 @@ def _from_manifest(found: ModelFile, manifest: Manifest) -> nn.Module:
         with bounded(found.content):
             model = build_model(spec)
         check_stored_widths(model, found.path, found.content.tensors)
-        refill_(model.net, found.path, found.content.tensors, manifest.fields)
+        tensors = found.content.tensors
+        refill_(model.net, found.path, tensors, manifest.fields, manifest.empty)
         check_classes(model)
-        if manifest.fields:
+        if manifest.fields or manifest.empty:
             check_runs(model)
     except ModelError as error:
         if str(error).startswith(str(found.path)):
@@ -200,7 +204,7 @@ def _into_own_class(model: nn.Module, found: ModelFile) -> tuple[nn.Module, tupl
     """Fill an instance of the user's class, behind the normalisation that the file has."""
     net = network_of(model)
     weights = take(found.path, found.content, net.state_dict())
-    refill_(net, found.path, weights.state, {})
+    refill_(net, found.path, weights.state, {}, {})
     normalisation = weights.normalisation
     if normalisation is None or isinstance(model, ImageModel):
         return model, weights.notes

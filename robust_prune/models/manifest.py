@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robust_prune.errors import ModelError, UsageError, first_line
 from robust_prune.files import atomic, write_tensors
-from robust_prune.modules import Fields
+from robust_prune.modules import TAILS, EmptyForm, Fields
 from robust_prune.types import ModelSpec, ThreatModel
 from robust_prune.untrusted import parse_json
 
@@ -54,12 +54,19 @@ class _Data(msgspec.Struct):
     split_seed: Count = 0
 
 
+class _Empty(msgspec.Struct, forbid_unknown_fields=True):
+    skip: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    tail: Literal[tuple(TAILS)] = ""  # type: ignore[valid-type]
+    last: bool = False
+
+
 class _Manifest(msgspec.Struct):
     """Fields that are read again; what a report holds besides is only shown."""
 
     schema: Literal["robust-prune/model/1"]
     model: _Model
     fields: dict[str, dict[str, Number | list[int]]] = {}
+    empty: dict[Name, _Empty] = {}
     versions: dict[str, str] = {}
     threat: _Threat | None = None
     data: _Data | None = None
@@ -68,10 +75,14 @@ class _Manifest(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that has been checked: how to build the network, and the record as stored."""
+    """A manifest that has been checked: how to build the network, and the record as stored.
+
+    `fields` are the numbers that pruning has changed in modules, `empty` the blocks without branch.
+    """
 
     spec: ModelSpec
     fields: Fields
+    empty: Mapping[str, EmptyForm]
     record: Mapping[str, Any]
 
 
@@ -90,7 +101,8 @@ def parse_manifest(path: Path, text: str) -> Manifest:
                 f"{path}: schema {str(record['schema'])[:100]!r}; this version reads {SCHEMA!r}"
             )
         found = msgspec.convert(record, _Manifest)
-        return Manifest(_spec(found.model), _fields(found.fields), _usable(found, record))
+        empty = {name: EmptyForm(e.skip, e.tail, e.last) for name, e in found.empty.items()}
+        return Manifest(_spec(found.model), _fields(found.fields), empty, _usable(found, record))
     except (ValueError, RecursionError, UsageError) as error:
         raise ModelError(f"{path}: its manifest is malformed: {first_line(error)}") from None
 

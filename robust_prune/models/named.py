@@ -106,7 +106,7 @@ def by_arch(found: ModelFile, manifest: Manifest, given: Given) -> nn.Module:
             arch, kwargs, cifar_stem=given.cifar_stem, mean=given.mean, std=given.std
         )
         model = build_model(spec)
-    refill_(model.net, found.path, tensors, manifest.fields)
+    refill_(model.net, found.path, tensors, manifest.fields, manifest.empty)
     return model
 
 

@@ -17,6 +17,15 @@ from robust_prune.modules.contexts import (
     uncollected,
 )
 from robust_prune.modules.copying import copied, own_, sharing
+from robust_prune.modules.empty_block import (
+    TAILS,
+    EmptyBlock,
+    EmptyForm,
+    empty_,
+    empty_blocks,
+    empty_forms,
+    put_in_,
+)
 from robust_prune.modules.free_memory import images_in_free_memory
 from robust_prune.modules.image_model import ImageModel, image_channels, network_of
 from robust_prune.modules.layout import (
@@ -40,6 +49,7 @@ from robust_prune.modules.resize import (
     Fields,
     fields_of,
     fit_,
+    forget_fields_,
     is_unsaved_constant,
     narrow_,
     set_fields_,
@@ -47,6 +57,14 @@ from robust_prune.modules.resize import (
 from robust_prune.modules.watching import batch_norms, watching
 
 __all__ = [
+    "EmptyBlock",
+    "forget_fields_",
+    "EmptyForm",
+    "TAILS",
+    "empty_",
+    "empty_blocks",
+    "empty_forms",
+    "put_in_",
     "as_memory_allows",
     "predict",
     "difference",

@@ -103,6 +103,14 @@ def fields_of(model: nn.Module) -> Fields:
     return found
 
 
+def forget_fields_(model: nn.Module) -> None:
+    """Remember no numbers of modules that are not there any more."""
+    modules = dict(model.named_modules())
+    left = {layer: values for layer, values in fields_of(model).items() if layer in modules}
+    if left != fields_of(model):
+        setattr(model, KEPT_FIELDS, left)
+
+
 def set_fields_(
     model: nn.Module,
     fields: Mapping[str, Mapping[str, Any]],

@@ -114,6 +114,11 @@ class PlanningOptions(Options):
         within=Range(0, 1, "low high"),
         shown=False,
     )
+    blocks: bool = option(
+        False,
+        "Residual blocks may go whole, where that costs less than channels do; useful with "
+        "--target latency.",
+    )
     whole_heads: bool = option(
         False, "Attentions lose whole heads, not the same dims of every head."
     )

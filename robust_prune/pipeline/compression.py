@@ -16,7 +16,13 @@ from robust_prune.pipeline.drop_search import plan_within_drop
 from robust_prune.pipeline.job import Cut, Job, State, begin
 from robust_prune.pipeline.judging import judge
 from robust_prune.pipeline.keeping import forget, is_kept, keep_weights, load_weights_, once
-from robust_prune.pipeline.measuring import Observed, graph_of, measure, observe
+from robust_prune.pipeline.measuring import (
+    Observed,
+    graph_of,
+    measure,
+    note_branches,
+    observe,
+)
 from robust_prune.pipeline.planning import Planned, plan, problem_of, step_settings
 from robust_prune.pipeline.repairing import prove, repair_
 from robust_prune.pipeline.result import deliver
@@ -94,7 +100,7 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
 
     @functools.cache  # for the plan and for the repair, whichever is still to be done
     def observed() -> Observed:
-        if step == 1 and settings.plan is None and not settings.latency:
+        if step == 1 and settings.plan is None and not (settings.latency or settings.blocks):
             allocate_evenly(problem_of(graph, settings))  # fails before the expensive stations
         return observe(job, graph, settings, quiet=is_kept(job, planning))
 
@@ -125,11 +131,14 @@ def cut_(job: Job, observed: Observed, plan: PruningPlan, settings: Settings, wh
     graph, model, journal = observed.graph, observed.graph.model, job.journal
     whole = copied(model) if settings.prune_steps > 1 else job.dense
     rows = kept_rows(graph, plan)
+    note_branches(observed, plan)
     journal.stage(f"pruning {len(plan.groups)} groups{where}")
     with journal.timed("prune"):
         graph.apply_(plan)
         own_(model, job.dense)
     prove(job, whole, model, plan)
     repair_(job, model, observed, plan, rows, settings)
+    if plan.blocks:
+        journal.note(f"residual blocks that went whole: {', '.join(plan.blocks)}")
     for line in plan.notes:
         journal.note(line)

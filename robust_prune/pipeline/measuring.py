@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set, quick
 from robust_prune.criteria import (
+    MOST_IMAGES,
+    block_rises,
+    branch_means,
     calibration_images,
     channel_scores,
     measure_mrs,
@@ -29,7 +32,7 @@ from robust_prune.pipeline.stored import Stored, key_of, store, stored
 from robust_prune.pipeline.timing import latency_of
 from robust_prune.registry import ALLOCATIONS
 from robust_prune.repair import Reconstruction, Repaired
-from robust_prune.types import Curve, Sensitivity
+from robust_prune.types import Curve, PruningPlan, Sensitivity
 
 Size = tuple[int, int, int]
 
@@ -47,6 +50,7 @@ class Observed:
         adversarial: the same images, attacked.
         reconstruction: what its layers give, for fitting the pruned ones; None where it is not
             asked for.
+        branches: by block that goes whole, the mean [C] of what its branch adds.
         repaired: by digest of its plan, the candidate that won, so that it is not fitted twice.
         key: what a stored measurement must agree with; None where none is asked for.
         stored: what was measured before.
@@ -60,6 +64,7 @@ class Observed:
     labels: Tensor
     adversarial: AdversarialSet
     reconstruction: Reconstruction | None
+    branches: dict[str, Tensor] = field(default_factory=dict)
     repaired: dict[str, Repaired] = field(default_factory=dict)
     key: Mapping[str, Any] | None = None
     stored: Stored | None = None
@@ -70,12 +75,14 @@ class Observed:
 class Measured:
     """What a plan is made of: channel scores [units] and curves, by group, and MRS.
 
-    A plan that is replayed needs no scores, and only allocation by curves needs those.
+    A plan that is replayed needs no scores, and only allocation by curves needs those. `blocks` are
+    loss rises by the groups of residual blocks that may go whole.
     """
 
     scores: Mapping[str, Tensor]
     curves: Mapping[str, Curve]
     sensitivity: Sensitivity
+    blocks: Mapping[tuple[str, ...], float] = field(default_factory=dict)
 
 
 def graph_of(model: nn.Module, input_size: tuple[int, int, int], settings: Settings) -> ModelGraph:
@@ -187,7 +194,8 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
         before = observed.stored
         if before.curves:
             journal.tell(curves=tuple(before.curves.values()))
-        return Measured(before.scores, before.curves, before.sensitivity)
+        blocks = _blocks(observed, settings, journal)
+        return Measured(before.scores, before.curves, before.sensitivity, blocks)
     scores: Mapping[str, Tensor] = {}
     curves: Mapping[str, Curve] = {}
     if settings.plan is None:
@@ -208,12 +216,40 @@ def measure(job: Job, observed: Observed, settings: Settings) -> Measured:
                     without_largest=not observed.splits.in_distribution,
                 )
             journal.tell(curves=tuple(curves.values()))
+    blocks = _blocks(observed, settings, journal)
     with journal.timed("sensitivity"):
         journal.stage(f"module robustness sensitivity: {settings.estimator}")
         sensitivity = measure_mrs(graph, adversarial, settings.estimator, scores)
     if observed.key is not None and settings.measured is not None:
         store(settings.measured, observed.key, adversarial, scores, curves, sensitivity)
-    return Measured(scores, curves, sensitivity)
+    return Measured(scores, curves, sensitivity, blocks)
+
+
+def _blocks(
+    observed: Observed, settings: Settings, journal: Journal
+) -> dict[tuple[str, ...], float]:
+    """Measure what residual blocks are worth as a whole, where they may go."""
+    graph = observed.graph
+    if not settings.blocks or settings.plan is not None:
+        return {}
+    with journal.timed("blocks"):
+        if not graph.blocks:
+            journal.note("no residual block of this model can go whole")
+            return {}
+        journal.stage(f"loss without each of {len(graph.blocks)} blocks")
+        rises = block_rises(graph.model, graph.blocks, observed.adversarial, observed.effort.passes)
+    journal.tell(blocks=rises)
+    return {block.groups: rises[block.name] for block in graph.blocks}
+
+
+def note_branches(observed: Observed, plan: PruningPlan) -> None:
+    """Note what the branches add that a plan takes away; before the model is cut."""
+    graph, fitted = observed.graph, observed.reconstruction
+    empty = graph.empty_blocks(plan.widths)
+    new = [block for block in empty if block.name not in observed.branches]
+    if new:
+        images = observed.adversarial.images if fitted is None else fitted.images
+        observed.branches.update(branch_means(graph.model, new, images[:MOST_IMAGES]))
 
 
 def effort_of(

@@ -16,18 +16,20 @@ from robust_prune.allocation import (
     make_plan,
     passes_of,
     width_after,
+    without,
+    worth_removing,
 )
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph, is_large
 from robust_prune.latency import LatencyModel
 from robust_prune.options import shares
 from robust_prune.pipeline.job import Job
-from robust_prune.pipeline.measuring import Measured, Observed
+from robust_prune.pipeline.measuring import Measured, Observed, note_branches
 from robust_prune.pipeline.record import Candidate, Search
 from robust_prune.pipeline.settings import Settings
 from robust_prune.pipeline.timing import Corrected, price_of, timed, to_time
 from robust_prune.registry import ALLOCATIONS
-from robust_prune.repair import Repaired, kept_rows, recalibrate_batchnorm_
+from robust_prune.repair import Repaired, fill_constants_, kept_rows, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan, Sensitivity
 
 MOST_REASONS = 2  # in a message
@@ -137,6 +139,7 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
             notes=graph.uncounted,
             ties=graph.ties,
             whole_heads=graph.whole_heads,
+            blocks=[block.name for block in graph.empty_blocks(widths)],
         )
 
     evidence = Evidence(by_group, measured.curves, observed.effort.caps)
@@ -150,16 +153,37 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
         single = len(plans) == 1 and rule_decides
         return plans[0] if single else _best(job, observed, plans, settings)
 
+    ways = _ways(problem, measured)
     if observed.latency is None:
-        return best(plans_of(problem))
-    return _in_time(job, graph, observed.latency, problem, plans_of, best)
+        return best([plan for _, plans in _plans(ways, plans_of) for plan in plans])
+    return _in_time(job, graph, observed.latency, ways, plans_of, best)
+
+
+def _ways(problem: Problem, measured: Measured) -> list[Problem]:
+    """Return the problem, and where blocks may go the one without those that are worth least."""
+    gone = worth_removing(problem, measured.curves, measured.blocks) if measured.blocks else []
+    return [problem, *([without(problem, gone)] if gone else [])]
+
+
+def _plans(
+    ways: Sequence[Problem], plans_of: Callable[[Problem], list[PruningPlan]]
+) -> list[tuple[Problem, list[PruningPlan]]]:
+    """Return the plans of every way that reaches the budget; BudgetError where none does."""
+    found: list[tuple[Problem, list[PruningPlan]]] = []
+    for i, way in enumerate(ways):
+        try:
+            found.append((way, plans_of(way)))
+        except BudgetError:
+            if i == len(ways) - 1 and not found:
+                raise
+    return found
 
 
 def _in_time(
     job: Job,
     graph: ModelGraph,
     model: LatencyModel,
-    problem: Problem,
+    ways: Sequence[Problem],
     plans_of: Callable[[Problem], list[PruningPlan]],
     best: Callable[[Sequence[PruningPlan]], PruningPlan],
 ) -> PruningPlan:
@@ -170,8 +194,8 @@ def _in_time(
     """
     found: dict[PruningPlan, Corrected] = {}
     seen: list[PruningPlan] = []
-    for way in (problem, replace(problem, by_macs=True)):
-        plans = plans_of(way)
+    both = [each for way in ways for each in (way, replace(way, by_macs=True))]
+    for way, plans in _plans(both, plans_of):
         fresh = [plan for plan in plans if plan not in seen]
         seen += fresh
         if not fresh:
@@ -184,7 +208,7 @@ def _in_time(
         corrected = to_time(job, graph, model, way, start, again)
         found[corrected.plan] = corrected
     chosen = next(iter(found)) if len(found) == 1 else best(list(found))
-    return timed(job, graph, model, problem, found[chosen])
+    return timed(job, graph, model, ways[0], found[chosen])
 
 
 def _best(
@@ -200,6 +224,8 @@ def _best(
     latest: list[Repaired] = []
 
     def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
+        note_branches(observed, plan)
+        fill_constants_(pruned, observed.branches, kept_rows(graph, plan))
         if observed.reconstruction is not None:
             fits = observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
             if not is_large(graph.model):  # then rather fitted twice than held twice

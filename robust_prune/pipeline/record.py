@@ -109,12 +109,14 @@ class DropSearch:
 class Pruned:
     """What the stations of one pruning step tell; None where one has told nothing.
 
-    `calibration` says what it was decided on, and what that is worth (`grade_of`).
+    `calibration` says what it was decided on, and what that is worth (`grade_of`); `blocks` by how
+    much the adversarial loss rises without a residual block, in nats.
     """
 
     reachable: float | None = None
     calibration: Mapping[str, Any] | None = None
     curves: tuple[Curve, ...] | None = None
+    blocks: Mapping[str, float] | None = None
     search: Search | None = None
     drop_search: DropSearch | None = None
     latency: Timed | None = None
@@ -138,6 +140,7 @@ class Pruned:
             reachable=data.get("reachable"),
             calibration=data.get("calibration"),
             curves=None if curves is None else tuple(map(_curve, curves)),
+            blocks=data.get("blocks"),
             search=None if search is None else _search(search),
             drop_search=None if drops is None else _drop_search(drops),
             latency=None if latency is None else Timed(**latency),

@@ -12,7 +12,7 @@ from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.measuring import Observed
 from robust_prune.pipeline.record import Fitted, Recalibrated, SelfCheck
 from robust_prune.pipeline.settings import Settings
-from robust_prune.repair import Rows, recalibrate_batchnorm_
+from robust_prune.repair import Rows, fill_constants_, recalibrate_batchnorm_
 from robust_prune.types import PruningPlan
 
 BATCHNORM_IMAGES = 2048
@@ -56,6 +56,7 @@ def repair_(
         settings: of this pruning step.
     """
     journal = job.journal
+    fill_constants_(model, observed.branches, rows)
     if observed.reconstruction is not None:
         with journal.timed("reconstruction"):
             known = observed.repaired.pop(plan.digest, None)

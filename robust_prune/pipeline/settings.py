@@ -37,7 +37,7 @@ from robust_prune.types import Budget, Evaluation, PruningPlan, Sensitivity, Tar
 CALIBRATION_IMAGES = 512
 EVAL_IMAGES = {"cpu": 200, "cuda": 1000}
 LEAST_RATIO = 0.01  # that a search over ratios begins at
-PARTS = ("ratio_of", "also", "measured")  # options of plans that are made in one step
+PARTS = ("ratio_of", "also", "measured", "blocks")  # options of plans that are made in one step
 LINF_8 = ThreatModel.linf("8/255")
 
 
@@ -93,6 +93,10 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
             raise UsageError(f"{given[0]}: a plan that is replayed decides that; leave out one")
         if given and self.prune_steps > 1:
             raise UsageError(f"{given[0]}: not with {self.prune_steps} pruning steps")
+        if self.blocks and not ALLOCATIONS.fact(self.allocation, "curves"):
+            raise UsageError(
+                f"--blocks: not with --allocation {self.allocation}, which has no curves"
+            )
         if self.latency and (self.prune_steps > 1 or self.plan is not None):
             raise UsageError("--target latency: not with --steps or --plan")
         if self.max_drop is not None and (self.also or self.prune_steps > 1 or self.plan):

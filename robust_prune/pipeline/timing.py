@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from robust_prune.allocation import Problem
+from robust_prune.allocation import Problem, without
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.latency import (
@@ -52,6 +52,8 @@ def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel 
         also=settings.also_budgets,
         price=found.ms,
     )
+    if settings.blocks:
+        problem = without(problem, [block.groups for block in graph.blocks])
     problem.check_reach(problem.narrowest)  # before the expensive stations
     return found
 

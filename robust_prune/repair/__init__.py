@@ -1,6 +1,7 @@
 """What is done to the weights and statistics that are left after pruning."""
 
 from robust_prune.repair.batchnorm import recalibrate_batchnorm_
+from robust_prune.repair.constants import fill_constants_
 from robust_prune.repair.reconstruction import (
     Fit,
     Reconstruction,
@@ -17,6 +18,7 @@ __all__ = [
     "Repaired",
     "Rows",
     "dense_moments",
+    "fill_constants_",
     "kept_rows",
     "recalibrate_batchnorm_",
     "reconstruct_",

@@ -273,17 +273,21 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     """Return by layer which of the dense layer's outputs are left, and what they are multiplied by.
 
-    Batch norms are among them with the channels that are left. The graph's model must not be pruned
-    yet.
+    Batch norms are among them with the channels that are left, and blocks that go whole with those
+    of what they add to. The graph's model must not be pruned yet.
     """
     sizes = {n: t.shape for n, t in network_of(graph.model).state_dict().items()}
     kept: dict[str, Tensor] = {}
+    empty = {block.like: block.name for block in graph.empty_blocks(plan.widths)}
     for group, gone in graph.dropped(plan).items():
         for slot in graph.slots(group):
             makes = slot.role == "out" and slot.tensor == f"{slot.layer}.weight"
-            if makes or slot.tensor == f"{slot.layer}.running_mean":
+            names = [slot.layer] if makes or slot.tensor == f"{slot.layer}.running_mean" else []
+            if slot.dim == 0 and slot.tensor in empty:
+                names.append(empty[slot.tensor])
+            for name in names:
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
-                kept.setdefault(slot.layer, whole)[slot.indices[gone[slot.units]]] = False
+                kept.setdefault(name, whole)[slot.indices[gone[slot.units]]] = False
     scaled = graph.scaled_rows(plan)
     rows = {}
     for layer, mask in kept.items():

@@ -40,7 +40,10 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels stay, as plain data: it can be printed, compared, saved and replayed."""
+    """Which channels stay, as plain data: it can be printed, compared, saved and replayed.
+
+    `blocks` are residual blocks that go whole: the groups inside of them keep nothing.
+    """
 
     budget: Budget
     allocation: str
@@ -54,11 +57,17 @@ class PruningPlan:
     notes: tuple[str, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()  # `tensor:dim` pairs that the code couples silently
     whole_heads: bool = False
+    blocks: tuple[str, ...] = ()
 
     @property
     def reached(self) -> float:
         """Share of the budget's target that the plan removes."""
         return 1 - self.pruned.of(self.budget.target) / self.dense.of(self.budget.target)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many channels each group keeps."""
+        return {group.name: group.keep_width for group in self.groups}
 
     def group(self, name: str) -> GroupPlan:
         """Return the plan of one group."""
@@ -96,7 +105,10 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text, the same for the same plan on every machine."""
-        return json.dumps({"schema": PLAN_SCHEMA, **to_plain(self)}, indent=1, sort_keys=True)
+        plain = {"schema": PLAN_SCHEMA, **to_plain(self)}
+        if not self.blocks:
+            del plain["blocks"]  # as earlier versions write it, which can then read it
+        return json.dumps(plain, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -135,6 +147,7 @@ class PruningPlan:
                 notes=found.notes,
                 ties=found.ties,
                 whole_heads=found.whole_heads,
+                blocks=found.blocks,
             )
         except (ValueError, UsageError) as error:
             raise PlanError(f"the plan is malformed: {first_line(error)}") from None

@@ -53,6 +53,7 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
     notes: tuple[Text, ...] = ()
     ties: tuple[tuple[Name, Name], ...] = ()
     whole_heads: bool = False
+    blocks: tuple[Name, ...] = ()
 
     def check(self) -> None:
         """Raise ValueError where fields do not go together."""
@@ -64,7 +65,12 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
                 raise ValueError(f"more {cost} pruned than dense - at `$.pruned.{cost}`")
         for group in self.groups:
             keep = list(group.keep)
-            if keep != sorted(set(keep)) or not keep or keep[-1] >= group.width:
+            goes = any(group.name.startswith(f"{block}.") for block in self.blocks)
+            if (
+                keep != sorted(set(keep))
+                or not (keep or goes)
+                or max(keep, default=0) >= group.width
+            ):
                 raise ValueError(
                     f"the plan's group {group.name[:80]!r} must keep 1 to {group.width} different "
                     f"channels in rising order, each below {group.width}"

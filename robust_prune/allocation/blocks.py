@@ -1,0 +1,72 @@
+"""Which residual blocks go whole: those that cost less than the channels that may stay for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from robust_prune.allocation.problem import Problem, Widths
+from robust_prune.allocation.widths import allocate_by_curves
+from robust_prune.errors import BudgetError
+from robust_prune.types import Curve
+
+PATIENCE = 3  # blocks more that may go without the sum getting less
+Groups = tuple[str, ...]
+
+
+def without(problem: Problem, blocks: Sequence[Groups]) -> Problem:
+    """Return the problem of the model without blocks, each given by its groups.
+
+    Raises:
+        BudgetError: shares are asked of these groups, or what is left costs less than it may.
+    """
+    gone = {group: 0 for groups in blocks for group in groups}
+    if asked := sorted(gone.keys() & problem.fixed.keys()):
+        raise BudgetError(f"{asked[0]!r} has a width that was asked for")
+    return replace(problem, fixed={**problem.fixed, **gone})
+
+
+def worth_removing(
+    problem: Problem, curves: Mapping[str, Curve], rises: Mapping[Groups, float]
+) -> list[Groups]:
+    """Return the blocks that go, so that what goes in all costs the least predicted loss.
+
+    Blocks go in the order of what each costs for what it saves; after each one channels make up
+    for the rest of the budget, by curves. Rises are added up, those of blocks and of channels
+    alike. None may be the answer only where the budget is in reach without any.
+
+    Args:
+        problem: groups, cost, budget and limits.
+        curves: by group.
+        rises: in nats, by the groups of a block: the loss without it.
+    """
+    dense = problem.cost_at({})
+
+    def price(groups: Groups) -> float:
+        saved = dense - problem.cost_at(dict.fromkeys(groups, 0))
+        return rises[groups] / saved if saved > 0 else float("inf")
+
+    order = sorted((g for g in rises if not problem.fixed.keys() & set(g)), key=price)
+    best, least, worse = 0, _predicted(problem, curves), 0
+    found = least < float("inf")
+    for count in range(1, len(order) + 1):
+        gone = order[:count]
+        lost = sum(max(rises[groups], 0.0) for groups in gone)
+        loss = lost + _predicted(without(problem, gone), curves)
+        if loss < least:
+            best, least, worse, found = count, loss, 0, True
+        elif found:
+            worse += 1
+        if worse == PATIENCE:
+            break
+    return order[:best]
+
+
+def _predicted(problem: Problem, curves: Mapping[str, Curve]) -> float:
+    """Return the sum of the groups' loss rises at the widths that curves give, in nats."""
+    try:
+        widths: Widths = allocate_by_curves(problem, curves)
+    except BudgetError:
+        return float("inf")
+    shares = {g.name: 1 - widths[g.name] / g.width for g in problem.free}
+    return sum(curves[name].hull().at(share) for name, share in shares.items())
