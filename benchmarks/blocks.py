@@ -1,20 +1,16 @@
-"""Whole residual blocks against channels everywhere, at equal time.
+"""Residual blocks that go whole (`--blocks`) against channels alone, at equal time.
 
     python -m benchmarks.blocks --data DIR --out benchmarks/records/<date>_blocks
 
-A narrow ResNet-18 for CIFAR-10 at 8/255, trained by the recipe of the matrix. Of its eight blocks
-four have a skip that is the identity: their branches can go whole. What an empty branch adds is a
-constant for each channel; it is fitted, as the layers behind it are, to the dense model's
-activations. Beside it stands the model that `compress` makes and that takes the same time, both
-without fine-tuning and after the same one. `--cache` keeps the dense model.
+A ResNet-18 for CIFAR-10 at 8/255, a quarter as wide, trained by the recipe of the matrix. Both arms
+are what `compress --target latency` makes, without `--blocks` and with it, attacked un-tuned and
+after the same fine-tuning, and timed by turns in one process. `--cache` keeps the dense model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,21 +18,19 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import robust_prune
 from benchmarks.criteria.dense import CACHE, dense_model, where_native
 from benchmarks.criteria.networks import Network
-from benchmarks.criteria.protocol import verdicts
-from benchmarks.equal_time import Bench, as_fast
-from robust_prune.adversaries import adversarial_set
-from robust_prune.criteria import calibration_images
+from benchmarks.criteria.protocol import percent, verdicts
 from robust_prune.data import DataSplits, open_data
 from robust_prune.finetune import TrainingConfig, train_
-from robust_prune.graph import count_cost
+from robust_prune.latency import alternating, conditions_of
 from robust_prune.models import library_versions
-from robust_prune.modules import ImageModel, copied, evaluating, network_of, watching
+from robust_prune.modules import ImageModel, copied
+from robust_prune.options import LatencyOptions
 from robust_prune.pipeline import hardware
-from robust_prune.repair import Reconstruction
 from robust_prune.statistics import PairedTest
 from robust_prune.types import ThreatModel
 
@@ -49,20 +43,8 @@ RECIPE = {
     "amp": True,
     "attack_steps": 2,
 }
-WHOLE = ("layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1")
-IMAGES = 512
-
-
-class Emptied(nn.Module):
-    """A residual block without its branch: the activation of the stream and a constant [C]."""
-
-    def __init__(self, constant: Tensor) -> None:
-        super().__init__()
-        self.constant = nn.Parameter(constant.view(1, -1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [N, C, H, W] of the same."""
-        return torch.relu(x + self.constant)
+ARMS = {"channels": False, "blocks": True}
+PAIRS = 40
 
 
 def narrow_resnet18(classes: int) -> nn.Module:
@@ -75,90 +57,73 @@ def narrow_resnet18(classes: int) -> nn.Module:
     return net  # type: ignore[no-any-return]
 
 
-def emptied(model: ImageModel, blocks: Sequence[str], images: Tensor) -> ImageModel:
-    """Return a copy in which blocks have no branch, fitted to the model's own activations.
-
-    Args:
-        model: the dense one.
-        blocks: by name in the network; their skips are the identity.
-        images: [N, 3, H, W], adversarial and clean ones.
-    """
-    found = copied(model)
-    assert isinstance(found, ImageModel)
-    constants: dict[str, Tensor] = {}
-
-    def look(name: str, _: nn.Module, x: Tensor, y: Tensor) -> None:
-        constants[name] = y.mean((0, 2, 3))  # what the last batch norm of the branch gives
-
-    ends = {f"{block}.bn2": network_of(model).get_submodule(f"{block}.bn2") for block in blocks}
-    with torch.no_grad(), evaluating(model), watching(ends, after=look):
-        model(images)
-    for block in blocks:
-        stage, _, index = block.rpartition(".")
-        parent: Any = network_of(found).get_submodule(stage)
-        parent[int(index)] = Emptied(constants[f"{block}.bn2"])
-    Reconstruction.of(model, images).apply_(found, {})
-    return found
-
-
-def tuned(model: ImageModel, splits: DataSplits, epochs: int, seed: int) -> ImageModel:
+def tuned(model: ImageModel, splits: DataSplits, epochs: int) -> ImageModel:
     """Fine-tune a copy as the matrix does."""
     found = copied(model)
-    assert isinstance(found, ImageModel)
     assert splits.validation is not None
-    config = TrainingConfig(threat=THREAT, epochs=epochs, seed=seed, batch_size=128, **RECIPE)
+    config = TrainingConfig(threat=THREAT, epochs=epochs, seed=0, batch_size=128, **RECIPE)
     train_(found, splits.train, splits.validation, where_native(config, "cpu"))
     return found
 
 
-def measured(model: ImageModel, bench: Bench, asked: argparse.Namespace) -> dict[str, Any]:
-    """Attack a model without fine-tuning and after it."""
-    splits = bench.splits
-    after = tuned(model, splits, asked.epochs, 0)
-    return {
-        "macs": count_cost(model, bench.size).macs,
-        "params": sum(p.numel() for p in model.parameters()),
-        "untuned": verdicts(model, splits.test, asked.n, THREAT, "pgd"),
-        "tuned": verdicts(after, splits.test, asked.n, THREAT, "pgd"),
+def row(dense: ImageModel, splits: DataSplits, ratio: float, asked: Any) -> dict[str, Any]:
+    """Remove a share of the time both ways, and measure what comes out."""
+    options = {"latency_batch": asked.batch, "latency_threads": 1}
+    results = {
+        arm: robust_prune.compress(
+            *(dense, splits),
+            threat=THREAT,
+            prune_ratio=ratio,
+            target="latency",
+            blocks=blocks,
+            evaluation="none",
+            **options,
+        )
+        for arm, blocks in ARMS.items()
     }
+    conditions = conditions_of(LatencyOptions(**options), torch.device("cpu"))
+    models = {arm: result.model for arm, result in results.items()}
+    images = torch.rand(asked.batch, *splits.input_size)
+    whole, *times = alternating([dense, *models.values()], images, conditions, PAIRS)
+    found: dict[str, Any] = {"ratio": ratio, "conditions": str(conditions), "dense_ms": whole}
+    for (arm, result), ms in zip(results.items(), times, strict=True):
+        stages = {"untuned": result.model}
+        if asked.epochs:
+            stages["tuned"] = tuned(result.model, splits, asked.epochs)
+        found[arm] = {
+            "time_left": ms / whole,
+            "cost": asdict(result.plan.pruned),
+            "blocks": list(result.plan.blocks),
+            "rises": result.report.get("blocks"),
+            "widths": {g.name: [g.width, g.keep_width] for g in result.plan.groups},
+            "planned": result.report["latency"],
+            "seconds": result.report["seconds"],
+            **{
+                stage: verdicts(model, splits.test, asked.n, THREAT, "pgd")
+                for stage, model in stages.items()
+            },
+        }
+    pairs = {s: (found["blocks"][s]["pgd"], found["channels"][s]["pgd"]) for s in stages}
+    return {**found, "paired": {s: asdict(paired(*both)) for s, both in pairs.items()}}
 
 
-def row(bench: Bench, blocks: Sequence[str], images: Tensor, asked: Any) -> dict[str, Any]:
-    """Empty some blocks, make the plan as fast as that, and measure both."""
-    whole = emptied(bench.dense, blocks, images)  # type: ignore[arg-type]
-    dense = count_cost(bench.dense, bench.size).macs
-    counted, tried = as_fast(bench, whole, 1 - count_cost(whole, bench.size).macs / dense)
-    shares = dict(zip(("blocks", "channels"), bench.shares(whole, counted.model), strict=True))
-    arms = {"blocks": measured(whole, bench, asked)}
-    arms["channels"] = measured(counted.model, bench, asked)
-    tests = {
-        stage: asdict(_paired(arms["channels"][stage]["pgd"], arms["blocks"][stage]["pgd"]))
-        for stage in ("untuned", "tuned")
-    }
-    return {"blocks": blocks, "time_left": shares, "tried": tried, "arms": arms, "paired": tests}
-
-
-def _paired(first: str, second: str) -> PairedTest:
+def paired(first: str, second: str) -> PairedTest:
+    """Return how often only the one, and only the other, is right; both are rows of 0 and 1."""
     pairs = list(zip(first, second, strict=True))
-    return PairedTest(
-        sum(a > b for a, b in pairs),
-        sum(b > a for a, b in pairs),
-    )
+    return PairedTest(sum(a > b for a, b in pairs), sum(b > a for a, b in pairs))
 
 
 def said(found: dict[str, Any]) -> str:
-    """Return a row of the table: shares of time and of multiply-adds, PGD-20 in percent."""
-
-    def percent(arm: str, stage: str) -> str:
-        right = found["arms"][arm][stage]["pgd"]
-        return f"{100 * right.count('1') / len(right):.1f}"
-
-    cells = [" ".join(found["blocks"])]
-    cells += [f"{found['time_left'][arm]:.2f}" for arm in ("blocks", "channels")]
-    for stage in ("untuned", "tuned"):
-        test = PairedTest(**found["paired"][stage])
-        cells += [percent("blocks", stage), percent("channels", stage), f"{test.p_value:.2g}"]
-    return "| " + " | ".join(cells) + " |"
+    """Return two rows of the table: time, multiply-adds, parameters, PGD-20 in percent."""
+    lines = []
+    for arm in ARMS:
+        one = found[arm]
+        cells = [f"{found['ratio']:.2f}", arm, f"{one['time_left']:.3f}"]
+        cells += [f"{one['cost']['macs'] / 1e6:.1f} M", f"{one['cost']['params']:,}"]
+        cells += [f"{percent(one[s]['pgd']):.1f}" for s in found["paired"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    tests = {s: f"{PairedTest(**t).p_value:.2g}" for s, t in found["paired"].items()}
+    return "\n".join([*lines, f"p {tests}; whole blocks: {found['blocks']['blocks']}"])
 
 
 def main() -> None:
@@ -166,38 +131,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--ratios", type=float, nargs="+", default=(0.5,), help="of the time")
     parser.add_argument("--batch", type=int, default=1, help="images at a time, for the times")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--dense-epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
     splits = open_data(asked.data / "cifar10", input_size=(3, 32, 32))
-    network = Network("resnet18-narrow", narrow_resnet18, {**RECIPE, "epochs": 12})
+    recipe = {**RECIPE, "epochs": asked.dense_epochs}
+    network = Network("resnet18-narrow", narrow_resnet18, recipe)
     tell = partial(print, flush=True)
     dense, told = dense_model(network, splits, THREAT, asked.cache, None, "cpu", tell)
-    clean, labels = calibration_images(dense, splits, IMAGES, 0)
-    attacked = adversarial_set(dense, clean, labels, threat=THREAT, seed=0)
-    images = torch.cat([attacked.images, clean])
     with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
 
         def write(line: dict[str, Any]) -> None:
             print(json.dumps(line), file=log, flush=True)
 
-        write(
-            {**vars(asked), **{k: str(getattr(asked, k)) for k in ("data", "out", "cache")}}
-            | {"versions": library_versions(), **hardware(torch.device("cpu")), "dense": told}
-        )
+        settings = {name: getattr(asked, name) for name in ("batch", "epochs", "n")}
+        versions = {"versions": library_versions(), **hardware(torch.device("cpu"))}
+        write({**settings, "threat": str(THREAT), "pairs": PAIRS, **versions, "dense": told})
         write({"dense": verdicts(dense, splits.test, asked.n, THREAT, "pgd")})
-        options = {"latency_batch": asked.batch, "latency_threads": 1}
-        sets = [(block,) for block in WHOLE]
-        sets += [WHOLE[2:], WHOLE[1:]]
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(dense, splits, THREAT, options, Path(folder))
-            for blocks in sets:
-                found = row(bench, blocks, images, asked)
-                write(found)
-                print(said(found), flush=True)
+        for ratio in asked.ratios:
+            found = row(dense, splits, ratio, asked)
+            write(found)
+            print(said(found), flush=True)
 
 
 if __name__ == "__main__":

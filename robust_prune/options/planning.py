@@ -114,10 +114,10 @@ class PlanningOptions(Options):
         within=Range(0, 1, "low high"),
         shown=False,
     )
-    blocks: bool = option(
-        False,
-        "Residual blocks may go whole, where that costs less than channels do; useful with "
-        "--target latency.",
+    blocks: bool | None = option(
+        None,
+        "Residual blocks may go whole, where that costs less than channels do; by default with "
+        "--target latency, where allocation is by curves.",
     )
     whole_heads: bool = option(
         False, "Attentions lose whole heads, not the same dims of every head."

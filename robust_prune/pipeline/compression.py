@@ -100,7 +100,7 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
 
     @functools.cache  # for the plan and for the repair, whichever is still to be done
     def observed() -> Observed:
-        if step == 1 and settings.plan is None and not (settings.latency or settings.blocks):
+        if step == 1 and settings.plan is None and not (settings.latency or settings.whole_blocks):
             allocate_evenly(problem_of(graph, settings))  # fails before the expensive stations
         return observe(job, graph, settings, quiet=is_kept(job, planning))
 

@@ -230,11 +230,12 @@ def _blocks(
 ) -> dict[tuple[str, ...], float]:
     """Measure what residual blocks are worth as a whole, where they may go."""
     graph = observed.graph
-    if not settings.blocks or settings.plan is not None:
+    if not settings.whole_blocks or settings.plan is not None:
         return {}
     with journal.timed("blocks"):
         if not graph.blocks:
-            journal.note("no residual block of this model can go whole")
+            if settings.blocks:
+                journal.note("--blocks: no residual block of this model can go whole")
             return {}
         journal.stage(f"loss without each of {len(graph.blocks)} blocks")
         rises = block_rises(graph.model, graph.blocks, observed.adversarial, observed.effort.passes)

@@ -107,6 +107,13 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
             raise UsageError(f"--also {self.budget.target}: that is what --ratio is about")
 
     @property
+    def whole_blocks(self) -> bool:
+        """Whether residual blocks may go whole."""
+        if self.blocks is None:
+            return self.latency and bool(ALLOCATIONS.fact(self.allocation, "curves"))
+        return self.blocks
+
+    @property
     def also_budgets(self) -> tuple[Budget, ...]:
         """What `also` asks for."""
         return tuple(

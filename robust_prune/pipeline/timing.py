@@ -52,7 +52,7 @@ def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel 
         also=settings.also_budgets,
         price=found.ms,
     )
-    if settings.blocks:
+    if settings.whole_blocks:
         problem = without(problem, [block.groups for block in graph.blocks])
     problem.check_reach(problem.narrowest)  # before the expensive stations
     return found
