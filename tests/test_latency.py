@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from robust_prune.cli import app
 from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.latency import (
+    BlockTime,
     Conditions,
     LatencyModel,
+    Layer,
     Table,
     alternating,
     latency_model,
@@ -25,7 +28,7 @@ from robust_prune.latency import (
 )
 from robust_prune.modules import network_of
 from robust_prune.pipeline import planning, timing
-from robust_prune.types import PruningPlan
+from robust_prune.types import ChannelGroup, PruningPlan
 from tests.allocation.test_budgets import data
 from tests.conftest import tiny_resnet
 from tests.graph.test_graph import random_plan
@@ -212,6 +215,38 @@ def test_time_and_another_budget_both_hold(
     assert ("params asked for take more" in plan.notes[-1]) == (binds == "params")
 
 
+def test_a_block_takes_all_of_its_time_with_it() -> None:
+    """Layers of 100 outputs and inputs that take 1 ms, and 6 ms of something else in a block."""
+    groups = tuple(ChannelGroup(name, 100, 1, 2, (name,), ()) for name in ("b.in", "out"))
+
+    def layer(name: str, made: str, read: str) -> Layer:
+        shares = ((0, made, 1), (1, read, 1)) if read else ((0, made, 1),)
+        return Layer(name, (100, 100), shares, (1, 100), ("linear", True))
+
+    layers = (layer("b.in", "b.in", ""), layer("b.out", "out", "b.in"), layer("out", "out", ""))
+    table = Table((1, 100), (100,), ((0.01,), (1.0,)))
+    block = BlockTime("b", ("b.in",), ("b.in", "b.out"), 8.0)
+    model = LatencyModel(ONE, 11.0, tuple((each, table) for each in layers), groups, (block,))
+    assert model.ms({}) == pytest.approx(11.0)
+    assert model.ms({"b.in": 0}) == pytest.approx(11.0 - 8.0)
+    assert model.layers_at({"b.in": 0}) == {"b.in": 0.0, "b.out": 0.0, "out": 1.0}
+    half = model.ms({"b.in": 50})  # of one of the two layers in the block
+    assert half == pytest.approx(11.0 - 6 / 4 - 0.5, abs=0.01)
+    unknown = dataclasses.replace(model, blocks=())
+    assert unknown.ms({"b.in": 0}) == pytest.approx(1 + 8 / 3)  # as outputs fall
+    more = dataclasses.replace(model, blocks=(dataclasses.replace(block, ms=20.0),))
+    assert more.ms({"b.in": 0}) == pytest.approx(1.0)  # never less than what layers take
+
+
+def test_blocks_are_timed_where_they_may_go(timed: list[Any]) -> None:
+    graph = ModelGraph(tiny_resnet(), (3, 32, 32))
+    found = latency_model(graph, ONE, graph.blocks)
+    assert [block.name for block in found.blocks] == [block.name for block in graph.blocks]
+    assert all(block.ms > 0 for block in found.blocks)
+    assert found.blocks[1].layers == ("layer2.0.conv1", "layer2.0.conv2")  # not its skip
+    assert latency_model(graph, ONE).blocks == ()
+
+
 def test_what_cant_be_asked_is_one_line(timed: list[Any]) -> None:
     with pytest.raises(UsageError, match="not with --steps"):
         rp.compress(
@@ -230,5 +265,6 @@ def test_info_shows_every_layer(
     app(["--json", "info", str(tmp_path / "m.safetensors"), "--latency"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)["latency"]
     assert "layer4.0.conv2" in found["layer_ms"]
-    assert 0 < found["least_share"] < 1
+    assert 0 < found["least_share_without_blocks"] <= found["least_share"] < 1
+    assert list(found["blocks"]) == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
     assert found["dense_ms"] > 0

@@ -84,14 +84,21 @@ def info(
 
 def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> dict[str, Any]:
     """Print what every layer takes, and what removing channels could bring."""
-    from robust_prune.allocation import Problem
+    from robust_prune.allocation import Problem, without
     from robust_prune.latency import conditions_of, latency_model
     from robust_prune.modules import device_of
     from robust_prune.types import Budget
 
-    found = latency_model(graph, conditions_of(timing, device_of(graph.model)))
-    narrowest = Problem(graph.groups, graph.cost, Budget("macs", 0.5)).narrowest
-    least = found.ms(narrowest) / found.dense_ms
+    conditions = conditions_of(timing, device_of(graph.model))
+    found = latency_model(graph, conditions, graph.blocks)
+    problem = Problem(graph.groups, graph.cost, Budget("macs", 0.5))
+    narrowest, dense = problem.narrowest, found.dense_ms
+    least = found.ms(narrowest) / dense
+    blocks = {
+        block.name: 1 - found.ms(dict.fromkeys(block.groups, 0)) / dense for block in graph.blocks
+    }
+    empty = without(problem, [block.groups for block in graph.blocks])
+    least_of_all = found.ms(empty.narrowest) / dense
     output.table(
         f"Milliseconds of {found.conditions}",
         ("layer", "ms", "share", "at its narrowest"),
@@ -102,13 +109,22 @@ def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> 
             )
         ],
     )
+    if blocks:
+        output.table(
+            "Residual blocks that can go whole",
+            ("block", "of the time"),
+            [(name, f"{100 * share:.1f} %") for name, share in blocks.items()],
+        )
     output.result(
-        f"{found.dense_ms:.2f} ms; with every group at its narrowest about {100 * least:.0f} % of "
-        "that, so that --target latency can remove the rest at most"
+        f"{dense:.2f} ms; with every group at its narrowest about {100 * least:.0f} % of that"
+        + (f", without these blocks about {100 * least_of_all:.0f} %" if blocks else "")
+        + ", so that --target latency can remove the rest at most"
     )
     return {
         "conditions": str(found.conditions),
-        "dense_ms": found.dense_ms,
+        "dense_ms": dense,
         "least_share": least,
+        "least_share_without_blocks": least_of_all,
+        "blocks": blocks,
         "layer_ms": found.layer_ms,
     }

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.files import write_text
-from robust_prune.graph import ModelGraph
-from robust_prune.latency.model import Conditions, LatencyModel, Layer, Table
-from robust_prune.modules import copied, device_of, evaluating, network_of, watching
+from robust_prune.graph import Block, ModelGraph
+from robust_prune.latency.model import BlockTime, Conditions, LatencyModel, Layer, Table
+from robust_prune.modules import EmptyBlock, copied, device_of, evaluating, network_of, watching
 from robust_prune.options import LatencyOptions
 from robust_prune.untrusted import read_json
 
@@ -46,25 +46,29 @@ def conditions_of(options: LatencyOptions, device: torch.device) -> Conditions:
     return Conditions(options.latency_batch, threads, options.latency_precision, _processor())
 
 
-def latency_model(graph: ModelGraph, conditions: Conditions) -> LatencyModel:
-    """Time the layers of a model at a few widths each, and the whole model.
+def latency_model(
+    graph: ModelGraph, conditions: Conditions, blocks: Sequence[Block] = ()
+) -> LatencyModel:
+    """Time the layers of a model at a few widths each, blocks that may go, and the whole model.
 
     What was timed on this device before is taken from `cache_path`.
 
     Args:
         graph: of the model; left as it was.
         conditions: batch, threads and number format.
+        blocks: of the graph, that may go whole.
     """
     model, cache = graph.model, _Cache(cache_path(conditions))
     images = torch.rand(conditions.batch, *graph.input_size, device=device_of(model))
     layers = layers_of(graph, images)
     with _timing(conditions):
         tables = tuple((layer, _table(layer, conditions, images.device, cache)) for layer in layers)
+        whole = _block_times(model, blocks, images, conditions)
         dense = statistics.median(
             _blocks(_call(model, images, conditions), conditions, PAIR_MS, PAIRS)
         )
     cache.save()
-    return LatencyModel(conditions, dense, tables, graph.groups)
+    return LatencyModel(conditions, dense, tables, graph.groups, whole)
 
 
 def alternating(
@@ -170,6 +174,35 @@ def _layer(
         )
     sides = tuple((dim, group, each) for dim, group, each in shares if dim < 2)
     return Layer(name, sizes, sides, shapes[0], settings, len(shapes))
+
+
+def _block_times(
+    model: nn.Module, blocks: Sequence[Block], images: Tensor, conditions: Conditions
+) -> tuple[BlockTime, ...]:
+    """Time residual blocks, on what they read, by turns with what is left of them."""
+    net = network_of(model)
+    modules = {block.name: net.get_submodule(block.name) for block in blocks}
+    read: dict[str, Tensor] = {}
+    with evaluating(model), watching(modules, before=lambda name, _, x: read.update({name: x})):
+        model(images)
+    found = []
+    for block in blocks:
+        module, x = modules[block.name], read[block.name]
+        skip = dict(module.named_children()).get(block.form.skip)
+        constant = x.new_zeros(block.cost.constant.shape)
+        with evaluating(model):
+            whole, left = alternating(
+                [module, EmptyBlock(block.form, constant, skip)], x, conditions, BLOCKS
+            )
+        kept = f"{block.name}.{block.form.skip}." if block.form.skip else "?"
+        inside = tuple(
+            f"{block.name}.{name}"
+            for name, layer in module.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))
+            and not f"{block.name}.{name}.".startswith(kept)
+        )
+        found.append(BlockTime(block.name, block.groups, inside, max(whole - left, 0.0)))
+    return tuple(found)
 
 
 def _table(layer: Layer, conditions: Conditions, device: torch.device, cache: _Cache) -> Table:

@@ -78,36 +78,54 @@ class Table:
 
 
 @dataclass(frozen=True)
+class BlockTime:
+    """What a residual block takes beyond its skip, which may go as a whole.
+
+    `groups` are those that then keep nothing, `layers` the convolutions and linear layers in it.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    ms: float
+
+
+@dataclass(frozen=True)
 class LatencyModel:
     """What a model takes as a function of its widths, in milliseconds.
 
     The times of its convolutions and linear layers, and what the whole model takes beyond them:
     norms, activations, products between activations. That is taken to fall as the outputs of the
-    layers do.
+    layers do. Of `blocks` it is known how much is theirs: all of it goes with them.
     """
 
     conditions: Conditions
     dense_ms: float
     layers: tuple[tuple[Layer, Table], ...]
     groups: tuple[ChannelGroup, ...]
+    blocks: tuple[BlockTime, ...] = ()
 
     def ms(self, widths: Mapping[str, int]) -> float:
         """Return the milliseconds when groups have these widths; missing ones stay whole."""
-        dropped = self._dropped(widths)
-        layers = written = 0.0
+        dropped, empty = self._dropped(widths), self._empty(widths)
+        layers, written = 0.0, dict.fromkeys(self._rests, 0.0)
         for layer, table in self.layers:
-            if layer.goes(dropped):
+            place = self._place.get(layer.name, "")
+            if place in empty or layer.goes(dropped):
                 continue
             outputs, inputs = layer.at(dropped)
             layers += layer.calls * table.at(outputs, inputs)
-            written += self._positions[layer.name] * outputs
-        return layers + self._rest * written / self._written
+            written[place] += self._positions[layer.name] * outputs
+        rests = (rest * written[p] / self._written[p] for p, rest in self._rests.items())
+        return layers + sum(rests)
 
     def layers_at(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Return the milliseconds of every layer when groups have these widths."""
-        dropped = self._dropped(widths)
+        dropped, empty = self._dropped(widths), self._empty(widths)
         return {
-            layer.name: 0.0 if layer.goes(dropped) else layer.calls * table.at(*layer.at(dropped))
+            layer.name: 0.0
+            if self._place.get(layer.name) in empty or layer.goes(dropped)
+            else layer.calls * table.at(*layer.at(dropped))
             for layer, table in self.layers
         }
 
@@ -121,9 +139,28 @@ class LatencyModel:
             g.name: (g.width - widths[g.name]) // g.blocks for g in self.groups if g.name in widths
         }
 
+    def _empty(self, widths: Mapping[str, int]) -> set[str]:
+        """Return the blocks whose groups all keep nothing."""
+        return {b.name for b in self.blocks if not any(widths.get(g, 1) for g in b.groups)}
+
     @cached_property
-    def _rest(self) -> float:
-        return max(self.dense_ms - sum(self.layer_ms.values()), 0.0)
+    def _place(self) -> dict[str, str]:
+        """By layer: the block that it lies in."""
+        return {layer: block.name for block in self.blocks for layer in block.layers}
+
+    @cached_property
+    def _rests(self) -> dict[str, float]:
+        """What is in no layer: of each block, and under "" of all that lies outside of them."""
+        rest = max(self.dense_ms - sum(self.layer_ms.values()), 0.0)
+        inside = {
+            block.name: max(
+                block.ms - sum(self.layer_ms.get(layer, 0.0) for layer in block.layers), 0.0
+            )
+            for block in self.blocks
+        }
+        share = min(1.0, rest / (sum(inside.values()) or 1.0))  # parts may take more than the whole
+        found = {name: ms * share for name, ms in inside.items()}
+        return {**found, "": max(rest - sum(found.values()), 0.0)}
 
     @cached_property
     def _positions(self) -> dict[str, float]:
@@ -131,8 +168,12 @@ class LatencyModel:
         return {layer.name: layer.calls * _positions(layer) for layer, _ in self.layers}
 
     @cached_property
-    def _written(self) -> float:
-        return sum(self._positions[layer.name] * layer.sizes[0] for layer, _ in self.layers) or 1.0
+    def _written(self) -> dict[str, float]:
+        """By block, and under "" outside of them: outputs that the layers write."""
+        found = dict.fromkeys(self._rests, 0.0)
+        for layer, _ in self.layers:
+            found[self._place.get(layer.name, "")] += self._positions[layer.name] * layer.sizes[0]
+        return {place: written or 1.0 for place, written in found.items()}
 
 
 def _place(known: Sequence[int], value: int) -> tuple[int, float]:

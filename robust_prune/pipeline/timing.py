@@ -46,14 +46,14 @@ def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel 
     conditions = conditions_of(settings, device_of(graph.model))
     job.journal.stage(f"timing layers: {conditions}")
     with job.journal.timed("latency"):
-        found = latency_model(graph, conditions)
+        blocks = graph.blocks if settings.whole_blocks else ()
+        found = latency_model(graph, conditions, blocks)
     problem = Problem(
         *(graph.groups, graph.cost, settings.budget, settings.max_prune_ratio, settings.round_to),
         also=settings.also_budgets,
         price=found.ms,
     )
-    if settings.whole_blocks:
-        problem = without(problem, [block.groups for block in graph.blocks])
+    problem = without(problem, [block.groups for block in blocks])
     problem.check_reach(problem.narrowest)  # before the expensive stations
     return found
 
