@@ -1,10 +1,12 @@
 """Residual blocks that go whole (`--blocks`) against channels alone, at equal time.
 
     python -m benchmarks.blocks --data DIR --out benchmarks/records/<date>_blocks
+    python -m benchmarks.blocks --data DIR --weights cifar10-resnet10-robust.pt --out ...
 
-A ResNet-18 for CIFAR-10 at 8/255, a quarter as wide, trained by the recipe of the matrix. Both arms
-are what `compress --target latency` makes, without `--blocks` and with it, attacked un-tuned and
-after the same fine-tuning, and timed by turns in one process. `--cache` keeps the dense model.
+A ResNet-18 for CIFAR-10 at 8/255, a quarter as wide, trained by the recipe of the matrix, or with
+--weights the robust ResNet-10. Both arms are what `compress --target latency` makes, with
+`--no-blocks` and with `--blocks`, attacked un-tuned and after the same fine-tuning, and timed by
+turns in one process. `--cache` keeps the dense model.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import robust_prune
 from benchmarks.criteria.dense import CACHE, dense_model, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import percent, verdicts
+from benchmarks.int8 import NETWORK
 from robust_prune.data import DataSplits, open_data
 from robust_prune.finetune import TrainingConfig, train_
 from robust_prune.latency import alternating, conditions_of
-from robust_prune.models import library_versions
+from robust_prune.models import library_versions, open_model
 from robust_prune.modules import ImageModel, copied
 from robust_prune.options import LatencyOptions
 from robust_prune.pipeline import hardware
@@ -55,6 +58,18 @@ def narrow_resnet18(classes: int) -> nn.Module:
     net.conv1[0].stride = (1, 1)
     net.maxpool = nn.Identity()
     return net  # type: ignore[no-any-return]
+
+
+def _dense(splits: DataSplits, asked: argparse.Namespace) -> tuple[ImageModel, dict[str, Any]]:
+    """Return the dense model, and where it is from."""
+    if asked.weights is not None:
+        model, _ = open_model(str(asked.weights), **NETWORK)
+        assert isinstance(model, ImageModel)
+        return model, {"weights": asked.weights.name}
+    recipe = {**RECIPE, "epochs": asked.dense_epochs}
+    network = Network("resnet18-narrow", narrow_resnet18, recipe)
+    tell = partial(print, flush=True)
+    return dense_model(network, splits, THREAT, asked.cache, None, "cpu", tell)
 
 
 def tuned(model: ImageModel, splits: DataSplits, epochs: int) -> ImageModel:
@@ -130,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="of the ResNet-10, trained elsewhere")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--ratios", type=float, nargs="+", default=(0.5,), help="of the time")
     parser.add_argument("--batch", type=int, default=1, help="images at a time, for the times")
@@ -140,10 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
     splits = open_data(asked.data / "cifar10", input_size=(3, 32, 32))
-    recipe = {**RECIPE, "epochs": asked.dense_epochs}
-    network = Network("resnet18-narrow", narrow_resnet18, recipe)
-    tell = partial(print, flush=True)
-    dense, told = dense_model(network, splits, THREAT, asked.cache, None, "cpu", tell)
+    dense, told = _dense(splits, asked)
     with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
 
         def write(line: dict[str, Any]) -> None:
