@@ -1,7 +1,7 @@
 """How a budget is shared out among groups, and the plan made of it."""
 
 from robust_prune.allocation.bisection import ratio_for
-from robust_prune.allocation.blocks import without, worth_removing
+from robust_prune.allocation.blocks import narrowest_without, without, worth_removing
 from robust_prune.allocation.capacity import allocate_by_capacity, log_capacity
 from robust_prune.allocation.evidence import Evidence, allocations
 from robust_prune.allocation.plan import make_plan
@@ -37,6 +37,7 @@ __all__ = [
     "best_composed",
     "candidate_widths",
     "log_capacity",
+    "narrowest_without",
     "make_plan",
     "group_weights",
     "passes_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from robust_prune.allocation.problem import Problem, Widths
@@ -24,6 +24,15 @@ def without(problem: Problem, blocks: Sequence[Groups]) -> Problem:
     if asked := sorted(gone.keys() & problem.fixed.keys()):
         raise BudgetError(f"{asked[0]!r} has a width that was asked for")
     return replace(problem, fixed={**problem.fixed, **gone})
+
+
+def narrowest_without(problem: Problem, blocks: Iterable[Groups]) -> Widths:
+    """Return the least that groups may keep where all these blocks may go whole.
+
+    Blocks of which shares are asked stay.
+    """
+    free = [groups for groups in blocks if not problem.fixed.keys() & set(groups)]
+    return without(problem, free).narrowest
 
 
 def worth_removing(

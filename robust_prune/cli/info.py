@@ -84,7 +84,7 @@ def info(
 
 def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> dict[str, Any]:
     """Print what every layer takes, and what removing channels could bring."""
-    from robust_prune.allocation import Problem, without
+    from robust_prune.allocation import Problem, narrowest_without
     from robust_prune.latency import conditions_of, latency_model
     from robust_prune.modules import device_of
     from robust_prune.types import Budget
@@ -97,8 +97,7 @@ def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> 
     blocks = {
         block.name: 1 - found.ms(dict.fromkeys(block.groups, 0)) / dense for block in graph.blocks
     }
-    empty = without(problem, [block.groups for block in graph.blocks])
-    least_of_all = found.ms(empty.narrowest) / dense
+    least_of_all = found.ms(narrowest_without(problem, [b.groups for b in graph.blocks])) / dense
     output.table(
         f"Milliseconds of {found.conditions}",
         ("layer", "ms", "share", "at its narrowest"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robust_prune import evaluation
 from robust_prune.adversaries import pgd_correct
+from robust_prune.allocation import narrowest_without
 from robust_prune.errors import BudgetError
 from robust_prune.evaluation import PGD_STEPS
 from robust_prune.finetune import train_
@@ -217,7 +218,9 @@ def _tune_(job: Job, model: nn.Module, settings: Settings) -> None:
 def _places(observed: Observed, settings: Settings, step: float) -> int:
     """Return how many steps the largest ratio is that groups can give."""
     problem = problem_of(observed.graph, settings, observed.latency)
-    most = 1 - problem.cost_at(problem.narrowest) / problem.dense
+    blocks = observed.graph.blocks if settings.whole_blocks else ()
+    least = narrowest_without(problem, [block.groups for block in blocks])
+    most = 1 - problem.cost_at(least) / problem.dense
     return max(1, min(int(most / step), round(1 / step) - 1))
 
 

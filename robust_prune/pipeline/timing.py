@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from robust_prune.allocation import Problem, without
+from robust_prune.allocation import Problem, narrowest_without
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.latency import (
@@ -53,8 +53,8 @@ def latency_of(job: Job, graph: ModelGraph, settings: Settings) -> LatencyModel 
         also=settings.also_budgets,
         price=found.ms,
     )
-    problem = without(problem, [block.groups for block in blocks])
-    problem.check_reach(problem.narrowest)  # before the expensive stations
+    least = narrowest_without(problem, [block.groups for block in blocks])
+    problem.check_reach(least)  # before the expensive stations
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from robust_prune.allocation import Problem, without, worth_removing
+from robust_prune.allocation import Problem, narrowest_without, without, worth_removing
 from robust_prune.errors import BudgetError
 from robust_prune.types import Budget, ChannelGroup, Cost, Curve
 
@@ -65,6 +65,8 @@ def test_a_budget_out_of_reach_by_channels_is_met_without_blocks() -> None:
 def test_what_is_asked_of_single_layers_is_not_overruled() -> None:
     asked = problem(fixed={"b": 12})
     assert worth_removing(asked, curves(1.0), {("b",): 0.0}) == []
+    assert narrowest_without(asked, [("a",), ("b",)])["a"] == 0
+    assert narrowest_without(asked, [("a",), ("b",)])["b"] == 12
     with pytest.raises(BudgetError, match="'b' has a width that was asked for"):
         without(asked, [("b",)])
 
