@@ -42,7 +42,7 @@ def worth_removing(
 
     Blocks go in the order of what each costs for what it saves; after each one channels make up
     for the rest of the budget, by curves. Rises are added up, those of blocks and of channels
-    alike. None may be the answer only where the budget is in reach without any.
+    alike. Blocks with which more would go than is asked are passed over.
 
     Args:
         problem: groups, cost, budget and limits.
@@ -56,19 +56,21 @@ def worth_removing(
         return rises[groups] / saved if saved > 0 else float("inf")
 
     order = sorted((g for g in rises if not problem.fixed.keys() & set(g)), key=price)
-    best, least, worse = 0, _predicted(problem, curves), 0
-    found = least < float("inf")
-    for count in range(1, len(order) + 1):
-        gone = order[:count]
-        lost = sum(max(rises[groups], 0.0) for groups in gone)
-        loss = lost + _predicted(without(problem, gone), curves)
+    gone: list[Groups] = []
+    best, least, worse = gone, _predicted(problem, curves), 0
+    for groups in order:
+        left = without(problem, [*gone, groups])
+        if left.cost_at(left.widest) < left.goal:
+            continue
+        gone = [*gone, groups]
+        loss = sum(max(rises[g], 0.0) for g in gone) + _predicted(left, curves)
         if loss < least:
-            best, least, worse, found = count, loss, 0, True
-        elif found:
+            best, least, worse = gone, loss, 0
+        elif least < float("inf"):
             worse += 1
         if worse == PATIENCE:
             break
-    return order[:best]
+    return best
 
 
 def _predicted(problem: Problem, curves: Mapping[str, Curve]) -> float:

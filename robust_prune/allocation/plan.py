@@ -95,6 +95,8 @@ def _why_missed(problem: Problem, miss: float) -> str:
     if miss > 0 and problem.also:
         return f"the {' or '.join(b.target for b in problem.also)} asked for take more"
     if miss > 0 and problem.cost_at(problem.widest) < problem.goal:
+        if not all(problem.fixed.values()):
+            return "the blocks that go whole take more"
         return "the shares asked for of single layers take more"
     return "the groups are too narrow for a closer fit"
 

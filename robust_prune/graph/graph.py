@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from robust_prune.errors import PlanError
-from robust_prune.graph.blocks import IMAGES, Block, empty_blocks_, find_blocks
+from robust_prune.graph.blocks import Block, empty_blocks_, find_blocks
 from robust_prune.graph.costs import EmptyCost, count_cost, example_image, weight_of
 from robust_prune.graph.counting import check_counts, work_cost
 from robust_prune.graph.cutting import Remaining
@@ -23,6 +23,7 @@ from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.naming import matching, ratios_by_group
 from robust_prune.graph.probing import wired
+from robust_prune.graph.seen import passing
 from robust_prune.graph.tracing import Slot
 from robust_prune.graph.uncounted import uncounted_work
 from robust_prune.graph.wiring import MIN_WIDTH
@@ -165,10 +166,9 @@ class ModelGraph:
         None of them has a protected layer. A plan that keeps no channel of a block's groups leaves
         the block empty.
         """
-        net = network_of(self.model)
-        image = torch.cat([example_image(net, self.input_size)] * IMAGES)
+        net, run = network_of(self.model), passing(self.input_size)
         with checked(self.input_size), evaluating(net):
-            found = find_blocks(net, self._wiring, self._costs, lambda: net(image))
+            found = find_blocks(net, self._wiring, self._costs, run)
         stay = self._protected
         return tuple(b for b in found if not any(n.startswith(f"{b.name}.") for n in stay))
 
@@ -304,8 +304,7 @@ class ModelGraph:
         whole.remove_(self._narrowed(plan))
         if empty := self.empty_blocks(plan.widths):
             slots = {g: [whole.slot(g, s) for s in self.slots(g)] for b in empty for g in b.groups}
-            images = torch.cat([example_image(net, plan.input_size)] * IMAGES)
-            empty_blocks_(net, empty, slots, lambda: net(images))
+            empty_blocks_(net, empty, slots, passing(plan.input_size))
         for parameter in net.parameters():
             parameter.grad = None
         make_contiguous_(net)

@@ -10,9 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_prune.graph.costs import example_image
 from robust_prune.modules import evaluating
 
-Run = Callable[[], Any]
+IMAGES = 2
+Run = Callable[[nn.Module, int], Any]  # passes so many images through a network
+
+
+def passing(input_size: tuple[int, int, int]) -> Run:
+    """Return what passes different images of this size."""
+
+    def run(net: nn.Module, images: int) -> Any:
+        image = example_image(net, input_size)
+        return net(torch.cat([image, 1 - image, image.flip(-1)][:images]))
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def seen_in(net: nn.Module, modules: Iterable[str], run: Run) -> dict[str, Seen]
         handles.append(module.register_forward_hook(watcher.leave))
     try:
         with evaluating(net):
-            run()
+            run(net, IMAGES)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class EmptyForm:
     tail: str = ""
     last: bool = False
 
+    @property
+    def allowed(self) -> bool:
+        """Whether a block without branch can have a part of this name."""
+        own = self.skip in (CONSTANT, "empty_form") or hasattr(EmptyBlock, self.skip or "-")
+        return not own
+
 
 class EmptyBlock(nn.Module):
     """A residual block without its branch, which gave the same for all images and positions.
@@ -48,6 +55,7 @@ class EmptyBlock(nn.Module):
     """
 
     constant: Tensor
+    empty_form: EmptyForm
 
     def __init__(self, form: EmptyForm, constant: Tensor, skip: nn.Module | None = None) -> None:
         """Take over what is left of a block.
@@ -58,19 +66,16 @@ class EmptyBlock(nn.Module):
             skip: the child called `form.skip`, where that is not "".
         """
         super().__init__()
-        self.form = form
+        self.empty_form = form
         if skip is not None:
             self.add_module(form.skip, skip)
-        shape = (-1,) if form.last else (-1, 1, 1)
-        self.register_parameter(CONSTANT, nn.Parameter(constant.detach().reshape(shape).clone()))
+        self.register_parameter(CONSTANT, nn.Parameter(constant.detach().clone()))
 
-    def skip(self, x: Tensor) -> Tensor:
-        """Return what the branch was added to."""
-        return self.get_submodule(self.form.skip)(x) if self.form.skip else x
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return [N, C, ...] or [N, ..., C]; what the branch alone was given is left alone."""
-        return TAILS[self.form.tail](self.skip(x) + self.constant)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, C, H, W] or [N, ..., C] of such a tensor."""
+        form, constant = self.empty_form, self.constant
+        base = self.get_submodule(form.skip)(x) if form.skip else x
+        return TAILS[form.tail](base + (constant if form.last else constant.view(-1, 1, 1)))
 
 
 def empty_blocks(net: nn.Module) -> dict[str, EmptyBlock]:
@@ -80,10 +85,7 @@ def empty_blocks(net: nn.Module) -> dict[str, EmptyBlock]:
 
 def empty_forms(net: nn.Module) -> dict[str, dict[str, Any]]:
     """Return by block how it is put together, as a file keeps it."""
-    return {
-        name: {"skip": block.form.skip, "tail": block.form.tail, "last": block.form.last}
-        for name, block in empty_blocks(net).items()
-    }
+    return {name: dataclasses.asdict(block.empty_form) for name, block in empty_blocks(net).items()}
 
 
 def put_in_(net: nn.Module, name: str, block: nn.Module) -> None:
@@ -98,13 +100,14 @@ def empty_(net: nn.Module, forms: Mapping[str, EmptyForm]) -> None:
     Raises:
         ModelError: the network has no such block, or the block no such skip.
     """
-    modules = dict(net.named_modules())
     for name, form in forms.items():
-        block = modules.get(name) if name else None
+        if any(name.startswith(f"{other}.") for other in forms):
+            raise ModelError(f"block {name[:80]!r} lies in another that is to be left empty")
+        block = dict(net.named_modules()).get(name) if name else None
         if block is None:
             raise ModelError(f"the network has no block {name[:80]!r} to leave empty")
         children = dict(block.named_children())
-        if form.skip and form.skip not in children:
+        if form.skip and (form.skip not in children or not form.allowed):
             raise ModelError(f"block {name!r} has no part {form.skip[:80]!r} that skips its branch")
         if isinstance(block, EmptyBlock):
             continue

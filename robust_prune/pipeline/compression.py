@@ -8,9 +8,10 @@ import functools
 import torch
 from torch import nn
 
-from robust_prune.allocation import allocate_evenly
+from robust_prune.allocation import allocate_evenly, narrowest_without
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
+from robust_prune.graph import ModelGraph
 from robust_prune.modules import copied, images_in_free_memory, own_, seeded, telling_of_memory
 from robust_prune.pipeline.drop_search import plan_within_drop
 from robust_prune.pipeline.job import Cut, Job, State, begin
@@ -100,8 +101,8 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
 
     @functools.cache  # for the plan and for the repair, whichever is still to be done
     def observed() -> Observed:
-        if step == 1 and settings.plan is None and not (settings.latency or settings.whole_blocks):
-            allocate_evenly(problem_of(graph, settings))  # fails before the expensive stations
+        if step == 1 and settings.plan is None and not settings.latency:
+            check_reach(graph, settings)  # fails before the expensive stations
         return observe(job, graph, settings, quiet=is_kept(job, planning))
 
     def plan_anew() -> Planned:
@@ -124,6 +125,15 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     names = graph.names_after(planned.plan)
     once(job, pruning, cut_again_, cut_anew_)
     return Cut(planned.plan, planned.sensitivity, names)
+
+
+def check_reach(graph: ModelGraph, settings: Settings) -> None:
+    """Raise BudgetError where not enough can go."""
+    problem = problem_of(graph, settings)
+    if settings.whole_blocks:
+        problem.check_reach(narrowest_without(problem, [block.groups for block in graph.blocks]))
+    else:
+        allocate_evenly(problem)
 
 
 def cut_(job: Job, observed: Observed, plan: PruningPlan, settings: Settings, where: str) -> None:

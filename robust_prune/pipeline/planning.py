@@ -14,6 +14,7 @@ from robust_prune.allocation import (
     allocations,
     best_composed,
     make_plan,
+    narrowest_without,
     passes_of,
     width_after,
     without,
@@ -161,6 +162,8 @@ def _made(job: Job, observed: Observed, measured: Measured, settings: Settings) 
 
 def _ways(problem: Problem, measured: Measured) -> list[Problem]:
     """Return the problem, and where blocks may go the one without those that are worth least."""
+    if measured.blocks:
+        problem.check_reach(narrowest_without(problem, measured.blocks))
     gone = worth_removing(problem, measured.curves, measured.blocks) if measured.blocks else []
     return [problem, *([without(problem, gone)] if gone else [])]
 

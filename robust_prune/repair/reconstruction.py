@@ -278,13 +278,13 @@ def kept_rows(graph: ModelGraph, plan: PruningPlan) -> dict[str, Rows]:
     """
     sizes = {n: t.shape for n, t in network_of(graph.model).state_dict().items()}
     kept: dict[str, Tensor] = {}
-    empty = {block.like: block.name for block in graph.empty_blocks(plan.widths)}
+    empty = {b.like: b.name for b in graph.empty_blocks(plan.widths)}
     for group, gone in graph.dropped(plan).items():
         for slot in graph.slots(group):
             makes = slot.role == "out" and slot.tensor == f"{slot.layer}.weight"
             names = [slot.layer] if makes or slot.tensor == f"{slot.layer}.running_mean" else []
-            if slot.dim == 0 and slot.tensor in empty:
-                names.append(empty[slot.tensor])
+            if (slot.tensor, slot.dim) in empty:
+                names.append(empty[slot.tensor, slot.dim])
             for name in names:
                 whole = torch.ones(sizes[slot.tensor][slot.dim], dtype=torch.bool)
                 kept.setdefault(name, whole)[slot.indices[gone[slot.units]]] = False

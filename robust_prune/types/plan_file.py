@@ -60,6 +60,8 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
         names = [group.name for group in self.groups]
         if len(set(names)) < len(names):
             raise ValueError(f"two groups are called {max(names, key=names.count)[:80]!r}")
+        if len(set(self.blocks)) < len(self.blocks):
+            raise ValueError("a block is named twice - at `$.blocks`")
         for cost in ("macs", "params", "channels"):
             if getattr(self.pruned, cost) > getattr(self.dense, cost):
                 raise ValueError(f"more {cost} pruned than dense - at `$.pruned.{cost}`")

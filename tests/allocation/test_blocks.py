@@ -45,10 +45,16 @@ def test_blocks_go_by_what_they_cost_for_what_they_save() -> None:
 
 
 def test_the_sum_decides_how_many_go() -> None:
-    """The second block costs more than the channels that it saves, and the third would pay."""
-    rises = {("a",): 0.0, ("b",): 0.9, ("c",): 0.9}
-    assert worth_removing(problem(0.3), curves(1.0), rises) == [("a",)]
-    assert worth_removing(problem(0.3), curves(9.0), rises) == [("a",), ("b",)]
+    """The second block costs more than the channels that make up for it, or less."""
+    rises = {("a",): 0.0, ("b",): 1.5, ("c",): 1.5}
+    assert worth_removing(problem(0.6), curves(1.0), rises) == [("a",)]
+    assert worth_removing(problem(0.6), curves(9.0), rises) == [("a",), ("b",)]
+
+
+def test_no_more_goes_than_is_asked() -> None:
+    rises = {("a", "b"): 0.0, ("c",): 0.1}  # half, and a quarter
+    assert worth_removing(problem(0.3), curves(9.0), rises) == [("c",)]
+    assert worth_removing(problem(0.1), curves(9.0), rises) == []
 
 
 def test_a_budget_out_of_reach_by_channels_is_met_without_blocks() -> None:

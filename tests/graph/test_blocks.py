@@ -20,11 +20,12 @@ from torch.testing import assert_close
 
 import robust_prune
 from robust_prune.errors import ModelError, PlanError
+from robust_prune.finetune import TrainingConfig, optimizer_of
 from robust_prune.graph import ModelGraph, count_cost, masking_error
 from robust_prune.models import build_model, resolve_spec
-from robust_prune.modules import EmptyBlock, EmptyForm, ImageModel, empty_blocks
-from robust_prune.types import Budget, GroupPlan, PruningPlan
-from tests.conftest import randomize_
+from robust_prune.modules import EmptyBlock, EmptyForm, ImageModel, empty_blocks, network_of
+from robust_prune.types import Budget, GroupPlan, PruningPlan, ThreatModel
+from tests.conftest import randomize_, tiny_resnet
 
 SIZE = (3, 64, 64)
 
@@ -116,7 +117,7 @@ def test_what_is_left_is_pruned_again() -> None:
     twice = again.pruned(plan)
     assert masking_error(once, twice, plan, torch.rand(2, *SIZE)) < 1e-7
     constant = twice.get_submodule("layer1.0").constant
-    assert constant.shape == (16, 1, 1)
+    assert constant.shape == (16,)
     assert len(empty_blocks(twice)) == 5
 
 
@@ -196,7 +197,195 @@ class Twice(Block):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))) + x.mean((2, 3), keepdim=True))
 
 
-@pytest.mark.parametrize("kind", [Bordered, Gated, Twice])
+class Clamped(Block):
+    """What bites at large inputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.conv2(F.relu(self.conv1(x)))).clamp(-30, 30)
+
+
+class Named(Block):
+    """A part of it has a name that says nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.skip = self.__dict__["_modules"].pop("shortcut")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
+
+
+class Last(nn.Module):
+    """Channels last, with or without biases, which may be zero."""
+
+    def __init__(self, bias: bool, width: int = 8) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 6, bias), nn.Linear(6, width, bias)
+        for layer in (self.fc1, self.fc2) if bias else ():
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+class Turned(nn.Module):
+    """A block for images whose channels come last inside of it alone."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.blocks(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_may_come_last_whatever_the_biases_are(bias: bool) -> None:
+    torch.manual_seed(0)
+    net = Turned(Last(bias), Last(bias)).eval()
+    graph = ModelGraph(net, (3, 8, 8), min_width=1)  # as many rows as channels
+    assert [block.form.last for block in graph.blocks] == [True, True]
+    plan = half_without(graph)
+    pruned = graph.pruned(plan)
+    assert pruned.get_submodule("blocks.0").constant.shape == (4,)
+    assert masking_error(net, pruned, plan, torch.rand(2, 3, 8, 8)) < 1e-7
+
+
+def test_a_skip_may_be_called_so() -> None:
+    torch.manual_seed(0)
+    net = randomize_(Net(Named(8, 12, F.relu), out=12)).eval()
+    graph = ModelGraph(net, (3, 8, 8), min_width=1)
+    assert [block.form.skip for block in graph.blocks] == ["skip"]
+    plan = half_without(graph)
+    pruned = graph.pruned(plan)
+    assert "blocks.0.skip.weight" in pruned.state_dict()
+    assert masking_error(net, pruned, plan, torch.rand(2, 3, 8, 8)) < 1e-7
+
+
+class Projected(Block):
+    """As many channels go in as come out, by a projection; the norm of the input comes last."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, nn.Identity())
+        self.shortcut, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.conv1(self.norm(x)))) + self.shortcut(x)
+
+
+class Upwards(Block):
+    """Its branch ends in a transposed convolution, whose outputs are its second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, nn.Identity())
+        self.conv2 = nn.ConvTranspose2d(6, 8, 1, bias=False)
+
+
+@pytest.mark.parametrize("kind", [Projected, Upwards])
+@pytest.mark.parametrize("stem", [2, 8])
+def test_the_constant_follows_the_channels_of_the_sum(kind: Any, stem: int) -> None:
+    torch.manual_seed(0)
+    net = randomize_(Net(kind(), Block(8, 8, F.relu))).eval()
+    graph = ModelGraph(net, (3, 8, 8), min_width=1)
+    widths = {g.name: g.width // 2 for g in graph.groups} | {"stem": stem}
+    plan = plan_of(graph, widths | dict.fromkeys(graph.blocks[0].groups, 0))
+    assert masking_error(net, graph.pruned(plan), plan, torch.rand(2, 3, 8, 8)) < 1e-7
+    assert graph.blocks[0].name == "blocks.0"
+
+
+class Around(Net):
+    """A network that does more with its blocks than to call them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(Block(8, 8, nn.Identity()), Block(8, 8, nn.Identity()))
+        self.what = what
+        self.first = self.blocks[0] if what == "another name" else None
+        self.act = nn.PReLU() if what == "shared" else nn.ReLU()
+        self.blocks[0].flag, self.blocks[0].act = True, self.act
+        self.blocks[1].act = self.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        kept = x
+        if self.what == "attribute" and not self.blocks[0].flag:
+            return x
+        for i, block in enumerate(self.blocks):
+            before = x
+            x = (self.first or block)(x) if i == 0 else block(x)
+            if self.what == "in place":
+                before.copy_(x)
+        logits: Tensor = self.fc((x + kept).mean((2, 3)))
+        return logits
+
+
+class Slopes(Block):
+    """An activation that others share is a part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.act(self.conv1(x)))
+
+
+@pytest.mark.parametrize("what", ["another name", "attribute"])
+def test_a_block_that_is_more_than_called_stays(what: str) -> None:
+    torch.manual_seed(0)
+    graph = ModelGraph(randomize_(Around(what)).eval(), (3, 8, 8), min_width=1)
+    assert [block.name for block in graph.blocks] == ["blocks.1"]
+
+
+def test_a_block_with_weights_of_others_stays() -> None:
+    torch.manual_seed(0)
+    net = Net(Slopes(8, 8, nn.Identity()), Slopes(8, 8, nn.Identity()))
+    net.blocks[0].act = net.blocks[1].act = nn.PReLU()
+    graph = ModelGraph(randomize_(net).eval(), (3, 8, 8), min_width=1)
+    assert [block.name for block in graph.blocks] == ["blocks.1"]  # the slope is the other's
+    plan = half_without(graph)
+    assert masking_error(net, graph.pruned(plan), plan, torch.rand(2, 3, 8, 8)) < 1e-7
+
+
+class Written(nn.Module):
+    """Adds to its very input, which its caller reads afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.conv2(F.relu(self.conv1(x)))
+        return x
+
+
+class Reading(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        read = [x]
+        for block in self.blocks:
+            read.append(block(read[-1].clone() if len(read) > 1 else x))
+        logits: Tensor = self.fc((read[0] + 2 * read[-1]).mean((2, 3)))
+        return logits
+
+
+def test_a_block_that_writes_into_what_others_read_stays() -> None:
+    torch.manual_seed(0)
+    graph = ModelGraph(Reading(Written(), Written()).eval(), (3, 8, 8), min_width=1)
+    assert [block.name for block in graph.blocks] == ["blocks.1"]
+
+
+def test_constants_decay_no_more_than_biases_do() -> None:
+    graph = ModelGraph(tiny_resnet(), (3, 32, 32))
+    pruned = graph.pruned(half_without(graph))
+    optimizer = optimizer_of(
+        pruned, TrainingConfig(threat=ThreatModel.linf("8/255"), method="pgd-at", epochs=1)
+    )
+    decayed = [p for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]]
+    constants = [block.constant for block in empty_blocks(network_of(pruned)).values()]
+    assert len(constants) == 4
+    assert not {id(p) for p in decayed} & {id(p) for p in constants}
+
+
+@pytest.mark.parametrize("kind", [Bordered, Clamped, Gated, Twice])
 def test_what_is_more_than_a_skip_and_a_constant_stays(kind: type[Block]) -> None:
     assert blocks_of(kind(8, 8, F.relu)) == []
     assert blocks_of(kind(8, 8, F.relu), Block(8, 8, F.relu)) == ["+relu"]
@@ -250,6 +439,8 @@ def test_a_constant_stands_for_all_that_a_branch_gives_at_zero() -> None:
         ({"layer1.0": {"skip": 3}}, "Expected `str`"),
         ({"layer1": {"tail": "relu"}}, "malformed|does not fit"),
         ({"": {}}, "malformed"),
+        ({"layer3": {}, "layer3.0.conv1": {}}, "lies in another that is to be left empty"),
+        ({"layer2.0": {"skip": "constant"}}, "no part 'constant' that skips"),
     ],
 )
 def test_a_file_that_empties_what_is_not_there_is_refused(

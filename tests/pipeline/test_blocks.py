@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_blocks_go_that_cost_least_and_all_is_told(tmp_path: Path) -> None:
         torch.equal(a, b)
         for a, b in zip(replayed.model.parameters(), result.model.parameters(), strict=True)
     )
+
+
+def test_what_can_go_counts_blocks() -> None:
+    with pytest.raises(BudgetError, match=r"at most (8\d|9\d)\.\d % can go") as caught:
+        shorter(prune_ratio=0.99)
+    most = float(re.findall(r"--ratio (0\.\d+)", str(caught.value))[0])
+    assert shorter(prune_ratio=most).plan.reached > most - 0.01
 
 
 def test_channels_alone_unless_asked() -> None:

@@ -77,6 +77,7 @@ def test_plans_can_be_compared() -> None:
         (lambda d: d["groups"][0].update(keep=[3, 1]), "rising order"),
         (lambda d: d["groups"][0].update(keep=[]), "keep 1 to"),
         (lambda d: d["groups"][0].update(keep=[1, 1]), "different channels"),
+        (lambda d: d.update(blocks=["one", "one"]), "named twice"),
         (lambda d: d.update(blocks=["other"]) or d["groups"][0].update(keep=[]), "keep 1 to"),
         (lambda d: d["groups"][0].update(keep=[0, 10_000]), "below"),
         (lambda d: d["budget"].update(prune_ratio=2), "between 0 and 1"),
