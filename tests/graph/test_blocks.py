@@ -254,6 +254,20 @@ def test_channels_may_come_last_whatever_the_biases_are(bias: bool) -> None:
     assert masking_error(net, pruned, plan, torch.rand(2, 3, 8, 8)) < 1e-7
 
 
+class Inside(Last):
+    """Channels come last inside of the block alone, as in ConvNeXt's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        return x + (super().forward(rows) - rows).permute(0, 3, 1, 2)
+
+
+def test_a_layer_on_rows_says_nothing_of_the_sum() -> None:
+    torch.manual_seed(0)
+    graph = ModelGraph(Net(Inside(bias=True)).eval(), (3, 8, 8), min_width=1)
+    assert [block.form.last for block in graph.blocks] == [False]
+
+
 def test_a_skip_may_be_called_so() -> None:
     torch.manual_seed(0)
     net = randomize_(Net(Named(8, 12, F.relu), out=12)).eval()

@@ -19,6 +19,7 @@ from robust_prune.errors import BudgetError, UsageError
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import ImageModel, empty_blocks, network_of
 from robust_prune.pipeline import CompressResult
+from robust_prune.repair import fill_constants_, kept_rows
 from robust_prune.types import ThreatModel
 from tests.conftest import tiny_resnet
 from tests.pipeline.test_run_folder import CrashError, fail_after
@@ -129,6 +130,20 @@ def test_the_constant_is_what_the_branch_adds_on_average() -> None:
     with torch.no_grad():
         model(x)
     assert_close(means[block.name], pieces["branch"].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_constants_stand_for_branches_in_what_comes_out() -> None:
+    result = shorter(reconstruct=False)
+    graph = ModelGraph(idle_resnet(), (3, 32, 32))
+    pruned, rows = graph.pruned(result.plan), kept_rows(graph, result.plan)
+    for name, block in empty_blocks(network_of(result.model)).items():
+        masked = network_of(pruned).get_submodule(name).constant
+        assert not torch.allclose(block.constant, masked, atol=1e-4)
+    means = {name: torch.arange(64.0) for name in result.plan.blocks}
+    fill_constants_(pruned, means, rows)
+    for name, block in empty_blocks(network_of(pruned)).items():
+        kept = rows[name][0] if name in rows else torch.arange(len(block.constant))
+        assert torch.equal(block.constant.detach(), kept.float())
 
 
 def test_rises_are_of_models_that_lack_one_block() -> None:
