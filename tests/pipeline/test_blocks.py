@@ -139,10 +139,11 @@ def test_constants_stand_for_branches_in_what_comes_out() -> None:
     for name, block in empty_blocks(network_of(result.model)).items():
         masked = network_of(pruned).get_submodule(name).constant
         assert not torch.allclose(block.constant, masked, atol=1e-4)
-    means = {name: torch.arange(64.0) for name in result.plan.blocks}
+    sizes = {block.name: block.cost.constant.shape[0] for block in graph.blocks}
+    means = {name: torch.arange(float(sizes[name])) for name in result.plan.blocks}
     fill_constants_(pruned, means, rows)
     for name, block in empty_blocks(network_of(pruned)).items():
-        kept = rows[name][0] if name in rows else torch.arange(len(block.constant))
+        kept = rows[name][0] if name in rows else torch.arange(sizes[name])
         assert torch.equal(block.constant.detach(), kept.float())
 
 
