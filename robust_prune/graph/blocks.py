@@ -162,7 +162,7 @@ def empty_blocks_(net: nn.Module, blocks: Sequence[Block], slots: Slots, run: Ru
 
 @contextmanager
 def _silent(net: nn.Module, name: str, groups: Sequence[str], slots: Slots) -> Iterator[None]:
-    """Do so for a while, in a network whose storage is its own."""
+    """Set the groups inside of a block to zero for a while, in a network with its own storage."""
     block = net.get_submodule(name)
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     before = {key: tensor.clone() for key, tensor in tensors.items()}

@@ -228,9 +228,10 @@ def _best(
 
     def repair_(pruned: nn.Module, plan: PruningPlan) -> None:
         note_branches(observed, plan)
-        fill_constants_(pruned, observed.branches, kept_rows(graph, plan))
+        rows = kept_rows(graph, plan)
+        fill_constants_(pruned, observed.branches, rows)
         if observed.reconstruction is not None:
-            fits = observed.reconstruction.apply_(pruned, kept_rows(graph, plan))
+            fits = observed.reconstruction.apply_(pruned, rows)
             if not is_large(graph.model):  # then rather fitted twice than held twice
                 latest[:] = [Repaired.of(pruned, fits)]
         if splits.in_distribution:
