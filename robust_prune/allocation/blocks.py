@@ -18,7 +18,7 @@ def without(problem: Problem, blocks: Sequence[Groups]) -> Problem:
     """Return the problem of the model without blocks, each given by its groups.
 
     Raises:
-        BudgetError: shares are asked of these groups, or what is left costs less than it may.
+        BudgetError: shares are asked of these groups.
     """
     gone = {group: 0 for groups in blocks for group in groups}
     if asked := sorted(gone.keys() & problem.fixed.keys()):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.adversaries import AdversarialSet
+from robust_prune.adversaries import AdversarialSet, adversarial_loss
 from robust_prune.criteria.curves import FEWEST_IMAGES, MOST_IMAGES
 from robust_prune.graph import Block, branch_sum
 from robust_prune.modules import (
@@ -74,24 +72,12 @@ def block_rises(
     twin = sharing(model)
     net = network_of(twin)
 
-    def summed(images: Tensor, labels: Tensor, size: int) -> float:
-        parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
-        return sum(float(F.cross_entropy(twin(x), y, reduction="sum")) for x, y in parts)
-
-    def loss() -> float:
-        total = 0.0
-        for images, labels in used.batches():
-            work = functools.partial(summed, images, labels)
-            total += as_memory_allows(work, len(images), "losses")
-        return total / len(used)
-
     with evaluating(twin):
-        base, rises = loss(), {}
+        base, rises = adversarial_loss(twin, used), {}
         for block in blocks:
             whole = net.get_submodule(block.name)
-            skip = dict(whole.named_children()).get(block.form.skip)
-            put_in_(net, block.name, EmptyBlock(block.form, constants[block.name], skip).eval())
-            rise = loss() - base
+            put_in_(net, block.name, EmptyBlock.of(whole, block.form, constants[block.name]))
+            rise = adversarial_loss(twin, used) - base
             put_in_(net, block.name, whole)
             rises[block.name] = rise if rise < LARGEST_RISE else LARGEST_RISE  # NaN too
     return rises

@@ -97,12 +97,12 @@ def _tried(
     if empty is None or not difference(empty(x), _masked(net, name, wiring, gone, x)) < EXACT:
         return None
     like = _like(wiring, groups)
-    cost = None if like is None else _cost_of(costs, name, groups, empty, like)
+    cost = None if like is None else _cost_of(costs, name, empty, like)
     if like is None or cost is None:
         return None
     twin = sharing(net).eval()
-    skip = dict(twin.get_submodule(name).named_children()).get(empty.empty_form.skip)
-    put_in_(twin, name, EmptyBlock(empty.empty_form, empty.constant.to(seen.x), skip).eval())
+    own, form = twin.get_submodule(name), empty.empty_form
+    put_in_(twin, name, EmptyBlock.of(own, form, empty.constant.to(seen.x)))
     with _silent(whole, name, groups, wiring.slots):
         masked = run(whole, 1)
     if not difference(run(twin, 1), masked) < TOLERANCES[torch.float32]:
@@ -113,7 +113,7 @@ def _tried(
     counted = counter.macs, sum(p.numel() for p in twin.parameters())
     if counted != costs.at({group: len(units) for group, units in gone.items()}, [cost]):
         return None
-    return Block(name, groups, empty.empty_form, cost, like or None)
+    return Block(name, groups, form, cost, like or None)
 
 
 @torch.no_grad()
@@ -154,9 +154,8 @@ def empty_blocks_(net: nn.Module, blocks: Sequence[Block], slots: Slots, run: Ru
                 f"block {block.name!r} can't go whole: without its channels it is not its skip "
                 "and a constant; leave blocks alone (--no-blocks)"
             )
-        own = dict(module.named_children()).get(block.form.skip)
         constant = empty.constant.to(here.x)
-        put_in_(net, block.name, EmptyBlock(block.form, constant, own).train(module.training))
+        put_in_(net, block.name, EmptyBlock.of(module, block.form, constant))
     forget_fields_(net)
 
 
@@ -224,7 +223,6 @@ def _like(wiring: Wiring, groups: Sequence[str]) -> tuple[str, int] | tuple[()] 
 def _cost_of(
     costs: WorkCost,
     name: str,
-    groups: Sequence[str],
     empty: EmptyBlock,
     like: tuple[str, int] | tuple[()],
 ) -> EmptyCost | None:
@@ -242,4 +240,4 @@ def _cost_of(
         if tensor.shape[dim] != channels:
             return None
         shares = tuple((0, group, each) for d, group, each in tensor.shares if d == dim)
-    return EmptyCost(tuple(groups), inside, TensorCost(f"{name}.constant", (channels,), shares, ()))
+    return EmptyCost(inside, TensorCost(f"{name}.constant", (channels,), shares, ()))

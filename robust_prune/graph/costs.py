@@ -67,12 +67,10 @@ class EmptyCost:
     """What goes with a block whose branch goes whole.
 
     Attributes:
-        groups: that lie inside of it, and keep nothing.
         inside: names of the tensors that go.
         constant: the tensor that comes.
     """
 
-    groups: tuple[str, ...]
     inside: frozenset[str]
     constant: TensorCost
 

@@ -188,11 +188,10 @@ def _block_times(
     found = []
     for block in blocks:
         module, x = modules[block.name], read[block.name]
-        skip = dict(module.named_children()).get(block.form.skip)
         constant = x.new_zeros(block.cost.constant.shape)
         with evaluating(model):
             whole, left = alternating(
-                [module, EmptyBlock(block.form, constant, skip)], x, conditions, BLOCKS
+                [module, EmptyBlock.of(module, block.form, constant)], x, conditions, BLOCKS
             )
         kept = f"{block.name}.{block.form.skip}." if block.form.skip else "?"
         inside = tuple(

@@ -44,17 +44,18 @@ class Layer:
 
     def at(self, dropped: Mapping[str, int]) -> tuple[int, int]:
         """Return (outputs, inputs) when groups lose this many units."""
-        sizes = list(self.sizes)
-        for side, group, channels in self.shares:
-            sizes[side] -= channels * dropped.get(group, 0)
-        return max(sizes[0], 1), max(sizes[1], 1)
+        outputs, inputs = self._left(dropped)
+        return max(outputs, 1), max(inputs, 1)
 
     def goes(self, dropped: Mapping[str, int]) -> bool:
         """Return whether nothing is left to compute when groups lose this many units."""
-        left = list(self.sizes)
+        return min(self._left(dropped)) <= 0
+
+    def _left(self, dropped: Mapping[str, int]) -> list[int]:
+        sizes = list(self.sizes)
         for side, group, channels in self.shares:
-            left[side] -= channels * dropped.get(group, 0)
-        return min(left) <= 0
+            sizes[side] -= channels * dropped.get(group, 0)
+        return sizes
 
 
 @dataclass(frozen=True)

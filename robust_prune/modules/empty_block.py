@@ -71,6 +71,12 @@ class EmptyBlock(nn.Module):
             self.add_module(form.skip, skip)
         self.register_parameter(CONSTANT, nn.Parameter(constant.detach().clone()))
 
+    @classmethod
+    def of(cls, block: nn.Module, form: EmptyForm, constant: Tensor) -> EmptyBlock:
+        """Return what is left of a block, in its mode, with its own skip."""
+        skip = dict(block.named_children()).get(form.skip)
+        return cls(form, constant, skip).train(block.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return [N, C, H, W] or [N, ..., C] of such a tensor."""
         form, constant = self.empty_form, self.constant
@@ -100,17 +106,17 @@ def empty_(net: nn.Module, forms: Mapping[str, EmptyForm]) -> None:
     Raises:
         ModelError: the network has no such block, or the block no such skip.
     """
+    modules = dict(net.named_modules())
     for name, form in forms.items():
         if any(name.startswith(f"{other}.") for other in forms):
             raise ModelError(f"block {name[:80]!r} lies in another that is to be left empty")
-        block = dict(net.named_modules()).get(name) if name else None
+        block = modules.get(name) if name else None
         if block is None:
             raise ModelError(f"the network has no block {name[:80]!r} to leave empty")
-        children = dict(block.named_children())
-        if form.skip and (form.skip not in children or not form.allowed):
+        if form.skip and (form.skip not in dict(block.named_children()) or not form.allowed):
             raise ModelError(f"block {name!r} has no part {form.skip[:80]!r} that skips its branch")
         if isinstance(block, EmptyBlock):
             continue
         like = next(block.parameters(), torch.empty(0))
         constant = torch.zeros(1, dtype=like.dtype, device=like.device)
-        put_in_(net, name, EmptyBlock(form, constant, children.get(form.skip)))
+        put_in_(net, name, EmptyBlock.of(block, form, constant))
