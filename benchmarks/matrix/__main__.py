@@ -112,13 +112,22 @@ def _all(
         command += ["--cell", json.dumps(asdict(key)), "--what", what, "--device", device]
         command += ["--out", str(out), "--cache", str(options.cache)]
         command += ["--data", str(options.data)] if options.data else []
-        env = {"OMP_NUM_THREADS": threads, **os.environ}
-        ended = subprocess.run(command, check=False, text=True, capture_output=True, env=env)
+        env = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, text=True, stdout=subprocess.PIPE, stderr=errors, env=env
+            ) as child,
+        ):
+            assert child.stdout is not None
+            for line in child.stdout:
+                tell(line.rstrip())
+            if child.wait():
+                errors.seek(0)
+                told = errors.read().strip().splitlines()
+                tell(f"{key.label}: not measured: {told[-1] if told else child.returncode}")
         devices.put(device)
-        lines = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
-        for line in lines if ended.returncode == 0 else lines[-1:]:
-            tell(line if ended.returncode == 0 else f"{key.label}: not measured: {line}")
-        return key if ended.returncode == 0 else None
+        return None if child.returncode else key
 
     with ThreadPoolExecutor(options.jobs) as pool:
         return [key for key in pool.map(one, keys) if key is not None]

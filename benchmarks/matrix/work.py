@@ -18,7 +18,7 @@ from robust_prune.allocation import log_capacity
 from robust_prune.criteria import calibration_images
 from robust_prune.data import DataSplits, as_split, open_data
 from robust_prune.errors import RobustPruneError
-from robust_prune.finetune import TrainingConfig, train_
+from robust_prune.finetune import Method, TrainingConfig, train_
 from robust_prune.graph import ModelGraph, count_cost
 from robust_prune.models import open_model, save
 from robust_prune.modules import ImageModel, seeded
@@ -162,18 +162,27 @@ def _prune(bench: Bench, key: Key, dense: ImageModel, splits: DataSplits) -> Ima
     return model
 
 
-def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: DataSplits) -> Cell:
+def tune_(
+    bench: Bench,
+    key: Key,
+    tuning: Tuning,
+    model: ImageModel,
+    splits: DataSplits,
+    *,
+    method: str | Method = "",
+    teacher: ImageModel | None = None,
+) -> Cell:
     """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights.
 
     The rate is at most what the dense model was trained with: more undoes a network without batch
-    norm.
+    norm. `method` is another than the cell's, `teacher` what it learns from.
     """
     train, validation = splits.train, splits.validation
     assert validation is not None
     if tuning.images:
         train = as_split([train.take(tuning.images, key.seed)])
     config = TrainingConfig(
-        method=key.method,
+        method=method or key.method,
         epochs=tuning.epochs,
         threat=bench.level.threat(key),
         attack_steps=tuning.steps,
@@ -184,7 +193,8 @@ def tune_(bench: Bench, key: Key, tuning: Tuning, model: ImageModel, splits: Dat
         batch_size=bench.level.batch_size,
         seed=key.seed,
     )
-    history = train_(model, train, validation, where_native(config, bench.device))
+    config = where_native(config, bench.device)
+    history = train_(model, train, validation, config, teacher=teacher)
     best = history.epochs[history.best_epoch] if history.epochs else None
     return Cell(
         key,

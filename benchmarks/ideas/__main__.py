@@ -1,0 +1,177 @@
+"""Ideas for a win that lasts: each fine-tuned as long as the plain way, and compared with it.
+
+    python -m benchmarks.ideas --data DIR --out RECORD [--network plain] [--ratio 0.75]
+    python -m benchmarks.ideas --data DIR --out RECORD --only pruned steps --seeds 0 1 2
+
+`pruned` is what `compress` makes, fine-tuned by the matrix's recipe; `torch-pruning` is the L2 norm
+in every layer on our graph, tuned alike. Every other idea changes one thing and sees as many
+images. Every model is a file of OUT/models, and a run that stops is taken up where it was. The
+dense model is the matrix's, kept in --cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.criteria.dense import CACHE, digest
+from benchmarks.criteria.protocol import percent, verdicts
+from benchmarks.criteria.summary import interval_of, p_of, p_value
+from benchmarks.ideas.trying import BASE, IDEAS, Subject
+from benchmarks.matrix.levels import LEVELS, LONG, OURS, Key
+from benchmarks.matrix.work import Bench
+from robust_prune.files import write_text
+from robust_prune.graph import count_cost
+from robust_prune.models import library_versions
+from robust_prune.pipeline import hardware
+
+
+@dataclass(frozen=True)
+class Found:
+    """One model measured; verdicts are strings of 0 and 1, one per image."""
+
+    name: str
+    seed: int
+    macs: int
+    params: int
+    dense: str
+    validation: str
+    clean: str
+    pgd: str
+    cpu_seconds: float
+
+    @property
+    def told(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.name}, seed {self.seed}: {self.macs / 1e6:.2f} M, {self.params:,} parameters, "
+            f"clean {percent(self.clean):.1f}, PGD-20 {percent(self.pgd):.1f}, "
+            f"{self.cpu_seconds:.0f} s"
+        )
+
+
+def measure(subject: Subject, name: str) -> Found:
+    """Make the model of an idea, and attack it."""
+    start = time.process_time()
+    model = IDEAS[name](subject)
+    seconds = time.process_time() - start
+    splits, threat = subject.splits, subject.settings.threat
+    assert splits.validation is not None
+    assert splits.test is not None
+    cost = count_cost(model, splits.input_size)
+    on_test = verdicts(model, splits.test, subject.bench.level.test_images, threat, "pgd")
+    return Found(
+        name=name,
+        seed=subject.key.seed,
+        macs=cost.macs,
+        params=cost.params,
+        dense=digest(subject.dense),
+        validation=verdicts(model, splits.validation, 2000, threat, "pgd")["pgd"],
+        clean=on_test["clean"],
+        pgd=on_test["pgd"],
+        cpu_seconds=round(seconds, 1),
+    )
+
+
+def page(found: list[Found]) -> str:
+    """Return Markdown: ideas by their gain over the plain way, over the seeds that both have."""
+    lines = [
+        "| idea | seeds | MACs (M) | parameters | CPU seconds | clean % | PGD-20 % "
+        "| points over `pruned` | p |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = {f.seed: f for f in found if f.name == BASE}
+    for name in [n for n in IDEAS if any(f.name == n for f in found)]:
+        runs = [f for f in found if f.name == name]
+        pairs = [
+            tuple(int(a) - int(b) for a, b in zip(f.pgd, base[f.seed].pgd, strict=True))
+            for f in runs
+            if f.seed in base and name != BASE
+        ]
+        gain = f"{100 * statistics.mean(map(statistics.mean, pairs)):+.1f}" if pairs else ""
+        lines.append(
+            f"| {name} | {len(runs)} | {statistics.mean(f.macs for f in runs) / 1e6:.2f} "
+            f"| {statistics.mean(f.params for f in runs):,.0f} "
+            f"| {statistics.mean(f.cpu_seconds for f in runs):.0f} "
+            f"| {interval_of([f.clean for f in runs])} | {interval_of([f.pgd for f in runs])} "
+            f"| {gain} | {p_value(p_of(pairs)) if pairs else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def open_subject(options: argparse.Namespace, seed: int) -> Subject:
+    """Open data and dense model; train it where the cache has none."""
+    level = LEVELS[options.level]
+    tell: Callable[[str], None] = lambda s: print(s, flush=True)  # noqa: E731
+    bench = Bench(level, options.data, options.cache, options.device, tell)
+    key = Key(options.images, options.network, level.methods[0], options.ratio, OURS, LONG, seed)
+    splits = bench.splits(level.images(key.data))
+    dense = bench.dense(key, splits, level.network(key.network))
+    tuning = level.tuning(LONG)
+    tuning = replace(tuning, epochs=options.epochs or tuning.epochs)
+    return Subject(bench, key, splits, dense, tuning, options.shapes)
+
+
+def main() -> None:
+    """Measure the ideas that are missing, and write the page."""
+    options = _options()
+    out: Path = options.out or Path(tempfile.mkdtemp(prefix="ideas-"))
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    for seed in () if options.summary else options.seeds:
+        subject = open_subject(options, seed)
+        _note_settings(options, subject, out)
+        for name in options.only or IDEAS:
+            path = out / "models" / f"{name}-{seed}.json"
+            if not path.exists():
+                found = measure(subject, name)
+                write_text(path, json.dumps(asdict(found)) + "\n")
+                print(found.told, flush=True)
+    paths = sorted((out / "models").glob("*.json"))
+    text = page([Found(**json.loads(p.read_text(encoding="utf-8"))) for p in paths])
+    write_text(out / "summary.md", text)
+    print(text)
+
+
+def _note_settings(options: argparse.Namespace, subject: Subject, out: Path) -> None:
+    settings = {
+        **{name: getattr(options, name) for name in ("level", "images", "network", "ratio")},
+        "threat": str(subject.settings.threat),
+        "tuning": asdict(subject.tuning),
+        "training": subject.bench.level.network(options.network).training,
+        "dense": digest(subject.dense),
+        "versions": library_versions(),
+        "hardware": hardware(torch.device(options.device)),
+    }
+    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--level", choices=sorted(LEVELS), default="cpu")
+    parser.add_argument("--images", default="cifar10", help="data set of the level")
+    parser.add_argument("--network", default="plain", help="network of the level")
+    parser.add_argument("--ratio", type=float, default=0.75, help="of the multiply-adds, removed")
+    parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, not the matrix's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", default=[], choices=IDEAS, metavar="IDEA")
+    parser.add_argument("--shapes", type=Path, help="record of benchmarks.shapes, for `fitted`")
+    parser.add_argument("--data", type=Path, help="folder of data sets by name")
+    parser.add_argument("--cache", type=Path, default=CACHE / "matrix")
+    parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--summary", action="store_true", help="only print what is recorded")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

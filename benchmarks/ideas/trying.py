@@ -1,0 +1,210 @@
+"""The ideas: each gives a pruned model that has seen as many images as the plain way's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.criteria.protocol import percent
+from benchmarks.ideas.methods import own_augmentations, teacher_both
+from benchmarks.ideas.supernet import Narrowed, TrainAtWidths, losses
+from benchmarks.matrix.levels import DENSE, OURS, Key, Tuning
+from benchmarks.matrix.work import Bench, pruned, tune_
+from benchmarks.shapes.drawing import at_random
+from benchmarks.shapes.telling import read as read_shapes
+from robust_prune.adversaries import adversarial_set
+from robust_prune.allocation import (
+    Problem,
+    allocate_by_capacity,
+    allocate_evenly,
+    candidate_widths,
+    make_plan,
+)
+from robust_prune.criteria import calibration_images, channel_scores, structural_curves
+from robust_prune.data import DataSplits
+from robust_prune.graph import ModelGraph
+from robust_prune.modules import ImageModel, copied, seeded
+from robust_prune.pipeline import Settings, run
+from robust_prune.types import Budget, PruningPlan
+
+BASE, PEER = "pruned", "torch-pruning"
+SUPERNET_SHARES = 1.0, 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its plans leave
+DRAWN = 60  # random plans that a supernet is asked about
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model, its data and one seed."""
+
+    bench: Bench
+    key: Key
+    splits: DataSplits
+    dense: ImageModel
+    tuning: Tuning
+    record: Path | None  # of benchmarks.shapes, that widths are fitted on
+
+    @property
+    def settings(self) -> Settings:
+        """What `compress` is asked for."""
+        level = self.bench.level
+        return Settings(
+            budget=Budget("macs", self.key.ratio),
+            threat=level.threat(self.key),
+            seed=self.key.seed,
+            score="l2",
+            calibration_images=level.calibration_images,
+            batch_size=level.batch_size,
+        )
+
+    def pruned(self, arm: str = OURS) -> ImageModel:
+        """Return the model of an arm of the matrix, not tuned."""
+        with seeded(self.key.seed):
+            return pruned(self.bench, replace(self.key, arm=arm), self.dense, self.splits)
+
+    def by_plan(self, model: ImageModel, plan: PruningPlan) -> ImageModel:
+        """Return the model pruned to a plan and reconstructed."""
+        with seeded(self.key.seed):
+            found = run(model, self.splits, replace(self.settings, plan=plan)).model
+        assert isinstance(found, ImageModel)
+        return found
+
+    def tune(self, model: ImageModel, epochs: int = 0, **changed: Any) -> ImageModel:
+        """Fine-tune in place by the matrix's recipe, with another method or teacher."""
+        tuning = replace(self.tuning, epochs=epochs or self.tuning.epochs)
+        tune_(self.bench, self.key, tuning, model, self.splits, **changed)
+        return model
+
+
+def as_it_is(subject: Subject) -> ImageModel:
+    """Tune what `compress` makes."""
+    return subject.tune(subject.pruned())
+
+
+def peer(subject: Subject) -> ImageModel:
+    """Tune what torch-pruning's L2 norm makes."""
+    return subject.tune(subject.pruned("tp-l2-local"))
+
+
+def disturbed(subject: Subject) -> ImageModel:
+    """Disturb weights in fine-tuning (AWP)."""
+    return subject.tune(subject.pruned(), method="pgd-at+awp")
+
+
+def better_teacher(subject: Subject) -> ImageModel:
+    """Learn from the dense model that had the same fine-tuning, on clean and attacked images."""
+    teacher = subject.tune(copied(subject.dense))
+    return subject.tune(subject.pruned(), method=teacher_both, teacher=teacher)
+
+
+def more_data(subject: Subject) -> ImageModel:
+    """Mix in augmented images that the dense model is sure of."""
+    return subject.tune(subject.pruned(), method=own_augmentations, teacher=subject.dense)
+
+
+def in_steps(subject: Subject) -> ImageModel:
+    """Prune in three steps during the same number of epochs."""
+    tuning, level = subject.tuning, subject.bench.level
+    rate = level.network(subject.key.network).training.get("lr", tuning.lr)
+    settings = replace(
+        subject.settings,
+        finetune=subject.key.method,
+        epochs=tuning.epochs,
+        prune_steps=3,
+        attack_steps=tuning.steps,
+        lr=min(tuning.lr, rate),
+    )
+    with seeded(subject.key.seed):
+        found = run(subject.dense, subject.splits, settings).model
+    assert isinstance(found, ImageModel)
+    return found
+
+
+def fitted_widths(subject: Subject) -> ImageModel:
+    """Take the widths that a fit on other tuned shapes (validation images) calls best."""
+    if subject.record is None:
+        raise SystemExit("the idea `fitted` needs --shapes, a record of benchmarks.shapes")
+    tuned = [s for s in read_shapes(subject.record) if s.name != DENSE]
+    names = sorted(tuned[0].widths)
+    logs = np.log([[s.widths[n] for n in names] for s in tuned])
+    worth = np.array([percent(s.validation) for s in tuned])
+    centred = logs - logs.mean(0)
+    gram = centred.T @ centred + 0.1 * len(tuned) * np.diag(centred.var(0))
+    slopes = dict(
+        zip(names, np.linalg.solve(gram, centred.T @ (worth - worth.mean())), strict=True)
+    )
+    problem, scores, curves = problem_of(subject)
+    asked = {"capacity": allocate_by_capacity(problem)}
+    asked |= {f"curve-{i}": w for i, w in enumerate(candidate_widths(problem, curves))}
+    asked |= {str(i): at_random(problem, random.Random(i)) for i in range(400)}
+    best = max(asked.values(), key=lambda w: sum(slopes[n] * np.log(w[n]) for n in names))
+    return subject.tune(subject.by_plan(subject.dense, plan_of(subject, problem, best, scores)))
+
+
+def supernet(subject: Subject) -> ImageModel:
+    """Train a copy at many widths for half of the epochs, and tune those that it says are best."""
+    problem, scores, curves = problem_of(subject)
+    model = copied(subject.dense)
+    narrowed = Narrowed(model, ModelGraph(model, subject.splits.input_size), scores)
+    draw = random.Random(subject.key.seed)
+    trained = [{g.name: g.width for g in problem.groups}]
+    for share in SUPERNET_SHARES[1:]:
+        wider = replace(problem, budget=Budget("macs", 1 - share))
+        trained += [allocate_evenly(wider), allocate_by_capacity(wider)]
+        trained += [at_random(wider, draw) for _ in range(4)]
+    half = subject.tuning.epochs // 2
+    subject.tune(model, half, method=TrainAtWidths(narrowed, trained, subject.key.seed))
+    asked = {"even": allocate_evenly(problem), "capacity": allocate_by_capacity(problem)}
+    asked |= {f"curve-{i}": w for i, w in enumerate(candidate_widths(problem, curves))}
+    asked |= {f"random-{i}": at_random(problem, draw) for i in range(DRAWN)}
+    assert subject.splits.validation is not None
+    known = subject.splits.validation.take(512, 0)
+    told = losses(narrowed, asked, known, subject.settings.threat)
+    best = min(told, key=lambda name: told[name])
+    print(f"supernet: {best} of {len(told)}, {sorted(told.items(), key=lambda i: i[1])[:8]}")
+    plan = plan_of(subject, problem, asked[best], scores)
+    return subject.tune(subject.by_plan(subject.dense, plan))
+
+
+IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
+    BASE: as_it_is,
+    PEER: peer,
+    "awp": disturbed,
+    "teacher": better_teacher,
+    "augmentations": more_data,
+    "steps": in_steps,
+    "fitted": fitted_widths,
+    "supernet": supernet,
+}
+
+
+def problem_of(subject: Subject) -> tuple[Problem, Any, Any]:
+    """Return the problem of allocation, the scores and the curves of groups."""
+    graph = ModelGraph(subject.dense, subject.splits.input_size)
+    known = calibration_images(
+        subject.dense, subject.splits, subject.bench.level.calibration_images, subject.key.seed
+    )
+    threat = subject.settings.threat
+    attacked = adversarial_set(subject.dense, *known, threat=threat, seed=subject.key.seed)
+    scores = channel_scores(subject.dense, graph, score="l2", adversarial=attacked)
+    curves = structural_curves(subject.dense, graph, scores, attacked)
+    budget = Budget("macs", subject.key.ratio)
+    return Problem(graph.groups, graph.cost, budget, layers=graph.layers), scores, curves
+
+
+def plan_of(subject: Subject, problem: Problem, widths: Any, scores: Any) -> PruningPlan:
+    """Return the plan of these widths, the lowest scores going."""
+    return make_plan(
+        problem,
+        widths,
+        {group: units.tolist() for group, units in scores.items()},
+        allocation="idea",
+        score="l2",
+        seed=subject.key.seed,
+        input_size=subject.splits.input_size,
+        ties=(),
+    )
