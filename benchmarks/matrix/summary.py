@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from benchmarks.criteria.protocol import percent
 from benchmarks.criteria.summary import interval_of, p_of, p_value
 from benchmarks.matrix.cells import Cell
-from benchmarks.matrix.levels import CAPACITY, DENSE, LITTLE, LONG, OURS, UNTUNED
+from benchmarks.matrix.levels import CAPACITY, DENSE, LITTLE, LONG, OURS, UNTUNED, Key
 
 ATTACKS = ("clean", "pgd", "autoattack")
 GOALS = {UNTUNED: 5.0, LITTLE: 3.0, LONG: 1.5}  # points over torch-pruning's best arm
@@ -88,20 +88,21 @@ def comparisons(cells: Sequence[Cell], *arms_of_ours: str) -> list[Comparison]:
 
 
 def claims(cells: Sequence[Cell], least_p: float) -> list[Cell]:
-    """Return the models that a claim would rest on: our better arm's and the best peer's.
+    """Return the models that a claim would rest on: our better arm's, the best peer's, the dense.
 
-    Where they differ by PGD with p of `least_p` or less; all seeds.
+    Where the first two differ by PGD with p of `least_p` or less; all seeds, each model once.
     """
     good = [c for c in cells if not c.error]
     by_pgd = [replace(c, autoattack="") for c in good]
-    found: list[Cell] = []
+    found: dict[Key, Cell] = {}
     for block in _blocks(good):
         here = [c for c in comparisons(by_pgd, OURS, CAPACITY) if c.block == block]
         best = max(here, key=lambda c: c.gain, default=None)
         if best is not None and best.p <= least_p:
             arms = _arms(good, block)
-            found += [*arms[best.ours], *arms[best.theirs]]
-    return found
+            for arm in (best.ours, best.theirs, DENSE):
+                found |= {cell.key: cell for cell in arms.get(arm, [])}
+    return list(found.values())
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,11 @@ def test_autoattack_takes_what_a_claim_would_rest_on() -> None:
         *won,
         cell(PEER, "1" * 30 + "0" * 70),
         cell("tp-worse", "0" * 100),
-        cell(DENSE, "1" * 100),
+        cell(DENSE, "1" * 100, ratio=0.0),
     ]
-    assert [c.key.arm for c in summary.claims(arms, 0.05)] == [CAPACITY, PEER]
+    assert [c.key.arm for c in summary.claims(arms, 0.05)] == [CAPACITY, PEER, DENSE]
+    halves = [replace(c, key=replace(c.key, ratio=0.5)) for c in arms[:-1]]
+    assert [c.key.arm for c in summary.claims([*arms, *halves], 0.05)].count(DENSE) == 1
     even = [cell(OURS, "10" * 50), cell(PEER, "10" * 50)]
     assert summary.claims(even, 0.05) == []
     assert [c.key.arm for c in summary.claims(even, 1.0)] == [OURS, PEER]
