@@ -17,6 +17,7 @@ ROOT = Path(robust_prune.__file__).parent
 ORDER = (
     "_version",
     "errors",
+    "stopping",
     "untrusted",
     "statistics",
     "types",
@@ -50,6 +51,7 @@ ORDER = (
 )
 WITHOUT_TORCH = {
     "errors",
+    "stopping",
     "untrusted",
     "statistics",
     "types",

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from robust_prune import stopping
 from robust_prune.cli import compare, compress, evaluate, export, info, opening, sensitivity, train
 from robust_prune.cli.output import Output
 from robust_prune.errors import (
@@ -93,16 +94,19 @@ def _stopped_by_signals() -> Iterator[None]:
 
     Signals that are ignored stay so: `nohup` means it.
     """
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    here = threading.current_thread() is threading.main_thread()
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if here else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    taken = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, signal.default_int_handler)
+    usual = signal.default_int_handler, signal.SIG_DFL
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in usual}
+    stopping.forget()
+    for number in before:
+        signal.signal(number, stopping.stop)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run() -> Any:

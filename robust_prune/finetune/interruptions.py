@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from robust_prune import stopping
+
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, an end of the machine's or queue's, a lost line
 
 
@@ -18,6 +20,8 @@ def interruptions() -> Iterator[Callable[[], bool]]:
     which the program has asked to (as the command line does): others end a process as before.
     """
     asked = threading.Event()
+    if stopping.asked():  # and was dropped on its way
+        asked.set()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
@@ -31,7 +35,7 @@ def interruptions() -> Iterator[Callable[[], bool]]:
     before = {
         number: signal.signal(number, note)
         for number in numbers
-        if number == signal.SIGINT or signal.getsignal(number) is signal.default_int_handler
+        if number == signal.SIGINT or signal.getsignal(number) is stopping.stop
     }
     try:
         yield asked.is_set

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from robust_prune import stopping
 from robust_prune.finetune import History
 from robust_prune.modules import release_memory
 from robust_prune.pipeline.record import Pruned, Record, Step
@@ -18,7 +19,10 @@ from robust_prune.types import PruningPlan
 
 
 class Journal:
-    """Holds the record of a run as it grows; listeners hear of stages and notes."""
+    """Holds the record of a run as it grows; listeners hear of stages and notes.
+
+    A request to stop that was dropped on its way is raised where a stage or a station begins.
+    """
 
     def __init__(self, events: Events, notes: tuple[str, ...] = ()) -> None:
         self.events = events
@@ -26,6 +30,7 @@ class Journal:
 
     def stage(self, line: str) -> None:
         """Say what begins."""
+        stopping.check()
         self.events.stage(line)
 
     def note(self, line: str) -> None:
@@ -40,6 +45,7 @@ class Journal:
     @contextlib.contextmanager
     def timed(self, station: str) -> Iterator[None]:
         """Add the seconds of what is done inside to a station's, and give its memory back."""
+        stopping.check()
         start = time.perf_counter()
         try:
             yield
