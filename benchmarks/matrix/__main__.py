@@ -3,12 +3,14 @@
     python -m benchmarks.matrix --level smoke
     python -m benchmarks.matrix --level cpu --data DIR --out RECORD [--only resnet10 0.75]
     python -m benchmarks.matrix --level gpu --data DIR --out RECORD
+    python -m benchmarks.matrix --level gpu --data DIR --cut 32 --only svhn resnet18 0.75 seed=0
 
 Every cell is a process of its own and a file of OUT/cells; a run that stops is taken up where it
 was, and cells whose data are not there are named and left out. --data holds data sets by name
 (image folders, or what torchvision reads). --jobs cells are measured at once, each on its own
 GPU where there are several. --only keeps the cells that have all these words: data, network,
 method, share, arm, tuning, seed=0. Dense models are trained first and kept in --cache.
+--cut N tries whether all of it runs: N images, one epoch of one step. Its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def main() -> None:
     """Measure what is missing, and print the tables; a child measures one cell."""
     options = _options()
     level = LEVELS[options.level]
+    if options.cut:
+        level = level.cut(options.cut)
     out: Path = options.out or Path(tempfile.mkdtemp(prefix="matrix-"))
     if options.cell:
         _child(level, options, out)
@@ -52,6 +56,8 @@ def main() -> None:
     if not options.summary:
         _parent(level, options, out)
     text = summary.tables(cells.read(out))
+    if options.cut:
+        text = f"Cut down to {options.cut} images and one epoch: no results.\n\n{text}"
     (out / "summary.md").write_text(text)
     print(text)
     print(f"wrote {out}/summary.md")
@@ -111,6 +117,7 @@ def _all(
         command = [sys.executable, "-m", "benchmarks.matrix", "--level", options.level]
         command += ["--cell", json.dumps(asdict(key)), "--what", what, "--device", device]
         command += ["--out", str(out), "--cache", str(options.cache)]
+        command += ["--cut", str(options.cut)] if options.cut else []
         command += ["--data", str(options.data)] if options.data else []
         env = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
         with (
@@ -135,7 +142,8 @@ def _all(
 
 def _child(level: Level, options: argparse.Namespace, out: Path) -> None:
     key = Key(**json.loads(options.cell))
-    bench = Bench(level, options.data, options.cache, options.device, print)
+    cache = options.cache / f"cut-{options.cut}" if options.cut else options.cache
+    bench = Bench(level, options.data, cache, options.device, print)
     try:
         if options.what == TRAIN:
             bench.dense(key, bench.splits(level.images(key.data)), level.network(key.network))
@@ -177,6 +185,7 @@ def _note_settings(level: Level, options: argparse.Namespace, out: Path) -> None
     plain = {name: value for name, value in asdict(level).items() if name != "networks"}
     settings: dict[str, Any] = {
         "level": options.level,
+        "cut": options.cut,
         "matrix": json.loads(json.dumps(plain, default=str)),
         "training": {n.name: n.training for n in level.networks},
         "versions": library_versions(),
@@ -200,6 +209,7 @@ def _options() -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="WORD", help="cells with all words"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cut", type=int, default=0, metavar="N", help="try it on N images")
     parser.add_argument("--no-autoattack", action="store_true", help="leave it for another run")
     parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     parser.add_argument("--cell", default="", help=argparse.SUPPRESS)

@@ -46,6 +46,16 @@ class Tuning:
     lr: float = 0.1
     autoattack: int = 0  # test images that AutoAttack takes where a claim rests on it, 0 for none
 
+    def cut(self, n: int) -> Tuning:
+        """Return the same on n images with one epoch of one step, and AutoAttack on one image."""
+        return replace(
+            self,
+            epochs=min(1, self.epochs),
+            images=min(n, self.images),
+            steps=1,
+            autoattack=min(1, self.autoattack),
+        )
+
 
 @dataclass(frozen=True)
 class Key:
@@ -76,7 +86,8 @@ class Level:
     """A matrix: all combinations of its fields.
 
     `finalists` of torch-pruning's arms, the best of `screened` before fine-tuning with the first
-    seed, are tuned; the others are not.
+    seed, are tuned; the others are not. AutoAttack takes our better arm, torch-pruning's best and
+    the dense model where the first two differ with a p of `claimed` or less.
     """
 
     data: tuple[Images, ...]
@@ -92,6 +103,22 @@ class Level:
     calibration_images: int = 256
     batch_size: int = 128
     claimed: float = 0.05
+    train_images: int = 0  # of training and of validation; 0 means all
+
+    def cut(self, n: int) -> Level:
+        """Return the same matrix on n images, with one epoch of one step: whether it runs."""
+        short = {"epochs": 1, "attack_steps": 1, "clean_epochs": 0}
+        return replace(
+            self,
+            data=tuple(replace(d, passes=1) for d in self.data),
+            networks=tuple(replace(m, training={**m.training, **short}) for m in self.networks),
+            tunings=tuple(t.cut(n) for t in self.tunings),
+            test_images=min(n, self.test_images),
+            train_images=n,
+            calibration_images=min(n, self.calibration_images),
+            batch_size=min(n, self.batch_size),
+            claimed=1.0,
+        )
 
     def images(self, name: str) -> Images:
         """Return the data set of a name."""

@@ -38,7 +38,19 @@ class Bench:
     tell: Callable[[str], None]
 
     def splits(self, images: Images) -> DataSplits:
-        """Open a data set: the folder of its name below --data, or by its name."""
+        """Open a data set, or as much of it as the level takes."""
+        splits, n = self._opened(images), self.level.train_images
+        if not n:
+            return splits
+        assert splits.validation is not None
+        train, validation = (
+            as_split([part.take(min(n, len(part)), 0)])
+            for part in (splits.train, splits.validation)
+        )
+        return replace(splits, train=train, validation=validation)
+
+    def _opened(self, images: Images) -> DataSplits:
+        """Open the folder of its name below --data, or by its name."""
         folder = self.data / images.name if self.data else None
         if folder is not None and folder.is_dir():
             return open_data(folder, input_size=images.size)

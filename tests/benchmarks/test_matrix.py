@@ -10,6 +10,7 @@ import pytest
 from benchmarks.matrix import cells, summary
 from benchmarks.matrix.cells import Cell
 from benchmarks.matrix.levels import CAPACITY, DENSE, LEVELS, LONG, OURS, SMOKE, UNTUNED, Key
+from benchmarks.matrix.work import Bench
 
 BLOCK = ("digits", "resnet10-narrow", "pgd-at", 0.75)
 PEER = "tp-l2-local"
@@ -57,6 +58,20 @@ def test_the_best_arms_before_fine_tuning_go_on() -> None:
         2,
     )
     assert found == {BLOCK: ("tp-b", "tp-c")}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_level_cut_down_has_the_same_cells_and_little_to_do(name: str) -> None:
+    level, cut = LEVELS[name], LEVELS[name].cut(16)
+    assert list(cut.cells({})) == list(level.cells({}))
+    assert {n.training["epochs"] * cut.data[0].passes for n in cut.networks} == {1}
+    assert max(t.epochs for t in cut.tunings) == 1
+    assert max(t.autoattack for t in cut.tunings) == 1
+    assert cut.test_images == cut.train_images == cut.calibration_images == 16
+    splits = Bench(SMOKE.cut(16), None, Path(), "cpu", print).splits(SMOKE.data[0])
+    assert len(splits.train) == 16
+    assert splits.validation is not None
+    assert len(splits.validation) == 16
 
 
 def test_holm_by_hand() -> None:
