@@ -13,8 +13,8 @@ HEAD = """# Benchmarks
 `make bench` runs criteria, matrix, zoo and speed in small, in minutes. `make bench LEVEL=cpu
 DATA=DIR` takes hours on image folders (`DIR/cifar10`, `DIR/cifar100`, `DIR/tiny-imagenet-20`),
 `make bench LEVEL=gpu DATA=DIR` is the same at the papers' sizes; `ONLY=matrix` runs one suite,
-`JOBS=2` two cells at once. Both go on where they stopped. Whether a level runs on a machine is tried
-with `python -m benchmarks.matrix --level gpu --data DIR --cut 16 --only cifar10 resnet18 0.75
+`JOBS=2` two cells at once. Both go on where they stopped. Whether a level runs on a machine is
+tried with `python -m benchmarks.matrix --level gpu --data DIR --cut 16 --only cifar10 resnet18 0.75
 seed=0`. What did not work is in [LOG.md](LOG.md).
 """
 

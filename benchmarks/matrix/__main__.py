@@ -33,6 +33,7 @@ import torch
 from benchmarks.criteria.dense import CACHE
 from benchmarks.criteria.protocol import percent
 from benchmarks.matrix import cells, summary
+from benchmarks.matrix.drawing import draw
 from benchmarks.matrix.levels import DENSE, LEVELS, UNTUNED, Key, Level
 from benchmarks.matrix.work import Bench, judge, measure
 from robust_prune.errors import RobustPruneError
@@ -59,8 +60,9 @@ def main() -> None:
     if options.cut:
         text = f"Cut down to {options.cut} images and one epoch: no results.\n\n{text}"
     (out / "summary.md").write_text(text)
+    draw(cells.read(out), out / "matrix.png")
     print(text)
-    print(f"wrote {out}/summary.md")
+    print(f"wrote {out}/summary.md and matrix.png")
 
 
 def _parent(level: Level, options: argparse.Namespace, out: Path) -> None:

@@ -35,7 +35,7 @@ class Comparison:
 def tables(cells: Sequence[Cell]) -> str:
     """Return Markdown: one table a block, arms by robust accuracy, and all comparisons."""
     good = [c for c in cells if not c.error]
-    parts = [_table(block, good) for block in _blocks(good)]
+    parts = [_table(block, good) for block in blocks_of(good)]
     failed = [f"- {c.key.label}: {c.error}" for c in cells if c.error]
     if failed:
         parts.append("\n".join(("### Arms that gave no model", "", *failed)))
@@ -68,8 +68,8 @@ def compared(cells: Sequence[Cell]) -> str:
 def comparisons(cells: Sequence[Cell], *arms_of_ours: str) -> list[Comparison]:
     """Return our arms against torch-pruning's best, block by block, by the hardest attack there."""
     found = []
-    for ours, block in itertools.product(arms_of_ours, _blocks(cells)):
-        arms = _arms(cells, block)
+    for ours, block in itertools.product(arms_of_ours, blocks_of(cells)):
+        arms = arms_of(cells, block)
         if ours not in arms:
             continue
         attack = "autoattack" if all(c.autoattack for c in arms[ours]) else "pgd"
@@ -95,11 +95,11 @@ def claims(cells: Sequence[Cell], least_p: float) -> list[Cell]:
     good = [c for c in cells if not c.error]
     by_pgd = [replace(c, autoattack="") for c in good]
     found: dict[Key, Cell] = {}
-    for block in _blocks(good):
+    for block in blocks_of(good):
         here = [c for c in comparisons(by_pgd, OURS, CAPACITY) if c.block == block]
         best = max(here, key=lambda c: c.gain, default=None)
         if best is not None and best.p <= least_p:
-            arms = _arms(good, block)
+            arms = arms_of(good, block)
             for arm in (best.ours, best.theirs, DENSE):
                 found |= {cell.key: cell for cell in arms.get(arm, [])}
     return list(found.values())
@@ -133,7 +133,7 @@ def mean(cells: Iterable[Cell], attack: str) -> float:
 
 def _table(block: Block, cells: Sequence[Cell]) -> str:
     data, network, method, ratio, tuning = block
-    arms = _arms(cells, block)
+    arms = arms_of(cells, block)
     threat = next(iter(arms.values()))[0].threat
     lines = [
         f"### {data}, {network}, {method}, {100 * ratio:g} % removed, {tuning} ({threat})",
@@ -154,13 +154,14 @@ def _table(block: Block, cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def _blocks(cells: Sequence[Cell]) -> list[Block]:
+def blocks_of(cells: Sequence[Cell]) -> list[Block]:
+    """Return the blocks that have a pruned model."""
     keys = (c.key for c in cells if c.key.arm != DENSE)
     found = {(k.data, k.network, k.method, k.ratio, k.tuning) for k in keys}
     return sorted(found)
 
 
-def _arms(cells: Sequence[Cell], block: Block) -> dict[str, list[Cell]]:
+def arms_of(cells: Sequence[Cell], block: Block) -> dict[str, list[Cell]]:
     """Return the cells of a block by arm, with the dense model's of the same fine-tuning."""
     found: dict[str, list[Cell]] = {}
     for cell in cells:
