@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.matrix import cells, summary
 from benchmarks.matrix.cells import Cell
+from benchmarks.matrix.drawing import draw
 from benchmarks.matrix.levels import CAPACITY, DENSE, LEVELS, LONG, OURS, SMOKE, UNTUNED, Key
 from benchmarks.matrix.work import Bench
 
@@ -118,3 +120,16 @@ def test_autoattack_takes_what_a_claim_would_rest_on() -> None:
     even = [cell(OURS, "10" * 50), cell(PEER, "10" * 50)]
     assert summary.claims(even, 0.05) == []
     assert [c.key.arm for c in summary.claims(even, 1.0)] == [OURS, PEER]
+
+
+def test_the_figure_has_a_panel_for_each_block(tmp_path: Path) -> None:
+    draw([cell(DENSE, "10", ratio=0.0)], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    judged = replace(cell(OURS, "1100" * 25), autoattack="1000" * 25)
+    arms = [judged, cell(PEER, "0100" * 25), cell(DENSE, "1110" * 25, ratio=0.0)]
+    halves = [replace(c, key=replace(c.key, ratio=0.5)) for c in arms[:2]]
+    sizes = []
+    for found in (arms, [*arms, *halves]):
+        draw(found, tmp_path / "some.png")
+        sizes.append(Image.open(tmp_path / "some.png").size)
+    assert sizes[1][0] == 2 * sizes[0][0]
