@@ -116,7 +116,8 @@ def open_subject(options: argparse.Namespace, seed: int) -> Subject:
     splits = bench.splits(level.images(key.data))
     dense = bench.dense(key, splits, level.network(key.network))
     tuning = level.tuning(LONG)
-    tuning = replace(tuning, epochs=options.epochs or tuning.epochs)
+    if options.epochs is not None:
+        tuning = replace(tuning, epochs=options.epochs)
     return Subject(bench, key, splits, dense, tuning, options.shapes)
 
 
@@ -161,7 +162,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", default="cifar10", help="data set of the level")
     parser.add_argument("--network", default="plain", help="network of the level")
     parser.add_argument("--ratio", type=float, default=0.75, help="of the multiply-adds, removed")
-    parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, not the matrix's")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning, not the matrix's; 0 for none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], choices=IDEAS, metavar="IDEA")
     parser.add_argument("--shapes", type=Path, help="record of benchmarks.shapes, for `fitted`")

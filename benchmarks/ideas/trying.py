@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from benchmarks.matrix.levels import DENSE, OURS, Key, Tuning
 from benchmarks.matrix.work import Bench, pruned, tune_
 from benchmarks.shapes.drawing import at_random
 from benchmarks.shapes.telling import read as read_shapes
-from robust_prune.adversaries import adversarial_set
+from robust_prune.adversaries import adversarial_loss, adversarial_set
 from robust_prune.allocation import (
     Problem,
+    allocate,
     allocate_by_capacity,
     allocate_evenly,
     candidate_widths,
@@ -35,6 +37,8 @@ from robust_prune.types import Budget, PruningPlan
 BASE, PEER = "pruned", "torch-pruning"
 SUPERNET_SHARES = 1.0, 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its plans leave
 DRAWN = 60  # random plans that a supernet is asked about
+SEARCHED, PARENTS, MUTATION = 48, 4, 0.25  # models judged, kept to change, how far (log width)
+JUDGED = 512  # training images that judge them
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Subject:
     def tune(self, model: ImageModel, epochs: int = 0, **changed: Any) -> ImageModel:
         """Fine-tune in place by the matrix's recipe, with another method or teacher."""
         tuning = replace(self.tuning, epochs=epochs or self.tuning.epochs)
+        if not tuning.epochs:
+            return model
         tune_(self.bench, self.key, tuning, model, self.splits, **changed)
         return model
 
@@ -170,6 +176,37 @@ def supernet(subject: Subject) -> ImageModel:
     return subject.tune(subject.by_plan(subject.dense, plan))
 
 
+def searched(subject: Subject) -> ImageModel:
+    """Search widths by the adversarial loss of the model they make, before any fine-tuning."""
+    problem, scores, curves = problem_of(subject)
+    draw = random.Random(subject.key.seed)
+    threat = subject.settings.threat
+    known = subject.splits.train.take(JUDGED, subject.key.seed + 100)
+    losses: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def judged(widths: dict[str, int]) -> None:
+        name = tuple(sorted(widths.items()))
+        if name not in losses:
+            model = subject.by_plan(subject.dense, plan_of(subject, problem, widths, scores))
+            attacked = adversarial_set(model, *known, threat=threat, seed=0)
+            losses[name] = adversarial_loss(model, attacked)
+
+    for widths in (*candidate_widths(problem, curves), allocate_by_capacity(problem)):
+        judged(widths)
+    told = [min(losses.values())]
+    while len(losses) < SEARCHED:
+        parent = dict(draw.choice(sorted(losses, key=lambda name: losses[name])[:PARENTS]))
+        goes = {
+            g.name: 1 - min(1.0, parent[g.name] / g.width * math.exp(draw.gauss(0, MUTATION)))
+            for g in problem.groups
+        }
+        judged(allocate(problem, {name: max(share, 1e-3) for name, share in goes.items()}))
+        told.append(min(losses.values()))
+    print(f"searched: {[round(loss, 4) for loss in told]}")
+    best = dict(min(losses, key=lambda name: losses[name]))
+    return subject.tune(subject.by_plan(subject.dense, plan_of(subject, problem, best, scores)))
+
+
 IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
     BASE: as_it_is,
     PEER: peer,
@@ -179,6 +216,7 @@ IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
     "steps": in_steps,
     "fitted": fitted_widths,
     "supernet": supernet,
+    "searched": searched,
 }
 
 
