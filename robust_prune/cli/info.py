@@ -34,7 +34,7 @@ def info(
     from robust_prune import report
     from robust_prune.graph import ModelGraph
     from robust_prune.models import default_input_size
-    from robust_prune.modules import ImageModel
+    from robust_prune.modules import ImageModel, empty_blocks, network_of
     from robust_prune.types import to_plain
 
     module, record = open_model(model, opening)
@@ -61,6 +61,9 @@ def info(
         output.line(line)
     for item in found.unprunable:
         output.line(f"{item.name} stays whole: {item.reason}")
+    gone = list(empty_blocks(network_of(module)))
+    for name in gone:
+        output.line(f"{name} went whole: what is left of it is its skip and a constant")
     timed = _show_latency(output, found, timing) if latency else None
     if has_report:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
@@ -76,6 +79,7 @@ def info(
             **({} if timed is None else {"latency": timed}),
             "groups": to_plain(found.groups),
             "unprunable": to_plain(found.unprunable),
+            "empty_blocks": gone,
             "reachable": found.reachable,
             "record": {k: v for k, v in record.items() if k not in ("schema", "model")},
         }

@@ -81,6 +81,9 @@ def test_blocks_go_that_cost_least_and_all_is_told(tmp_path: Path) -> None:
     save(result.model, tmp_path / "small.safetensors")
     x, _ = images()
     assert torch.equal(load(tmp_path / "small.safetensors")(x), result.model(x))
+    said = CliRunner().invoke(app, ["info", str(tmp_path / "small.safetensors")]).output
+    for name in gone:
+        assert f"{name} went whole: what is left of it is its skip and a constant" in said
     plan = PruningPlan.from_json(result.plan.to_json())
     replayed = compress(idle_resnet(), data(), plan=plan, calibration_images=32, threat=LINF)
     assert all(
