@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 from benchmarks.criteria import protocol as criteria
 from benchmarks.criteria.estimators import correlations
@@ -17,7 +19,7 @@ from benchmarks.finetuning import protocol as finetuning
 from benchmarks.index import RECORDS
 from benchmarks.matrix import cells as matrix
 from benchmarks.matrix.levels import CAPACITY, DENSE, OURS
-from benchmarks.matrix.summary import comparisons, holm
+from benchmarks.matrix.summary import arms_of, comparisons, holm
 
 ROOT = RECORDS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -25,7 +27,7 @@ PLACE = re.compile(
     r"(<!-- table (?P<name>[\w-]+): written from the records -->\n).*?(<!-- end -->)", re.DOTALL
 )
 CRITERIA, TUNING = RECORDS / "2026-11-23_criteria", RECORDS / "2026-11-24_finetuning"
-PLAIN, TINY = RECORDS / "2026-11-26_matrix", RECORDS / "2026-11-26_matrix-tiny-imagenet"
+PLAIN = RECORDS / "2026-11-26_matrix"
 NAMES = {
     "resnet10": "ResNet-10",
     "vgg13": "VGG-13",
@@ -127,32 +129,31 @@ def plain() -> str:
     return _table(head, [[spread(_as_cells(runs), "pgd") for runs in found.values()]])
 
 
-def tiny_imagenet() -> str:
-    """Return ours against torch-pruning's best arm on Tiny-ImageNet, by its hardest attack."""
-    cells = [c for c in matrix.read(TINY) if not c.error]
+def of_matrix(record: Path) -> str:
+    """Return ours against torch-pruning's best arm, block by block, by the hardest attack."""
+    cells = [c for c in matrix.read(record) if not c.error]
     all_found = comparisons(cells, OURS, CAPACITY)
     rows = []
     for found, corrected in zip(all_found, holm([c.p for c in all_found]), strict=True):
         if found.ours != OURS:
             continue
         _, _, _, ratio, tuning = found.block
-        here = [c for c in cells if (c.key.ratio, c.key.tuning) == (ratio, tuning)]
-        mine, theirs = (
-            _as_cells([c for c in here if c.key.arm == arm]) for arm in (OURS, found.theirs)
-        )
+        arms = {arm: _as_cells(runs) for arm, runs in arms_of(cells, found.block).items()}
         attack = {"pgd": "PGD-20", "autoattack": "AutoAttack"}[found.attack]
         rows.append(
             (
                 f"{100 * ratio:.0f} %, {tuning}",
                 attack,
-                f"{spread(theirs, found.attack)} ({NAMES[found.theirs]})",
-                f"**{spread(mine, found.attack)}**",
+                spread(arms.get(DENSE, []), found.attack),
+                f"{spread(arms[found.theirs], found.attack)} ({NAMES[found.theirs]})",
+                f"**{spread(arms[OURS], found.attack)}**",
                 f"{found.gain:+.1f}, {p_value(corrected)}",
             )
         )
     head = (
         "removed, fine-tuning",
         "attack",
+        "dense",
         "torch-pruning's best of four arms",
         "`compress`",
         "points, p after Holm",
@@ -178,7 +179,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "untuned": untuned,
     "tuned": tuned,
     "plain": plain,
-    "tiny-imagenet": tiny_imagenet,
+    "tiny-imagenet": partial(of_matrix, RECORDS / "2026-11-26_matrix-tiny-imagenet"),
+    "cifar100": partial(of_matrix, RECORDS / "2026-11-27_matrix-cifar100"),
+    "vgg": partial(of_matrix, RECORDS / "2026-11-27_matrix-vgg"),
     "estimators": estimators,
 }
 

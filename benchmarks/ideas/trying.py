@@ -6,11 +6,14 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks.criteria.dense import digest
 from benchmarks.criteria.protocol import percent
 from benchmarks.ideas.methods import own_augmentations, teacher_both
 from benchmarks.ideas.supernet import Narrowed, TrainAtWidths, losses
@@ -101,10 +104,23 @@ def disturbed(subject: Subject) -> ImageModel:
     return subject.tune(subject.pruned(), method="pgd-at+awp")
 
 
-def better_teacher(subject: Subject) -> ImageModel:
+def better_teacher(subject: Subject, arm: str = OURS) -> ImageModel:
     """Learn from the dense model that had the same fine-tuning, on clean and attacked images."""
-    teacher = subject.tune(copied(subject.dense))
-    return subject.tune(subject.pruned(), method=teacher_both, teacher=teacher)
+    name = f"{digest(subject.dense)}-{subject.tuning.epochs}-{subject.key.seed}.pt"
+    path = subject.bench.cache / "teachers" / name
+    teacher = copied(subject.dense)
+    if path.exists():
+        teacher.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        subject.tune(teacher)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(teacher.state_dict(), path)
+    return subject.tune(subject.pruned(arm), method=teacher_both, teacher=teacher)
+
+
+def dense_teacher(subject: Subject) -> ImageModel:
+    """Learn from the dense model as it is, on clean and attacked images."""
+    return subject.tune(subject.pruned(), method=teacher_both, teacher=subject.dense)
 
 
 def more_data(subject: Subject) -> ImageModel:
@@ -212,6 +228,8 @@ IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
     PEER: peer,
     "awp": disturbed,
     "teacher": better_teacher,
+    "teacher-dense": dense_teacher,
+    f"{PEER}-teacher": partial(better_teacher, arm="tp-l2-local"),
     "augmentations": more_data,
     "steps": in_steps,
     "fitted": fitted_widths,
