@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from benchmarks.criteria.dense import digest
 from benchmarks.criteria.protocol import percent
@@ -42,6 +43,7 @@ SUPERNET_SHARES = 1.0, 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its p
 DRAWN = 60  # random plans that a supernet is asked about
 SEARCHED, PARENTS, MUTATION = 48, 4, 0.25  # models judged, kept to change, how far (log width)
 JUDGED = 512  # training images that judge them
+CLIMBS = 1000  # steps towards the widths that a fit calls best
 
 
 @dataclass(frozen=True)
@@ -147,23 +149,28 @@ def in_steps(subject: Subject) -> ImageModel:
 
 
 def fitted_widths(subject: Subject) -> ImageModel:
-    """Take the widths that a fit on other tuned shapes (validation images) calls best."""
+    """Take the widths that a fit on tuned shapes of this network calls best (validation images).
+
+    The tuned accuracy of a record of `benchmarks.shapes` is fitted by the sum of slopes, none
+    below zero, times log widths; free slopes send some groups to their least width.
+    """
     if subject.record is None:
         raise SystemExit("the idea `fitted` needs --shapes, a record of benchmarks.shapes")
     tuned = [s for s in read_shapes(subject.record) if s.name != DENSE]
     names = sorted(tuned[0].widths)
     logs = np.log([[s.widths[n] for n in names] for s in tuned])
     worth = np.array([percent(s.validation) for s in tuned])
-    centred = logs - logs.mean(0)
-    gram = centred.T @ centred + 0.1 * len(tuned) * np.diag(centred.var(0))
-    slopes = dict(
-        zip(names, np.linalg.solve(gram, centred.T @ (worth - worth.mean())), strict=True)
-    )
+    slopes, _ = nnls(logs - logs.mean(0), worth - worth.mean())
     problem, scores, curves = problem_of(subject)
-    asked = {"capacity": allocate_by_capacity(problem)}
-    asked |= {f"curve-{i}": w for i, w in enumerate(candidate_widths(problem, curves))}
-    asked |= {str(i): at_random(problem, random.Random(i)) for i in range(400)}
-    best = max(asked.values(), key=lambda w: sum(slopes[n] * np.log(w[n]) for n in names))
+
+    def value(widths: dict[str, int]) -> float:
+        return float(slopes @ np.log([widths[n] for n in names]))
+
+    best = max((*candidate_widths(problem, curves), allocate_by_capacity(problem)), key=value)
+    draw = random.Random(subject.key.seed)
+    for _ in range(CLIMBS):
+        best = max(best, changed(problem, best, draw), key=value)
+    print(f"fitted: {dict(zip(names, slopes.round(2), strict=True))}, {best}")
     return subject.tune(subject.by_plan(subject.dense, plan_of(subject, problem, best, scores)))
 
 
@@ -212,11 +219,7 @@ def searched(subject: Subject) -> ImageModel:
     told = [min(losses.values())]
     while len(losses) < SEARCHED:
         parent = dict(draw.choice(sorted(losses, key=lambda name: losses[name])[:PARENTS]))
-        goes = {
-            g.name: 1 - min(1.0, parent[g.name] / g.width * math.exp(draw.gauss(0, MUTATION)))
-            for g in problem.groups
-        }
-        judged(allocate(problem, {name: max(share, 1e-3) for name, share in goes.items()}))
+        judged(changed(problem, parent, draw))
         told.append(min(losses.values()))
     print(f"searched: {[round(loss, 4) for loss in told]}")
     best = dict(min(losses, key=lambda name: losses[name]))
@@ -236,6 +239,15 @@ IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
     "supernet": supernet,
     "searched": searched,
 }
+
+
+def changed(problem: Problem, widths: dict[str, int], draw: random.Random) -> dict[str, int]:
+    """Return widths at the budget near others."""
+    goes = {
+        g.name: 1 - min(1.0, widths[g.name] / g.width * math.exp(draw.gauss(0, MUTATION)))
+        for g in problem.groups
+    }
+    return allocate(problem, {name: max(share, 1e-3) for name, share in goes.items()})
 
 
 def problem_of(subject: Subject) -> tuple[Problem, Any, Any]:
