@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.criteria.protocol import percent
 from benchmarks.matrix.cells import Cell
 from benchmarks.matrix.levels import CAPACITY, DENSE, EVEN, OURS, PAPER
-from benchmarks.matrix.summary import arms_of, blocks_of, mean
+from benchmarks.matrix.summary import Block, arms_of, blocks_of, mean
 from robust_prune.statistics import Proportion
 
 COLUMNS = 3
@@ -28,34 +29,39 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     rows = math.ceil(len(blocks) / COLUMNS)
     columns = min(COLUMNS, len(blocks))
     figure = Figure(figsize=(4.8 * columns, 3.0 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, block in zip(panels, blocks, strict=False):
-        data, network, method, ratio, tuning = block
-        arms = arms_of(good, block)
-        dense = arms.pop(DENSE, [])
-        order = sorted(arms, key=lambda arm: mean(arms[arm], "pgd"))
-        for attack in MARKS:
-            _points(axes, {arm: arms[arm] for arm in order}, attack)
-            for _ in [c for c in dense if getattr(c, attack)][:1]:
-                style = "--" if attack == "pgd" else ":"
-                axes.axvline(mean(dense, attack), color="0.4", linestyle=style, linewidth=1)
-        axes.set_yticks(range(len(order)), order, fontsize=8)
-        title = f"{data}, {network}, {method}\n{100 * ratio:g} % removed, {tuning}"
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3, axis="x")
-    for axes in list(panels):
+        _panel(axes, block, good)
+    for axes in panels[len(blocks) :]:
         axes.set_axis_off()
     for attack, (mark, name) in MARKS.items():
         style = {"linestyle": "--" if attack == "pgd" else ":", "color": "0.4"}
         fill = "0.4" if attack == "pgd" else "white"
         label = f"{name} (line: the dense model)"
-        figure.axes[0].plot([], [], mark, markerfacecolor=fill, label=label, **style)
+        panels[0].plot([], [], mark, markerfacecolor=fill, label=label, **style)
     figure.legend(fontsize=7, loc="outside upper right", ncols=2)
     figure.supxlabel("accuracy on test images, %, with 95 % intervals over images", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def _points(axes: object, arms: Mapping[str, Sequence[Cell]], attack: str) -> None:
+def _panel(axes: Any, block: Block, cells: Sequence[Cell]) -> None:
+    """Draw a block: its arms from below by PGD-20, and what the dense model reaches."""
+    data, network, method, ratio, tuning = block
+    arms = arms_of(cells, block)
+    dense = arms.pop(DENSE, [])
+    order = sorted(arms, key=lambda arm: mean(arms[arm], "pgd"))
+    for attack in MARKS:
+        _points(axes, {arm: arms[arm] for arm in order}, attack)
+        if judged := [c for c in dense if getattr(c, attack)]:
+            style = "--" if attack == "pgd" else ":"
+            axes.axvline(mean(judged, attack), color="0.4", linestyle=style, linewidth=1)
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    title = f"{data}, {network}, {method}\n{100 * ratio:g} % removed, {tuning}"
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _points(axes: Any, arms: Mapping[str, Sequence[Cell]], attack: str) -> None:
     """Draw the mean over seeds of each arm, and the interval of all its images together."""
     mark, _ = MARKS[attack]
     for place, (arm, runs) in enumerate(arms.items()):
@@ -66,7 +72,7 @@ def _points(axes: object, arms: Mapping[str, Sequence[Cell]], attack: str) -> No
         images = len(seen[0])  # seeds share their images: more of them make no interval narrower
         low, high = Proportion(round(centre * images / 100), images).interval
         error = [[max(centre - 100 * low, 0)], [max(100 * high - centre, 0)]]
-        axes.errorbar(  # type: ignore[attr-defined]
+        axes.errorbar(
             [centre],
             [place + (0.12 if attack == "pgd" else -0.12)],
             xerr=error,

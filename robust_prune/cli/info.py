@@ -56,14 +56,8 @@ def info(
     cost = found.cost()
     output.result(f"{cost.macs:,} multiply-adds, {cost.params:,} parameters")
     show_groups(output, found.groups, cost)
-    output.line(f"{100 * found.reachable:.0f} % of the parameters lie along these channels")
-    for line in found.uncounted:
-        output.line(line)
-    for item in found.unprunable:
-        output.line(f"{item.name} stays whole: {item.reason}")
     gone = list(empty_blocks(network_of(module)))
-    for name in gone:
-        output.line(f"{name} went whole: what is left of it is its skip and a constant")
+    _show_rest(output, found, gone)
     timed = _show_latency(output, found, timing) if latency else None
     if has_report:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
@@ -84,6 +78,17 @@ def info(
             "record": {k: v for k, v in record.items() if k not in ("schema", "model")},
         }
     )
+
+
+def _show_rest(output: Output, graph: ModelGraph, gone: list[str]) -> None:
+    """Print what channels do not tell: work that is not counted, layers and blocks."""
+    output.line(f"{100 * graph.reachable:.0f} % of the parameters lie along these channels")
+    for line in graph.uncounted:
+        output.line(line)
+    for item in graph.unprunable:
+        output.line(f"{item.name} stays whole: {item.reason}")
+    for name in gone:
+        output.line(f"{name} went whole: what is left of it is its skip and a constant")
 
 
 def _show_latency(output: Output, graph: ModelGraph, timing: LatencyOptions) -> dict[str, Any]:
