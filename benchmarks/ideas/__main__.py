@@ -16,22 +16,17 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.criteria.dense import CACHE, digest
+from benchmarks.criteria.dense import digest
 from benchmarks.criteria.protocol import percent, verdicts
 from benchmarks.criteria.summary import interval_of, p_of, p_value
 from benchmarks.ideas.trying import BASE, IDEAS, Subject
-from benchmarks.matrix.levels import LEVELS, LONG, OURS, Key
-from benchmarks.matrix.work import Bench
+from benchmarks.matrix.levels import LONG
+from benchmarks.matrix.one import open_one, parser_of
 from robust_prune.files import write_text
 from robust_prune.graph import count_cost
-from robust_prune.models import library_versions
-from robust_prune.pipeline import hardware
 
 
 @dataclass(frozen=True)
@@ -108,17 +103,12 @@ def page(found: list[Found]) -> str:
 
 
 def open_subject(options: argparse.Namespace, seed: int) -> Subject:
-    """Open data and dense model; train it where the cache has none."""
-    level = LEVELS[options.level]
-    tell: Callable[[str], None] = lambda s: print(s, flush=True)  # noqa: E731
-    bench = Bench(level, options.data, options.cache, options.device, tell)
-    key = Key(options.images, options.network, level.methods[0], options.ratio, OURS, LONG, seed)
-    splits = bench.splits(level.images(key.data))
-    dense = bench.dense(key, splits, level.network(key.network))
-    tuning = level.tuning(LONG)
+    """Open data and dense model, with the epochs asked for."""
+    one = open_one(options, seed)
+    tuning = one.bench.level.tuning(LONG)
     if options.epochs is not None:
         tuning = replace(tuning, epochs=options.epochs)
-    return Subject(bench, key, splits, dense, tuning, options.shapes)
+    return Subject(**vars(one), tuning=tuning, record=options.shapes)
 
 
 def main() -> None:
@@ -128,7 +118,7 @@ def main() -> None:
     (out / "models").mkdir(parents=True, exist_ok=True)
     for seed in () if options.summary else options.seeds:
         subject = open_subject(options, seed)
-        _note_settings(options, subject, out)
+        subject.note(out, subject.tuning, level=options.level)
         for name in options.only or IDEAS:
             path = out / "models" / f"{name}-{seed}.json"
             if not path.exists():
@@ -141,36 +131,11 @@ def main() -> None:
     print(text)
 
 
-def _note_settings(options: argparse.Namespace, subject: Subject, out: Path) -> None:
-    settings = {
-        **{name: getattr(options, name) for name in ("level", "images", "network", "ratio")},
-        "threat": str(subject.settings.threat),
-        "tuning": asdict(subject.tuning),
-        "training": subject.bench.level.network(options.network).training,
-        "dense": digest(subject.dense),
-        "versions": library_versions(),
-        "hardware": hardware(torch.device(options.device)),
-    }
-    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--level", choices=sorted(LEVELS), default="cpu")
-    parser.add_argument("--images", default="cifar10", help="data set of the level")
-    parser.add_argument("--network", default="plain", help="network of the level")
-    parser.add_argument("--ratio", type=float, default=0.75, help="of the multiply-adds, removed")
+    parser = parser_of(__doc__)
     parser.add_argument("--epochs", type=int, help="of fine-tuning, not the matrix's; 0 for none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], choices=IDEAS, metavar="IDEA")
     parser.add_argument("--shapes", type=Path, help="record of benchmarks.shapes, for `fitted`")
-    parser.add_argument("--data", type=Path, help="folder of data sets by name")
-    parser.add_argument("--cache", type=Path, default=CACHE / "matrix")
-    parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     return parser.parse_args()
 
 

@@ -18,8 +18,9 @@ from benchmarks.criteria.dense import digest
 from benchmarks.criteria.protocol import percent
 from benchmarks.ideas.methods import own_augmentations, teacher_both
 from benchmarks.ideas.supernet import Narrowed, TrainAtWidths, losses
-from benchmarks.matrix.levels import DENSE, OURS, Key, Tuning
-from benchmarks.matrix.work import Bench, pruned, tune_
+from benchmarks.matrix.levels import DENSE, OURS, Tuning
+from benchmarks.matrix.one import One
+from benchmarks.matrix.work import pruned, tune_
 from benchmarks.shapes.drawing import at_random
 from benchmarks.shapes.telling import read as read_shapes
 from robust_prune.adversaries import adversarial_loss, adversarial_set
@@ -32,10 +33,9 @@ from robust_prune.allocation import (
     make_plan,
 )
 from robust_prune.criteria import calibration_images, channel_scores, structural_curves
-from robust_prune.data import DataSplits
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import ImageModel, copied, seeded
-from robust_prune.pipeline import Settings, run
+from robust_prune.pipeline import run
 from robust_prune.types import Budget, PruningPlan
 
 BASE, PEER = "pruned", "torch-pruning"
@@ -47,28 +47,11 @@ CLIMBS = 1000  # steps towards the widths that a fit calls best
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The dense model, its data and one seed."""
+class Subject(One):
+    """With the fine-tuning that every idea has."""
 
-    bench: Bench
-    key: Key
-    splits: DataSplits
-    dense: ImageModel
     tuning: Tuning
     record: Path | None  # of benchmarks.shapes, that widths are fitted on
-
-    @property
-    def settings(self) -> Settings:
-        """What `compress` is asked for."""
-        level = self.bench.level
-        return Settings(
-            budget=Budget("macs", self.key.ratio),
-            threat=level.threat(self.key),
-            seed=self.key.seed,
-            score="l2",
-            calibration_images=level.calibration_images,
-            batch_size=level.batch_size,
-        )
 
     def pruned(self, arm: str = OURS) -> ImageModel:
         """Return the model of an arm of the matrix, not tuned."""

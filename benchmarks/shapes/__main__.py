@@ -17,14 +17,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from benchmarks.criteria.dense import CACHE, digest
 from benchmarks.criteria.protocol import verdicts
-from benchmarks.matrix.levels import DENSE, LEVELS, LONG, UNTUNED, Key
-from benchmarks.matrix.work import Bench, tune_
+from benchmarks.matrix.levels import DENSE, LONG
+from benchmarks.matrix.one import One, open_one, parser_of
+from benchmarks.matrix.work import tune_
 from benchmarks.shapes.drawing import Evidence, shapes
 from benchmarks.shapes.telling import Shape, page, read
 from robust_prune.adversaries import AdversarialSet, adversarial_loss, adversarial_set
@@ -35,47 +32,28 @@ from robust_prune.criteria import (
     sensitivities,
     structural_curves,
 )
-from robust_prune.data import DataSplits
 from robust_prune.files import write_text
 from robust_prune.graph import ModelGraph
-from robust_prune.models import library_versions
 from robust_prune.modules import ImageModel, seeded
-from robust_prune.pipeline import Settings, hardware, run
+from robust_prune.pipeline import Settings, run
 from robust_prune.types import Budget, PruningPlan
 
 VALIDATION_IMAGES = 2000
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The dense model, its data, and what is measured on it once for all shapes."""
+class Subject(One):
+    """With what is measured on the dense model once for all shapes."""
 
-    bench: Bench
-    key: Key
-    splits: DataSplits
-    model: ImageModel
     attacked: AdversarialSet
-
-    @property
-    def settings(self) -> Settings:
-        """What every shape is pruned with but its plan."""
-        level = self.bench.level
-        return Settings(
-            budget=Budget("macs", self.key.ratio),
-            threat=level.threat(self.key),
-            seed=self.key.seed,
-            score="l2",
-            calibration_images=level.calibration_images,
-            batch_size=level.batch_size,
-        )
 
     def plans(self, drawn: int) -> dict[str, PruningPlan]:
         """Return the plan of every shape."""
         size = self.splits.input_size
-        graph = ModelGraph(self.model, size)
-        scores = channel_scores(self.model, graph, score="l2", adversarial=self.attacked)
-        curves = structural_curves(self.model, graph, scores, self.attacked)
-        told = sensitivities(self.model, self.attacked, groups=graph.groups)
+        graph = ModelGraph(self.dense, size)
+        scores = channel_scores(self.dense, graph, score="l2", adversarial=self.attacked)
+        curves = structural_curves(self.dense, graph, scores, self.attacked)
+        told = sensitivities(self.dense, self.attacked, groups=graph.groups)
         budget = Budget("macs", self.key.ratio)
         problem = Problem(graph.groups, graph.cost, budget, layers=graph.layers)
         return {
@@ -101,7 +79,7 @@ def measure(subject: Subject, name: str, plan: PruningPlan | None) -> Shape:
         if plan is None:
             model = bench.dense(key, splits, bench.level.network(key.network))
         else:
-            found = run(subject.model, splits, Settings(**{**vars(subject.settings), "plan": plan}))
+            found = run(subject.dense, splits, Settings(**{**vars(subject.settings), "plan": plan}))
             assert isinstance(found.model, ImageModel)
             model = found.model
     assert splits.validation is not None
@@ -134,17 +112,11 @@ def measure(subject: Subject, name: str, plan: PruningPlan | None) -> Shape:
 
 def open_subject(options: argparse.Namespace, seed: int) -> Subject:
     """Open data and dense model, and attack the calibration images."""
-    level = LEVELS[options.level]
-    bench = Bench(
-        level, options.data, options.cache, options.device, lambda s: print(s, flush=True)
-    )
-    method = level.methods[0]
-    key = Key(options.images, options.network, method, options.ratio, UNTUNED, LONG, seed)
-    splits = bench.splits(level.images(key.data))
-    model = bench.dense(key, splits, level.network(key.network))
-    images, labels = calibration_images(model, splits, level.calibration_images, seed)
-    attacked = adversarial_set(model, images, labels, threat=level.threat(key), seed=seed)
-    return Subject(bench, key, splits, model, attacked)
+    one = open_one(options, seed)
+    level = one.bench.level
+    images, labels = calibration_images(one.dense, one.splits, level.calibration_images, seed)
+    attacked = adversarial_set(one.dense, images, labels, threat=level.threat(one.key), seed=seed)
+    return Subject(**vars(one), attacked=attacked)
 
 
 def main() -> None:
@@ -155,7 +127,8 @@ def main() -> None:
     if not options.summary:
         for seed in options.seeds:
             subject = open_subject(options, seed)
-            _note_settings(options, subject, out)
+            tuning = subject.bench.level.tuning(LONG)
+            subject.note(out, tuning, level=options.level, drawn=options.drawn)
             plans: Mapping[str, PruningPlan | None] = {DENSE: None, **subject.plans(options.drawn)}
             for name, plan in plans.items():
                 path = out / "shapes" / f"{name}-{seed}.json"
@@ -169,37 +142,10 @@ def main() -> None:
     print(text)
 
 
-def _note_settings(options: argparse.Namespace, subject: Subject, out: Path) -> None:
-    level, network = subject.bench.level, subject.bench.level.network(options.network)
-    settings: dict[str, Any] = {
-        **{name: getattr(options, name) for name in ("level", "images", "network", "ratio")},
-        "drawn": options.drawn,
-        "threat": str(subject.settings.threat),
-        "tuning": asdict(level.tuning(LONG)),
-        "training": network.training,
-        "dense": digest(subject.model),
-        "versions": library_versions(),
-        "hardware": hardware(torch.device(options.device)),
-    }
-    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--level", choices=sorted(LEVELS), default="cpu")
-    parser.add_argument("--images", default="cifar10", help="data set of the level")
-    parser.add_argument("--network", default="plain", help="network of the level")
-    parser.add_argument("--ratio", type=float, default=0.75, help="of the multiply-adds, removed")
+    parser = parser_of(__doc__)
     parser.add_argument("--drawn", type=int, default=16, help="shapes at random")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="SHAPE")
-    parser.add_argument("--data", type=Path, help="folder of data sets by name")
-    parser.add_argument("--cache", type=Path, default=CACHE / "matrix")
-    parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--summary", action="store_true", help="only print what is recorded")
     return parser.parse_args()
 
 
