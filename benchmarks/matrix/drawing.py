@@ -62,7 +62,7 @@ def _panel(axes: Any, block: Block, cells: Sequence[Cell]) -> None:
 
 
 def _points(axes: Any, arms: Mapping[str, Sequence[Cell]], attack: str) -> None:
-    """Draw the mean over seeds of each arm, and the interval of all its images together."""
+    """Draw the mean over seeds of each arm, with its Wilson interval over test images."""
     mark, _ = MARKS[attack]
     for place, (arm, runs) in enumerate(arms.items()):
         seen = [getattr(c, attack) for c in runs if getattr(c, attack)]
