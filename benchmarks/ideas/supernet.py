@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_prune.adversaries import AdversarialSet, adversarial_loss, adversarial_set
+from robust_prune.adversaries import adversarial_loss, adversarial_set
 from robust_prune.finetune import Attack
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import network_of
@@ -78,13 +77,15 @@ class TrainAtWidths:
 
 
 def losses(
-    narrowed: Narrowed, plans: Mapping[str, Widths], known: tuple[Tensor, Tensor], threat: Any
+    narrowed: Narrowed,
+    plans: Mapping[str, Widths],
+    known: tuple[Tensor, Tensor],
+    threat: ThreatModel,
 ) -> dict[str, float]:
     """Return by plan the adversarial loss of the shared weights at its widths, each attacked."""
-    assert isinstance(threat, ThreatModel)
     found = {}
     for name, widths in plans.items():
         narrowed.to_widths(widths)
-        attacked: AdversarialSet = adversarial_set(narrowed, *known, threat=threat, seed=0)
+        attacked = adversarial_set(narrowed, *known, threat=threat, seed=0)
         found[name] = adversarial_loss(narrowed, attacked)
     return found

@@ -39,7 +39,7 @@ from robust_prune.pipeline import run
 from robust_prune.types import Budget, PruningPlan
 
 BASE, PEER = "pruned", "torch-pruning"
-SUPERNET_SHARES = 1.0, 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its plans leave
+SUPERNET_SHARES = 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its narrower plans leave
 DRAWN = 60  # random plans that a supernet is asked about
 SEARCHED, PARENTS, MUTATION = 48, 4, 0.25  # models judged, kept to change, how far (log width)
 JUDGED = 512  # training images that judge them
@@ -164,7 +164,7 @@ def supernet(subject: Subject) -> ImageModel:
     narrowed = Narrowed(model, ModelGraph(model, subject.splits.input_size), scores)
     draw = random.Random(subject.key.seed)
     trained = [{g.name: g.width for g in problem.groups}]
-    for share in SUPERNET_SHARES[1:]:
+    for share in SUPERNET_SHARES:
         wider = replace(problem, budget=Budget("macs", 1 - share))
         trained += [allocate_evenly(wider), allocate_by_capacity(wider)]
         trained += [at_random(wider, draw) for _ in range(4)]
