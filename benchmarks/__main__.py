@@ -30,7 +30,7 @@ def command(suite: str, level: str, data: Path | None, out: Path, jobs: int) -> 
     """Return how a suite is called at a level, to write to `out`."""
     call = [sys.executable, "-m", f"benchmarks.{suite}", "--out", str(out)]
     if suite == "speed":
-        return call
+        return [*call, *(["--few"] if level == "smoke" else [])]
     if suite == "zoo":
         few = ["--engines", "ours", "--only", *FEW]
         return [*call, "--jobs", str(jobs), "--resume", *(few if level == "smoke" else [])]

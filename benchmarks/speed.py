@@ -1,6 +1,6 @@
 """How long the stations before fine-tuning take, against their limits.
 
-    python -m benchmarks.speed [--pruners] [--out benchmarks/records/DATE_speed]
+    python -m benchmarks.speed [--few | --pruners] [--out benchmarks/records/DATE_speed]
 
 Everything is measured in this process on one thread; the record starts with settings, versions
 and hardware. Random weights and images: speed does not depend on them.
@@ -175,7 +175,9 @@ def mrs_cost() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder to write the record to")
-    parser.add_argument("--pruners", action="store_true", help="measure torch-pruning's alone")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--pruners", action="store_true", help="measure torch-pruning's alone")
+    parts.add_argument("--few", action="store_true", help="networks with a limit, no pruners")
     options = parser.parse_args()
     out: Path | None = options.out
     torch.set_num_threads(1)
@@ -188,19 +190,21 @@ def main() -> None:
     if options.pruners:
         record["pruner_seconds"] = pruners()
     else:
-        measure(record)
+        measure(record, few=options.few)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measure(record: dict[str, Any]) -> None:
-    """Add everything to a record, and print it."""
+def measure(record: dict[str, Any], *, few: bool = False) -> None:
+    """Add everything to a record, or what has a limit, and print it."""
     record["help_seconds"] = help_seconds()
     print(f"robust-prune --help           {record['help_seconds']:6.2f} s   (limit 0.4)")
     record["prune_seconds"] = {}
     for arch, sizes in SIZES.items():
         for size in sizes:
+            if few and (arch, size) not in LIMITS:
+                continue
             found = graph_plan_prune(arch, size)
             record["prune_seconds"][f"{arch}@{size}"] = found
             limit = LIMITS.get((arch, size))
@@ -209,9 +213,10 @@ def measure(record: dict[str, Any]) -> None:
                 f"{found['prune']:5.2f}  total {found['total']:6.2f} s"
                 + (f"   (limit {limit})" if limit else "")
             )
-    record["pruner_seconds"] = pruners()
+    if not few:
+        record["pruner_seconds"] = pruners()
     record["depth_seconds"] = {}
-    for blocks in DEPTHS:
+    for blocks in DEPTHS[:3] if few else DEPTHS:
         narrow = {"layers": (blocks,) * 4, "channels": (16, 32, 64, 128)}
         found = graph_plan_prune("resnet18", 32, **narrow)
         record["depth_seconds"][f"resnet-{8 * blocks + 2}"] = found

@@ -83,11 +83,10 @@ SMOKE = Level(
         Stage(
             "full",
             (0.75,),
-            (0, 1),
+            (0,),
             ("dense", BEST),
             n=300,
-            tuning=Tuning(epochs=1),
-            autoattack=30,
+            tuning=Tuning(epochs=1),  # the matrix has AutoAttack, a minute a model
             finalists=1,
             judged_by="untuned",
         ),
