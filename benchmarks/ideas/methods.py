@@ -60,4 +60,5 @@ def augmented(images: Tensor) -> Tensor:
     parts = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     brighter, sharper = 1 + LIGHT * (2 * torch.rand(2, n, 1, 1, 1, device=images.device) - 1)
     mean = parts.mean((1, 2, 3), keepdim=True)
-    return ((parts - mean) * sharper + mean * brighter).clamp(0, 1)
+    lit: Tensor = ((parts - mean) * sharper + mean * brighter).clamp(0, 1)
+    return lit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class Narrowed(nn.Module):
             gone = round((group.width - widths[group.name]) * group.units / group.width)
             dropped = torch.zeros(group.units, dtype=torch.bool)
             dropped[self._orders[group.name][:gone]] = True
-            readers = [s for s in self._graph.slots(group.name) if s.role == "in"]
-            for slot in (*readers, *self._graph.gates(group.name)):
+            for slot in self._graph.readers(group.name):
                 weight = self._inner[slot.tensor]
                 name = self._names[id(weight)]
                 mask = self.masks.setdefault(name, torch.ones_like(weight))
@@ -66,7 +65,7 @@ class TrainAtWidths:
         seed: of the draws.
     """
 
-    def __init__(self, narrowed: Narrowed, plans: list[Widths], seed: int) -> None:
+    def __init__(self, narrowed: Narrowed, plans: Sequence[Widths], seed: int) -> None:
         self.narrowed, self.plans, self.draw = narrowed, plans, random.Random(seed)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) -> Tensor:

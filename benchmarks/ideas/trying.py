@@ -20,7 +20,7 @@ from benchmarks.ideas.methods import own_augmentations, teacher_both
 from benchmarks.ideas.supernet import Narrowed, TrainAtWidths, losses
 from benchmarks.matrix.levels import DENSE, OURS, Tuning
 from benchmarks.matrix.one import One
-from benchmarks.matrix.work import pruned, tune_
+from benchmarks.matrix.work import pruned, rate_of, tune_
 from benchmarks.shapes.drawing import at_random
 from benchmarks.shapes.telling import read as read_shapes
 from robust_prune.adversaries import adversarial_loss, adversarial_set
@@ -30,13 +30,11 @@ from robust_prune.allocation import (
     allocate_by_capacity,
     allocate_evenly,
     candidate_widths,
-    make_plan,
 )
-from robust_prune.criteria import calibration_images, channel_scores, structural_curves
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import ImageModel, copied, seeded
 from robust_prune.pipeline import run
-from robust_prune.types import Budget, PruningPlan
+from robust_prune.types import Budget
 
 BASE, PEER = "pruned", "torch-pruning"
 SUPERNET_SHARES = 0.75, 0.5, 0.35, 0.25  # of the multiply-adds, that its narrower plans leave
@@ -57,13 +55,6 @@ class Subject(One):
         """Return the model of an arm of the matrix, not tuned."""
         with seeded(self.key.seed):
             return pruned(self.bench, replace(self.key, arm=arm), self.dense, self.splits)
-
-    def by_plan(self, model: ImageModel, plan: PruningPlan) -> ImageModel:
-        """Return the model pruned to a plan and reconstructed."""
-        with seeded(self.key.seed):
-            found = run(model, self.splits, replace(self.settings, plan=plan)).model
-        assert isinstance(found, ImageModel)
-        return found
 
     def tune(self, model: ImageModel, epochs: int = 0, **changed: Any) -> ImageModel:
         """Fine-tune in place by the matrix's recipe, with another method or teacher."""
@@ -115,15 +106,14 @@ def more_data(subject: Subject) -> ImageModel:
 
 def in_steps(subject: Subject) -> ImageModel:
     """Prune in three steps during the same number of epochs."""
-    tuning, level = subject.tuning, subject.bench.level
-    rate = level.network(subject.key.network).training.get("lr", tuning.lr)
+    tuning = subject.tuning
     settings = replace(
         subject.settings,
         finetune=subject.key.method,
         epochs=tuning.epochs,
         prune_steps=3,
         attack_steps=tuning.steps,
-        lr=min(tuning.lr, rate),
+        lr=rate_of(subject.bench, subject.key, tuning),
     )
     with seeded(subject.key.seed):
         found = run(subject.dense, subject.splits, settings).model
@@ -144,7 +134,8 @@ def fitted_widths(subject: Subject) -> ImageModel:
     logs = np.log([[s.widths[n] for n in names] for s in tuned])
     worth = np.array([percent(s.validation) for s in tuned])
     slopes, _ = nnls(logs - logs.mean(0), worth - worth.mean())
-    problem, scores, curves = problem_of(subject)
+    grounds = subject.grounds()
+    problem, curves = grounds.problem, grounds.curves
 
     def value(widths: dict[str, int]) -> float:
         return float(slopes @ np.log([widths[n] for n in names]))
@@ -154,14 +145,15 @@ def fitted_widths(subject: Subject) -> ImageModel:
     for _ in range(CLIMBS):
         best = max(best, changed(problem, best, draw), key=value)
     print(f"fitted: {dict(zip(names, slopes.round(2), strict=True))}, {best}")
-    return subject.tune(subject.by_plan(subject.dense, plan_of(subject, problem, best, scores)))
+    return subject.tune(subject.by_plan(grounds.plan(best, "fitted")))
 
 
 def supernet(subject: Subject) -> ImageModel:
     """Train a copy at many widths for half of the epochs, and tune those that it says are best."""
-    problem, scores, curves = problem_of(subject)
+    grounds = subject.grounds()
+    problem, curves = grounds.problem, grounds.curves
     model = copied(subject.dense)
-    narrowed = Narrowed(model, ModelGraph(model, subject.splits.input_size), scores)
+    narrowed = Narrowed(model, ModelGraph(model, subject.splits.input_size), grounds.scores)
     draw = random.Random(subject.key.seed)
     trained = [{g.name: g.width for g in problem.groups}]
     for share in SUPERNET_SHARES:
@@ -178,13 +170,13 @@ def supernet(subject: Subject) -> ImageModel:
     told = losses(narrowed, asked, known, subject.settings.threat)
     best = min(told, key=lambda name: told[name])
     print(f"supernet: {best} of {len(told)}, {sorted(told.items(), key=lambda i: i[1])[:8]}")
-    plan = plan_of(subject, problem, asked[best], scores)
-    return subject.tune(subject.by_plan(subject.dense, plan))
+    return subject.tune(subject.by_plan(grounds.plan(asked[best], "supernet")))
 
 
 def searched(subject: Subject) -> ImageModel:
     """Search widths by the adversarial loss of the model they make, before any fine-tuning."""
-    problem, scores, curves = problem_of(subject)
+    grounds = subject.grounds()
+    problem, curves = grounds.problem, grounds.curves
     draw = random.Random(subject.key.seed)
     threat = subject.settings.threat
     known = subject.splits.train.take(JUDGED, subject.key.seed + 100)
@@ -193,7 +185,7 @@ def searched(subject: Subject) -> ImageModel:
     def judged(widths: dict[str, int]) -> None:
         name = tuple(sorted(widths.items()))
         if name not in losses:
-            model = subject.by_plan(subject.dense, plan_of(subject, problem, widths, scores))
+            model = subject.by_plan(grounds.plan(widths, "searched"))
             attacked = adversarial_set(model, *known, threat=threat, seed=0)
             losses[name] = adversarial_loss(model, attacked)
 
@@ -201,12 +193,12 @@ def searched(subject: Subject) -> ImageModel:
         judged(widths)
     told = [min(losses.values())]
     while len(losses) < SEARCHED:
-        parent = dict(draw.choice(sorted(losses, key=lambda name: losses[name])[:PARENTS]))
+        parent = dict(draw.choice(sorted(losses, key=losses.__getitem__)[:PARENTS]))
         judged(changed(problem, parent, draw))
         told.append(min(losses.values()))
     print(f"searched: {[round(loss, 4) for loss in told]}")
-    best = dict(min(losses, key=lambda name: losses[name]))
-    return subject.tune(subject.by_plan(subject.dense, plan_of(subject, problem, best, scores)))
+    best = dict(min(losses.items(), key=lambda judged: judged[1])[0])
+    return subject.tune(subject.by_plan(grounds.plan(best, "searched")))
 
 
 IDEAS: dict[str, Callable[[Subject], ImageModel]] = {
@@ -231,31 +223,3 @@ def changed(problem: Problem, widths: dict[str, int], draw: random.Random) -> di
         for g in problem.groups
     }
     return allocate(problem, {name: max(share, 1e-3) for name, share in goes.items()})
-
-
-def problem_of(subject: Subject) -> tuple[Problem, Any, Any]:
-    """Return the problem of allocation, the scores and the curves of groups."""
-    graph = ModelGraph(subject.dense, subject.splits.input_size)
-    known = calibration_images(
-        subject.dense, subject.splits, subject.bench.level.calibration_images, subject.key.seed
-    )
-    threat = subject.settings.threat
-    attacked = adversarial_set(subject.dense, *known, threat=threat, seed=subject.key.seed)
-    scores = channel_scores(subject.dense, graph, score="l2", adversarial=attacked)
-    curves = structural_curves(subject.dense, graph, scores, attacked)
-    budget = Budget("macs", subject.key.ratio)
-    return Problem(graph.groups, graph.cost, budget, layers=graph.layers), scores, curves
-
-
-def plan_of(subject: Subject, problem: Problem, widths: Any, scores: Any) -> PruningPlan:
-    """Return the plan of these widths, the lowest scores going."""
-    return make_plan(
-        problem,
-        widths,
-        {group: units.tolist() for group, units in scores.items()},
-        allocation="idea",
-        score="l2",
-        seed=subject.key.seed,
-        input_size=subject.splits.input_size,
-        ties=(),
-    )

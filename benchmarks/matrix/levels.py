@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ DENSE, PAPER, OURS = "dense", "mrs-l2", "curve-l2"
 CAPACITY, EVEN = "capacity-l2", "uniform-l2"
 SCREEN = ("tp-l2-local", "tp-bn-scale", "tp-group-norm", "tp-taylor-adversarial")
 UNTUNED, LITTLE, LONG = "untuned", "little", "long"
+Block = tuple[str, str, str, float]  # data, network, method, share
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Level:
             for arm in self.screened:
                 yield Key(data, network, method, ratio, arm, UNTUNED, self.seeds[0])
 
-    def cells(self, finalists: dict[tuple[str, str, str, float], Sequence[str]]) -> Iterator[Key]:
+    def cells(self, finalists: Mapping[Block, Sequence[str]]) -> Iterator[Key]:
         """Yield all cells, seed by seed: a matrix cut short has all arms of the seeds it has."""
         for seed, (data, network, method, ratio) in itertools.product(self.seeds, self.blocks()):
             arms = (*self.arms, *finalists.get((data, network, method, ratio), ()))
@@ -150,7 +151,7 @@ class Level:
                     continue  # it is the same model
                 yield Key(data, network, method, ratio, arm, tuning.name, seed).with_arm(arm)
 
-    def blocks(self) -> Iterator[tuple[str, str, str, float]]:
+    def blocks(self) -> Iterator[Block]:
         """Yield (data, network, method, share)."""
         for data, network, method in itertools.product(self.data, self.networks, self.methods):
             for ratio in self.ratios:
@@ -163,7 +164,8 @@ def _timm(name: str, classes: int) -> nn.Module:
 
 def _published(name: str, classes: int) -> nn.Module:
     """The stem keeps its stride of 2: on 32x32 images a quarter of the work of a stride of 1."""
-    return timm.create_model(name, num_classes=classes)
+    net: nn.Module = timm.create_model(name, num_classes=classes)
+    return net
 
 
 _FLAT = {"schedule": "constant", "ema": 0.999, "lr": 0.1, "amp": True, "attack_steps": 2}

@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.criteria.dense import CACHE, digest
 from benchmarks.matrix.levels import LEVELS, LONG, OURS, Key, Tuning
 from benchmarks.matrix.work import Bench
+from robust_prune.adversaries import AdversarialSet, adversarial_set
+from robust_prune.allocation import Problem, make_plan
+from robust_prune.criteria import calibration_images, channel_scores, structural_curves
 from robust_prune.data import DataSplits
 from robust_prune.files import write_text
+from robust_prune.graph import ModelGraph
 from robust_prune.models import library_versions
-from robust_prune.modules import ImageModel
-from robust_prune.pipeline import Settings, hardware
-from robust_prune.types import Budget
+from robust_prune.modules import ImageModel, seeded
+from robust_prune.pipeline import Settings, hardware, run
+from robust_prune.types import Budget, Curve, PruningPlan
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What widths of a dense model are chosen by, measured once for all of them."""
+
+    problem: Problem
+    scores: Mapping[str, Tensor]
+    curves: Mapping[str, Curve]
+    attacked: AdversarialSet
+    ties: Sequence[tuple[str, str]]
+    seed: int
+    input_size: tuple[int, int, int]
+
+    def plan(self, widths: Mapping[str, int], name: str) -> PruningPlan:
+        """Return the plan of these widths, the lowest scores going."""
+        return make_plan(
+            self.problem,
+            widths,
+            {group: units.tolist() for group, units in self.scores.items()},
+            allocation=name,
+            score="l2",
+            seed=self.seed,
+            input_size=self.input_size,
+            ties=self.ties,
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,26 @@ class One:
             calibration_images=level.calibration_images,
             batch_size=level.batch_size,
         )
+
+    def grounds(self) -> Grounds:
+        """Attack calibration images, and measure L2 scores and curves of the dense model."""
+        n, seed = self.bench.level.calibration_images, self.key.seed
+        images, labels = calibration_images(self.dense, self.splits, n, seed)
+        threat = self.settings.threat
+        attacked = adversarial_set(self.dense, images, labels, threat=threat, seed=seed)
+        size = self.splits.input_size
+        graph = ModelGraph(self.dense, size)
+        scores = channel_scores(self.dense, graph, score="l2", adversarial=attacked)
+        curves = structural_curves(self.dense, graph, scores, attacked)
+        problem = Problem(graph.groups, graph.cost, self.settings.budget, layers=graph.layers)
+        return Grounds(problem, scores, curves, attacked, graph.ties, seed, size)
+
+    def by_plan(self, plan: PruningPlan) -> ImageModel:
+        """Return the dense model pruned to a plan and reconstructed."""
+        with seeded(self.key.seed):
+            found = run(self.dense, self.splits, replace(self.settings, plan=plan)).model
+        assert isinstance(found, ImageModel)
+        return found
 
     def note(self, out: Path, tuning: Tuning, **more: object) -> None:
         """Write settings.json of a record."""

@@ -186,8 +186,7 @@ def tune_(
 ) -> Cell:
     """Fine-tune in place by the recipe that `compress` has: a constant rate, averaged weights.
 
-    The rate is at most what the dense model was trained with: more undoes a network without batch
-    norm. `method` is another than the cell's, `teacher` what it learns from.
+    `method` is another than the cell's, `teacher` what it learns from.
     """
     train, validation = splits.train, splits.validation
     assert validation is not None
@@ -198,7 +197,7 @@ def tune_(
         epochs=tuning.epochs,
         threat=bench.level.threat(key),
         attack_steps=tuning.steps,
-        lr=min(tuning.lr, bench.level.network(key.network).training.get("lr", tuning.lr)),
+        lr=rate_of(bench, key, tuning),
         ema=0.999,
         schedule="constant",
         amp=True,
@@ -214,3 +213,12 @@ def tune_(
         best_epoch=history.best_epoch,
         notes=tuple(history.notes),
     )
+
+
+def rate_of(bench: Bench, key: Key, tuning: Tuning) -> float:
+    """Return the learning rate, at most what the dense model was trained with.
+
+    More undoes a network without batch norm.
+    """
+    trained: float = bench.level.network(key.network).training.get("lr", tuning.lr)
+    return min(tuning.lr, trained)

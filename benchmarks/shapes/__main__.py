@@ -14,74 +14,39 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.criteria.protocol import verdicts
 from benchmarks.matrix.levels import DENSE, LONG
-from benchmarks.matrix.one import One, open_one, parser_of
+from benchmarks.matrix.one import Grounds, One, open_one, parser_of
 from benchmarks.matrix.work import tune_
 from benchmarks.shapes.drawing import Evidence, shapes
 from benchmarks.shapes.telling import Shape, page, read
-from robust_prune.adversaries import AdversarialSet, adversarial_loss, adversarial_set
-from robust_prune.allocation import Problem, log_capacity, make_plan
-from robust_prune.criteria import (
-    calibration_images,
-    channel_scores,
-    sensitivities,
-    structural_curves,
-)
+from robust_prune.adversaries import adversarial_loss, adversarial_set
+from robust_prune.allocation import log_capacity
+from robust_prune.criteria import sensitivities
 from robust_prune.files import write_text
 from robust_prune.graph import ModelGraph
-from robust_prune.modules import ImageModel, seeded
-from robust_prune.pipeline import Settings, run
-from robust_prune.types import Budget, PruningPlan
+from robust_prune.modules import copied
+from robust_prune.types import PruningPlan
 
 VALIDATION_IMAGES = 2000
 
 
-@dataclass(frozen=True)
-class Subject(One):
-    """With what is measured on the dense model once for all shapes."""
-
-    attacked: AdversarialSet
-
-    def plans(self, drawn: int) -> dict[str, PruningPlan]:
-        """Return the plan of every shape."""
-        size = self.splits.input_size
-        graph = ModelGraph(self.dense, size)
-        scores = channel_scores(self.dense, graph, score="l2", adversarial=self.attacked)
-        curves = structural_curves(self.dense, graph, scores, self.attacked)
-        told = sensitivities(self.dense, self.attacked, groups=graph.groups)
-        budget = Budget("macs", self.key.ratio)
-        problem = Problem(graph.groups, graph.cost, budget, layers=graph.layers)
-        return {
-            name: make_plan(
-                problem,
-                widths,
-                {group: units.tolist() for group, units in scores.items()},
-                allocation=name,
-                score="l2",
-                seed=self.key.seed,
-                input_size=size,
-                ties=graph.ties,
-            )
-            for name, widths in shapes(problem, Evidence(told, curves), drawn).items()
-        }
+def plans(one: One, grounds: Grounds, drawn: int) -> dict[str, PruningPlan]:
+    """Return the plan of every shape."""
+    problem, attacked = grounds.problem, grounds.attacked
+    told = sensitivities(one.dense, attacked, groups=tuple(problem.groups))
+    found = shapes(problem, Evidence(told, grounds.curves), drawn)
+    return {name: grounds.plan(widths, name) for name, widths in found.items()}
 
 
-def measure(subject: Subject, name: str, plan: PruningPlan | None) -> Shape:
+def measure(one: One, name: str, plan: PruningPlan | None) -> Shape:
     """Prune to a plan, or take the dense model, tune and attack it."""
-    bench, splits, threat = subject.bench, subject.splits, subject.settings.threat
-    key = subject.key.with_arm(DENSE if plan is None else name)
-    with seeded(key.seed):
-        if plan is None:
-            model = bench.dense(key, splits, bench.level.network(key.network))
-        else:
-            found = run(subject.dense, splits, Settings(**{**vars(subject.settings), "plan": plan}))
-            assert isinstance(found.model, ImageModel)
-            model = found.model
+    bench, splits, threat = one.bench, one.splits, one.settings.threat
+    key = one.key.with_arm(DENSE if plan is None else name)
+    model = copied(one.dense) if plan is None else one.by_plan(plan)
     assert splits.validation is not None
     assert splits.test is not None
     images, labels = splits.validation.take(512, 0)
@@ -110,15 +75,6 @@ def measure(subject: Subject, name: str, plan: PruningPlan | None) -> Shape:
     )
 
 
-def open_subject(options: argparse.Namespace, seed: int) -> Subject:
-    """Open data and dense model, and attack the calibration images."""
-    one = open_one(options, seed)
-    level = one.bench.level
-    images, labels = calibration_images(one.dense, one.splits, level.calibration_images, seed)
-    attacked = adversarial_set(one.dense, images, labels, threat=level.threat(one.key), seed=seed)
-    return Subject(**vars(one), attacked=attacked)
-
-
 def main() -> None:
     """Measure the shapes that are missing, and write the page."""
     options = _options()
@@ -126,15 +82,13 @@ def main() -> None:
     (out / "shapes").mkdir(parents=True, exist_ok=True)
     if not options.summary:
         for seed in options.seeds:
-            subject = open_subject(options, seed)
-            tuning = subject.bench.level.tuning(LONG)
-            subject.note(out, tuning, level=options.level, drawn=options.drawn)
-            plans: Mapping[str, PruningPlan | None] = {DENSE: None, **subject.plans(options.drawn)}
-            for name, plan in plans.items():
+            one = open_one(options, seed)
+            one.note(out, one.bench.level.tuning(LONG), level=options.level, drawn=options.drawn)
+            for name, plan in [(DENSE, None), *plans(one, one.grounds(), options.drawn).items()]:
                 path = out / "shapes" / f"{name}-{seed}.json"
                 if path.exists() or (options.only and name not in options.only):
                     continue
-                shape = measure(subject, name, plan)
+                shape = measure(one, name, plan)
                 write_text(path, json.dumps(asdict(shape)) + "\n")
                 print(f"{path.stem}: {shape.told}", flush=True)
     text = page(read(out), out)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
-from robust_prune.graph import ModelGraph, Slot
+from robust_prune.graph import ModelGraph
 from robust_prune.modules import (
     Replay,
     as_memory_allows,
@@ -144,7 +144,7 @@ def _proven(
         return readers  # its replicas run with other weights
     owners = _owners(network_of(model))
     changed = {
-        name: tuple({layer for slot in _readers(graph, name) for layer in owners[slot.tensor]})
+        name: tuple({layer for slot in graph.readers(name) for layer in owners[slot.tensor]})
         for name in orders
     }
     image = used.images[:1]
@@ -162,11 +162,6 @@ def _proven(
         readers.clear()
     replay.forget()
     return readers
-
-
-def _readers(graph: ModelGraph, group: str) -> tuple[Slot, ...]:
-    """Return the columns that read a group, and the rows that only a product does."""
-    return *(s for s in graph.slots(group) if s.role == "in"), *graph.gates(group)
 
 
 def _owners(net: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -196,7 +191,7 @@ def masked(
     net = network_of(model)
     tensors = {name: p.detach() for name, p in net.named_parameters()}
     dropped: dict[str, tuple[int, Tensor]] = {}
-    for slot in _readers(graph, group):
+    for slot in graph.readers(group):
         entries = slot.indices[gone[slot.units]]
         _, before = dropped.get(slot.tensor, (slot.dim, entries[:0]))
         dropped[slot.tensor] = slot.dim, torch.cat([before, entries])

@@ -137,6 +137,10 @@ class ModelGraph:
         """Return the rows of queries, whose channels nothing but a product reads."""
         return self._wiring.gates[group]
 
+    def readers(self, group: str) -> tuple[Slot, ...]:
+        """Return the columns that read a group, and the rows that only a product does."""
+        return *(s for s in self.slots(group) if s.role == "in"), *self.gates(group)
+
     @functools.cached_property
     def dependency(self) -> DependencyGraph:
         """The same groups in torch-pruning's terms; what is cut here is cut there."""
