@@ -66,6 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = build(options.weights).eval()
     splits = open_data(str(options.data), input_size=(3, 32, 32))
+    assert splits.test is not None
     images, labels = splits.test.take(options.n, 0)
     rows = {
         "pyautoattack on the model": timed(model, images, labels, stand_in=False),

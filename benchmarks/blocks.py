@@ -38,7 +38,7 @@ from robust_prune.statistics import PairedTest
 from robust_prune.types import ThreatModel
 
 THREAT = ThreatModel.linf("8/255")
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "method": "pgd-at",
     "schedule": "constant",
     "ema": 0.999,
@@ -72,7 +72,7 @@ def _dense(splits: DataSplits, asked: argparse.Namespace) -> tuple[ImageModel, d
     return dense_model(network, splits, THREAT, asked.cache, None, "cpu", tell)
 
 
-def tuned(model: ImageModel, splits: DataSplits, epochs: int) -> ImageModel:
+def tuned(model: nn.Module, splits: DataSplits, epochs: int) -> nn.Module:
     """Fine-tune a copy as the matrix does."""
     found = copied(model)
     assert splits.validation is not None
@@ -83,7 +83,8 @@ def tuned(model: ImageModel, splits: DataSplits, epochs: int) -> ImageModel:
 
 def row(dense: ImageModel, splits: DataSplits, ratio: float, asked: Any) -> dict[str, Any]:
     """Remove a share of the time both ways, and measure what comes out."""
-    options = {"latency_batch": asked.batch, "latency_threads": 1}
+    assert splits.test is not None
+    options: dict[str, Any] = {"latency_batch": asked.batch, "latency_threads": 1}
     results = {
         arm: robust_prune.compress(
             *(dense, splits),
@@ -165,6 +166,7 @@ def main() -> None:
         settings = {name: getattr(asked, name) for name in ("batch", "epochs", "n")}
         versions = {"versions": library_versions(), **hardware(torch.device("cpu"))}
         write({**settings, "threat": str(THREAT), "pairs": PAIRS, **versions, "dense": told})
+        assert splits.test is not None
         write({"dense": verdicts(dense, splits.test, asked.n, THREAT, "pgd")})
         for ratio in asked.ratios:
             found = row(dense, splits, ratio, asked)

@@ -148,7 +148,9 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     known = asked.weights.suffix == ".safetensors"
     model, _ = open_model(str(asked.weights), **({} if known else NETWORK))
-    splits = open_data(str(asked.data), input_size=image_size_of(model) if known else (3, 32, 32))
+    splits = open_data(
+        str(asked.data), input_size=image_size_of(model, None if known else (3, 32, 32))
+    )
     threat = ThreatModel.linf(asked.eps)
     with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
 

@@ -28,7 +28,7 @@ from robust_prune.pipeline import hardware
 from robust_prune.quantising import judge
 from robust_prune.types import ThreatModel, to_plain
 
-NETWORK = {
+NETWORK: dict[str, Any] = {
     "arch": "resnet18",
     "model_kwargs": {
         "layers": [1, 1, 1, 1],

@@ -31,7 +31,7 @@ def measured(name: str, target: str, batch: int, threads: int) -> dict[str, Any]
     torch.manual_seed(0)
     size = (3, 256, 256) if name.startswith("mobilevit") else (3, 224, 224)
     dense = build_model(resolve_spec(name, {"num_classes": 10})).eval()
-    options = {"latency_batch": batch, "latency_threads": threads}
+    options: dict[str, Any] = {"latency_batch": batch, "latency_threads": threads}
     result = robust_prune.compress(
         dense,
         None,

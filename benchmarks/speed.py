@@ -107,7 +107,7 @@ def pruner_seconds(arch: str, *, ours: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, images = timm.create_model(arch, num_classes=10).eval(), torch.rand(1, 3, 224, 224)
     importance = tp.importance.GroupMagnitudeImportance()
-    options = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
+    options: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
     with rp.dependency_graph() if ours else contextlib.nullcontext():
         start = time.process_time()
         pruner = tp.pruner.BasePruner(
@@ -159,7 +159,7 @@ def mrs_cost() -> dict[str, float]:
 
     def plain() -> None:
         for part, target in adversarial.batches():
-            F.cross_entropy(model(part), target).backward()
+            F.cross_entropy(model(part), target).backward()  # type: ignore[no-untyped-call]
 
     plain()
     one = min(seconds(plain) for _ in range(5))

@@ -51,7 +51,7 @@ NETWORK = {
     "stem_width": 8,
 }
 WIDE = {**NETWORK, "channels": [32, 64, 128, 256], "stem_width": 16}
-NORMALISATION = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
+NORMALISATION: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
 
 DEFAULT = "ours"  # attacks in bfloat16 where the processor computes in it
 
@@ -110,7 +110,7 @@ def textbook(attacks: Any, method: str, model: nn.Module, steps: int, batch: Any
                 F.log_softmax(model(adversarial), 1), F.softmax(logits, 1), reduction="batchmean"
             )
             loss = F.cross_entropy(logits, labels) + BETA * divergence
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

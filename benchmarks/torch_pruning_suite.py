@@ -103,9 +103,9 @@ def main() -> None:
         alone, ours = run(file, ours=False), run(file, ours=True)
         for test in {**alone, **ours}:
             missing = {"outcome": "no result", "error": ""}
-            row = {"test": test, "alone": alone.get(test, missing), "ours": ours.get(test, missing)}
-            rows.append(row)
-            print(test, row["alone"]["outcome"], row["ours"]["outcome"], row["ours"]["error"])
+            before, after = alone.get(test, missing), ours.get(test, missing)
+            rows.append({"test": test, "alone": before, "ours": after})
+            print(test, before["outcome"], after["outcome"], after["error"])
     (options.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = options.out / "READ_FIRST.md"
     first = words.read_text().strip() if words.exists() else ""

@@ -95,7 +95,7 @@ def half(model: nn.Module, size: tuple[int, int, int], groups: Any, *, floors: b
     """
     costs = ModelGraph(model, size, probe=False, ties=groups.ties)
     dense = costs.cost().macs
-    limit = 1 - 1 / min(g.units for g in groups.groups)
+    limit: float = 1 - 1 / min(g.units for g in groups.groups)
 
     def left(ratio: float) -> float:
         least = {g.name: g.min_units if floors else 1 for g in groups.groups}

@@ -109,7 +109,7 @@ def run_effort(bench: Bench, out: Path, tell: Callable[[str], None]) -> None:
     seen, start = 0, time.perf_counter()
     for images, labels in bench.splits.train.batches(bench.batch_size, limit=TIMED_IMAGES):
         optimizer.zero_grad()
-        pgd_at(model, images, labels, attack).backward()  # type: ignore[no-untyped-call]
+        pgd_at(model, images, labels, attack).backward()
         optimizer.step()
         seen += len(images)
     epoch = (time.perf_counter() - start) * EPOCH_IMAGES / seen

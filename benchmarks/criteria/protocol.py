@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.criteria import peers
 from benchmarks.criteria.dense import where_native
@@ -207,7 +207,7 @@ def measure(bench: Bench, stage: Stage, arm: str, ratio: float, seed: int) -> Ce
 
 
 def verdicts(
-    model: ImageModel,
+    model: nn.Module,
     test: Split,
     n: int,
     threat: ThreatModel,

@@ -193,7 +193,9 @@ def _draw(axes: Any, cells: Sequence[Cell]) -> None:
     import matplotlib as mpl
 
     dense = next(c for c in cells if c.arm == "dense")
-    palette = [*mpl.colormaps["tab20"].colors, *mpl.colormaps["Dark2"].colors]
+    palette = [
+        mpl.colormaps[name](i) for name, n in (("tab20", 20), ("Dark2", 8)) for i in range(n)
+    ]
     colours = dict(zip(ARMS, itertools.cycle(palette), strict=False))
     axes.axhline(percent(dense.pgd), color="black", lw=0.8, ls=":", label="dense")
     for arm, runs in by_arm([c for c in cells if c.arm != "dense"]).items():

@@ -61,7 +61,8 @@ def rslad_cross_entropy(
     def by_labels(model: nn.Module, images: Tensor, _: Tensor, loss: object = None) -> Tensor:
         return attack(model, images, labels)
 
-    return rslad(model, images, labels, by_labels, teacher=teacher)  # type: ignore[arg-type]
+    loss: Tensor = rslad(model, images, labels, by_labels, teacher=teacher)
+    return loss
 
 
 def half_labels(

@@ -32,7 +32,7 @@ from robust_prune.types import Budget
 
 PICTURES = 4000
 METHODS = ("rslad", "ard")
-TUNING = {"epochs": 4, "attack_steps": 3}
+TUNING: dict[str, Any] = {"epochs": 4, "attack_steps": 3}
 
 
 def unlabelled(source: Path, folder: Path, n: int) -> None:

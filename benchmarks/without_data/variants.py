@@ -69,7 +69,7 @@ def moved(model: nn.Module, size: tuple[int, int, int], seed: int, steps: int = 
     length = (images[0].numel() / 3072) ** 0.5
     done = []
     with evaluating(model), requires_grad(model, False):
-        for part, target in zip(images.split(64), targets.split(64), strict=True):
+        for part, target in zip(torch.split(images, 64), torch.split(targets, 64), strict=True):
             for _ in range(steps):
                 part.requires_grad_(True)
                 loss = F.cross_entropy(model(part), target, reduction="sum")
