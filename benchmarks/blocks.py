@@ -12,7 +12,6 @@ turns in one process. `--cache` keeps the dense model.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,13 @@ import robust_prune
 from benchmarks.criteria.dense import CACHE, dense_model, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import percent, verdicts
-from benchmarks.int8 import NETWORK
+from benchmarks.runs import NETWORK, log_of
 from robust_prune.data import DataSplits, open_data
 from robust_prune.finetune import TrainingConfig, train_
 from robust_prune.latency import alternating, conditions_of
-from robust_prune.models import library_versions, open_model
+from robust_prune.models import open_model
 from robust_prune.modules import ImageModel, copied
 from robust_prune.options import LatencyOptions
-from robust_prune.pipeline import hardware
 from robust_prune.statistics import PairedTest
 from robust_prune.types import ThreatModel
 
@@ -154,18 +152,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # training too
     splits = open_data(asked.data / "cifar10", input_size=(3, 32, 32))
     dense, told = _dense(splits, asked)
-    with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        settings = {name: getattr(asked, name) for name in ("batch", "epochs", "n")}
-        versions = {"versions": library_versions(), **hardware(torch.device("cpu"))}
-        write({**settings, "threat": str(THREAT), "pairs": PAIRS, **versions, "dense": told})
+    settings = {name: getattr(asked, name) for name in ("batch", "epochs", "n")}
+    settings |= {"threat": str(THREAT), "pairs": PAIRS, "dense": told}
+    with log_of(asked.out, **settings) as write:
         assert splits.test is not None
         write({"dense": verdicts(dense, splits.test, asked.n, THREAT, "pgd")})
         for ratio in asked.ratios:

@@ -12,7 +12,6 @@ planning measures is shared.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,11 @@ import torch
 from torch import nn
 
 import robust_prune
-from benchmarks.int8 import NETWORK
+from benchmarks.runs import NETWORK, log_of
 from robust_prune.data import open_data
 from robust_prune.latency import alternating, conditions_of
-from robust_prune.models import image_size_of, library_versions, open_model
+from robust_prune.models import image_size_of, open_model
 from robust_prune.options import LatencyOptions
-from robust_prune.pipeline import hardware
 from robust_prune.types import ThreatModel
 
 RATIO, PAIRS = 0.5, 40
@@ -144,27 +142,14 @@ def main() -> None:
     parser.add_argument("--eps", default="8/255", help="Linf")
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    asked.out.mkdir(parents=True, exist_ok=True)
     known = asked.weights.suffix == ".safetensors"
     model, _ = open_model(str(asked.weights), **({} if known else NETWORK))
     splits = open_data(
         str(asked.data), input_size=image_size_of(model, None if known else (3, 32, 32))
     )
     threat = ThreatModel.linf(asked.eps)
-    with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        told = {
-            "model": asked.weights.name,
-            "threat": str(threat),
-            "ratio": RATIO,
-            "pairs": PAIRS,
-            "versions": library_versions(),
-        }
-        write({**told, **hardware(torch.device("cpu"))})
+    told = {"model": asked.weights.name, "threat": str(threat), "ratio": RATIO, "pairs": PAIRS}
+    with log_of(asked.out, **told) as write:
         for batch in asked.batches:
             options = {"latency_batch": batch, "latency_threads": 1}
             with tempfile.TemporaryDirectory() as folder:

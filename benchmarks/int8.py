@@ -11,7 +11,6 @@ half of its multiply-adds, un-tuned, and its INT8 file, on the same test images.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,15 @@ from typing import Any
 import torch
 
 import robust_prune
+from benchmarks.runs import NETWORK, log_of
 from robust_prune import evaluation
 from robust_prune.data import open_data
 from robust_prune.exporting import OnnxModel
 from robust_prune.latency import Conditions, alternating
-from robust_prune.models import build_model, library_versions, open_model, resolve_spec
-from robust_prune.pipeline import hardware
+from robust_prune.models import build_model, open_model, resolve_spec
 from robust_prune.quantising import judge
 from robust_prune.types import ThreatModel, to_plain
 
-NETWORK: dict[str, Any] = {
-    "arch": "resnet18",
-    "model_kwargs": {
-        "layers": [1, 1, 1, 1],
-        "channels": [16, 32, 64, 128],
-        "stem_type": "deep",
-        "stem_width": 8,
-    },
-    "cifar_stem": True,
-}
 SIZE = (3, 224, 224)
 PAIRS = 20
 
@@ -110,17 +99,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    asked.out.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as drafts,
-        (asked.out / "runs.jsonl").open("w", encoding="utf-8") as log,
+        log_of(asked.out, threads=asked.threads, mode="w") as write,
     ):
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        write({"versions": library_versions(), **hardware(torch.device("cpu"))})
         for line in times(Path(drafts), asked.threads):
             write(line)
             dense = line["ms"]["dense torch"]

@@ -10,17 +10,16 @@ one, in blocks that planning has not seen.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import robust_prune
+from benchmarks.runs import log_of
 from robust_prune.latency import alternating, conditions_of
-from robust_prune.models import build_model, library_versions, resolve_spec
+from robust_prune.models import build_model, resolve_spec
 from robust_prune.options import LatencyOptions
-from robust_prune.pipeline import hardware
 
 NETWORKS = ("resnet18", "mobilevit_xxs")
 RATIO, PAIRS = 0.5, 40
@@ -70,15 +69,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        told = {"ratio": RATIO, "batch": asked.batch, "threads": asked.threads, "pairs": PAIRS}
-        write({**told, "versions": library_versions(), **hardware(torch.device("cpu"))})
+    told = {"ratio": RATIO, "batch": asked.batch, "pairs": PAIRS}
+    with log_of(asked.out, threads=asked.threads, **told) as write:
         for name in asked.networks:
             for target in asked.targets:
                 found = measured(name, target, asked.batch, asked.threads)

@@ -10,18 +10,14 @@ are then attacked on test images, which it has not seen.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import robust_prune
-from benchmarks.int8 import NETWORK
+from benchmarks.runs import NETWORK, log_of
 from robust_prune.data import open_data
-from robust_prune.models import library_versions, open_model
-from robust_prune.pipeline import hardware
+from robust_prune.models import open_model
 from robust_prune.statistics import PairedDrop
 
 
@@ -49,16 +45,9 @@ def main() -> None:
     parser.add_argument("--limits", type=float, nargs="+", default=(3.0, 1.0))
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    asked.out.mkdir(parents=True, exist_ok=True)
     model, _ = open_model(str(asked.weights), **NETWORK)
     splits = open_data(str(asked.data), input_size=(3, 32, 32))
-    with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        write({"versions": library_versions(), **hardware(torch.device("cpu"))})
+    with log_of(asked.out) as write:
         for limit in asked.limits:
             found = searched(model, splits, limit, asked.n)
             write(found)

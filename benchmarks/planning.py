@@ -23,11 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import robust_prune
-from robust_prune.models import library_versions
-from robust_prune.pipeline import hardware
+from benchmarks.runs import log_of
 from robust_prune.types import ThreatModel
 
 IMAGES = 512
@@ -81,16 +78,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--n", type=int, default=2000)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    asked.out.mkdir(parents=True, exist_ok=True)
     trees = {name: Path(path) for name, _, path in (v.partition("=") for v in asked.versions)}
-    with (asked.out / "runs.jsonl").open("a", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        told = {"model": asked.model.name, "data": asked.data.name, "ratio": asked.ratio}
-        write({**told, "versions": library_versions(), **hardware(torch.device("cpu"))})
+    told = {"model": asked.model.name, "data": asked.data.name, "ratio": asked.ratio}
+    with log_of(asked.out, **told) as write:
         for seed in asked.seeds:
             evaluations = {}
             for name, tree in trees.items():

@@ -9,16 +9,15 @@ models by turns, at batches of 1, 16 and 64.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import robust_prune
+from benchmarks.runs import log_of
 from robust_prune.latency import Conditions, alternating
-from robust_prune.models import build_model, library_versions, resolve_spec
-from robust_prune.pipeline import hardware
+from robust_prune.models import build_model, resolve_spec
 
 NETWORKS = ("resnet18", "mobilevit_xxs")
 BATCHES = {1: 20, 16: 7, 64: 3}  # and how often every model has its turn
@@ -70,14 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    with (asked.out / "runs.jsonl").open("w", encoding="utf-8") as log:
-
-        def write(line: dict[str, Any]) -> None:
-            print(json.dumps(line), file=log, flush=True)
-
-        write({"versions": library_versions(), **hardware(torch.device("cpu"))})
+    with log_of(asked.out, mode="w") as write:
         for name in NETWORKS:
             found = measured(name)
             write(found)
