@@ -21,7 +21,7 @@ from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
 from robust_prune.graph.items import Group
 from robust_prune.graph.masking import silence_
-from robust_prune.graph.naming import matching, ratios_by_group
+from robust_prune.graph.naming import ratios_by_group, staying
 from robust_prune.graph.probing import wired
 from robust_prune.graph.seen import passing
 from robust_prune.graph.tracing import Slot
@@ -82,13 +82,7 @@ class ModelGraph:
         for layer in layers:
             weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
         names = [name for name, _ in net.named_modules() if name]
-        matched = matching(protect, names, "protect")
-        heads = [n for n, m in net.named_modules() if isinstance(m, nn.MultiheadAttention)]
-        protected = {n: f"protected: {n}" for n in (*layers, *heads) if n in matched}
-        if only:
-            allowed = matching(only, names, "only")
-            others = (n for n in (*layers, *heads) if n not in allowed)
-            protected = {**{n: f"{n} is not among those to prune" for n in others}, **protected}
+        protected = staying(net, protect, only)
         self.whole_heads = whole_heads
         with checked(input_size), evaluating(net):
             wiring, self.ties = wired(

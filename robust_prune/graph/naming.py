@@ -6,6 +6,9 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
 from robust_prune.errors import UsageError
 from robust_prune.types import ChannelGroup, Unprunable
 
@@ -29,6 +32,47 @@ def matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set[
             raise UsageError(f"{option}: no layer is called {pattern!r}{hint}")
         found.update(hits)
     return found
+
+
+def staying(
+    net: nn.Module, protect: Sequence[str] = (), only: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return by module why its channels stay: what `protect` matches, and what `only` does not.
+
+    A pattern means the outputs of the convolutions, linear layers and attentions that it matches.
+    Where `protect` matches none of them, it means the channels that norms have weights for.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing that has channels.
+    """
+    modules = {name: module for name, module in net.named_modules() if name}
+    kinds = _ConvNd, nn.Linear, nn.MultiheadAttention
+    layers = {name for name, module in modules.items() if isinstance(module, kinds)}
+    chosen = set[str]()
+    for pattern in protect:
+        hits = matching([pattern], list(modules), "protect")
+        weighted = {n for n in hits if any(True for _ in modules[n].parameters(recurse=False))}
+        if not weighted:
+            raise UsageError(
+                f"protect: {pattern!r} has no weights, so that no channels are its own; name a "
+                "convolution, a linear layer, an attention or a norm"
+            )
+        chosen |= hits & layers or weighted
+    allowed = set[str]()
+    for pattern in only:
+        hits = matching([pattern], list(modules), "only") & layers
+        if not hits:
+            raise UsageError(
+                f"only: {pattern!r} makes no channels; name a convolution, a linear layer or an "
+                "attention"
+            )
+        allowed |= hits
+    others = layers - allowed if only else set[str]()
+    return {
+        name: f"protected: {name}" if name in chosen else f"{name} is not among those to prune"
+        for name in modules
+        if name in chosen | others
+    }
 
 
 def ratios_by_group(

@@ -205,6 +205,33 @@ def test_a_misspelt_protected_layer_is_an_error_with_a_hint(resnet: nn.Module) -
         ModelGraph(resnet, (3, 32, 32), protect=["layer1.0.convl"])
 
 
+def test_a_protected_norm_keeps_its_channels(resnet: nn.Module) -> None:
+    graph = ModelGraph(resnet, (3, 32, 32), protect=["layer3.0.bn1"])
+    plan = random_plan(graph, 0.5)
+    pruned = prune_(resnet, plan)
+    assert pruned.net.layer3[0].bn1.num_features == 24
+    assert pruned.net.layer2[0].bn1.num_features < 16
+    assert "layer3.0.conv1" in {u.name for u in plan.unprunable if "protected" in u.reason}
+
+
+def test_a_pattern_with_layers_protects_what_they_make_and_not_what_its_norms_read() -> None:
+    net = timm.create_model("densenet121", num_classes=4, block_config=(2, 2)).eval()
+    layer = "features.denseblock1.denselayer2"
+    alone = {g.name for g in ModelGraph(net, (3, 32, 32), protect=[f"{layer}.norm1"]).groups}
+    whole = {g.name for g in ModelGraph(net, (3, 32, 32), protect=[layer]).groups}
+    stem, made = "features.conv0", f"{layer}.conv1"
+    assert stem in whole
+    assert stem not in alone
+    assert made in alone
+    assert made not in whole
+
+
+@pytest.mark.parametrize("option", ["protect", "only"])
+def test_a_pattern_that_has_no_channels_is_an_error(resnet: nn.Module, option: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{option}: 'layer1.0.act1' .*name a convolution"):
+        ModelGraph(resnet, (3, 32, 32), **{option: ["layer1.0.act1"]})
+
+
 def test_a_plan_of_another_network_is_refused_and_the_model_untouched(resnet: nn.Module) -> None:
     plan = random_plan(ModelGraph(resnet, (3, 32, 32)), 0.5)
     other = tiny_resnet(channels=[8, 16, 24, 40])
