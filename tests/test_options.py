@@ -139,9 +139,9 @@ def test_text_of_the_command_line_becomes_values() -> None:
 
 
 def test_a_subclass_states_another_default_and_nothing_else() -> None:
-    assert (TrainingOptions().lr, FineTuningOptions().lr) == (0.05, 0.1)
-    assert stated(TrainingOptions)["lr"] is stated(FineTuningOptions)["lr"]
-    assert chosen(TrainingOptions, FineTuningOptions(lr=0.2))["lr"] == 0.2
+    assert (TrainingOptions().ema, FineTuningOptions().ema) == (0.0, 0.999)
+    assert stated(TrainingOptions)["ema"] is stated(FineTuningOptions)["ema"]
+    assert chosen(TrainingOptions, FineTuningOptions(ema=0.5))["ema"] == 0.5
 
 
 def test_a_function_takes_only_names_that_there_are() -> None:

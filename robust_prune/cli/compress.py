@@ -106,7 +106,7 @@ def compress(
     processes = _first_may_write(folder / f"{name}.safetensors", writing, running)
 
     from robust_prune.cli.progress import training_shown
-    from robust_prune.pipeline import compress_file
+    from robust_prune.pipeline import compress_file, learning_rate
 
     output, device = output.only_on(processes.first), pick_device(running)
     module, record = open_model(model, opening, device)
@@ -115,7 +115,7 @@ def compress(
         budget,
         planning,
         timing,
-        _finetuning(finetuning, quick, splits),
+        replace(_finetuning(finetuning, quick, splits), lr=learning_rate(finetuning.lr, module)),
         _evaluation(evaluation, quick, splits, device),
         threat=threat_model(threat, record),
         plan=replayed,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from robust_prune.errors import UsageError
 from robust_prune.finetune.attack import Method
-from robust_prune.options import RunOptions, TrainingOptions
+from robust_prune.options import TRAINING_RATE, RunOptions, TrainingOptions, other_default
 from robust_prune.types import ThreatModel
 
 
@@ -29,6 +29,8 @@ class TrainingConfig(TrainingOptions):
     epochs: int
     threat: ThreatModel
     seed: int = RunOptions.seed
+    _: KW_ONLY
+    lr: float = other_default(TrainingOptions, "lr", TRAINING_RATE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ from robust_prune.types import Norm
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
+TRAINING_RATE, FINE_TUNING_RATE, RATE_WITHOUT_BATCHNORM = 0.05, 0.1, 0.05
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
@@ -117,8 +118,8 @@ class TrainingOptions(Options):
 
     panel = "Fine-tuning and evaluation"
 
-    lr: float = option(
-        0.05, "Peak learning rate.", words="learning rate", within=Range(0, math.inf, "low high")
+    lr: float | None = option(
+        None, "Peak learning rate.", words="learning rate", within=Range(0, math.inf, "low high")
     )
     batch_size: int = option(128, "Images at a time.", within=Range(low=2))
     attack_steps: int = option(7, "PGD steps of the training attack.", within=Range(low=1))
@@ -196,7 +197,13 @@ class FineTuningOptions(TrainingOptions):
     epochs: int | None = option(
         None, f"Of fine-tuning; default {FINE_TUNING_EPOCHS}.", within=Range(low=0)
     )
-    lr: float = other_default(TrainingOptions, "lr", 0.1)
+    lr: float | None = option(
+        None,
+        f"Peak learning rate; default {FINE_TUNING_RATE:g}, for a network without batch norm "
+        f"{RATE_WITHOUT_BATCHNORM:g}.",
+        words="learning rate",
+        within=Range(0, math.inf, "low high"),
+    )
     schedule: Schedule = other_default(TrainingOptions, "schedule", "constant")
     ema: float = other_default(TrainingOptions, "ema", 0.999)
 
@@ -211,6 +218,7 @@ class NewTrainingOptions(TrainingOptions):
         "--teacher.",
     )
     teacher: str | None = option(None, "Model file that rslad and ard learn from.")
+    lr: float = other_default(TrainingOptions, "lr", TRAINING_RATE)
     epochs: int = option(30, "Passes over the training images.", within=Range(low=1))
     clean_epochs: int = option(2, "Epochs on clean images first.", within=Range(low=0))
 

@@ -6,7 +6,14 @@ from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.describing import hardware, plain_settings
 from robust_prune.pipeline.record import plain_history
 from robust_prune.pipeline.run_folder import RunFolder, StateFile, fingerprint
-from robust_prune.pipeline.settings import CompressResult, Events, Settings, budget_of, eval_images
+from robust_prune.pipeline.settings import (
+    CompressResult,
+    Events,
+    Settings,
+    budget_of,
+    eval_images,
+    learning_rate,
+)
 from robust_prune.pipeline.train_file import (
     TrainResult,
     go_on_text,
@@ -27,6 +34,7 @@ __all__ = [
     "TrainResult",
     "compress_file",
     "eval_images",
+    "learning_rate",
     "fingerprint",
     "go_on_text",
     "hardware",

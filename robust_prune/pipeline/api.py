@@ -33,7 +33,14 @@ from robust_prune.pipeline.compression import run
 from robust_prune.pipeline.describing import asked
 from robust_prune.pipeline.holding import held_for_all
 from robust_prune.pipeline.run_folder import RunFolder
-from robust_prune.pipeline.settings import LINF_8, CompressResult, Settings, budget_of, eval_images
+from robust_prune.pipeline.settings import (
+    LINF_8,
+    CompressResult,
+    Settings,
+    budget_of,
+    eval_images,
+    learning_rate,
+)
 from robust_prune.types import PruningPlan, Sensitivity, ThreatModel
 
 BUDGET = tuple(stated(BudgetOptions))
@@ -103,6 +110,7 @@ def compress(
         options.setdefault("epochs", FINE_TUNING_EPOCHS)
     if options.get("measured") is not None:
         options["measured"] = Path(options["measured"])
+    options["lr"] = learning_rate(options.get("lr"), model)
     options["n_eval"] = eval_images(options.get("n_eval"), device_of(model))
     settings = Settings(
         **(budget_of(budget) if plan is None else {"budget": plan.budget}),

@@ -360,7 +360,8 @@ def test_the_command_and_python_fine_tune_alike() -> None:
         for name, parameter in inspect.signature(command).parameters.items()
         if name in {f.name for f in dataclasses.fields(TrainingConfig)} and name != "epochs"
     }
-    assert {"lr", "schedule", "ema", "attack_steps", "batch_size"} <= set(typed)
+    assert typed.pop("lr") is None  # by the network
+    assert {"schedule", "ema", "attack_steps", "batch_size"} <= set(typed)
     plain = Settings(finetune="pgd-at", epochs=1)
     assert Settings(finetune="pgd-at", epochs=1, **typed).training() == plain.training()
     assert (plain.training().schedule, plain.training().ema) == ("constant", 0.999)
@@ -388,3 +389,25 @@ def test_the_result_shares_no_memory_with_the_model_given(options: dict[str, Any
     own = {t.untyped_storage().data_ptr() for t in result.model.state_dict().values()}
     assert not own & {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("norm", "asked", "rate"), [(True, None, 0.1), (False, None, 0.05), (False, 0.2, 0.2)]
+)
+def test_a_network_without_batch_norm_is_tuned_at_half_the_rate(
+    norm: bool, asked: float | None, rate: float
+) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=not norm),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    data = (torch.rand(40, 3, 8, 8), torch.arange(40) % 4)
+    result = robust_prune.compress(
+        net, data, prune_ratio=0.4, finetune="pgd-at", epochs=1, attack_steps=1, lr=asked
+    )
+    assert result.report["settings"]["lr"] == rate
+    assert f"peak rate {rate:g}" in result.report["finetune"]["how"]
