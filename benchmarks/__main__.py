@@ -37,7 +37,12 @@ def command(suite: str, level: str, data: Path | None, out: Path, jobs: int) -> 
     call += ["--level", level]
     if suite == "matrix":
         return [*call, "--jobs", str(jobs), *(["--data", str(data)] if data else [])]
-    return [*call, *(["--data", str(data / "cifar10")] if data and level == "cpu" else [])]
+    if data is None or level == "smoke":
+        return call
+    return [
+        *call,
+        *(["--data", str(data / "cifar10")] if level == "cpu" else ["--root", str(data)]),
+    ]
 
 
 def main() -> None:

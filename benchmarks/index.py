@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def section(folder: Path) -> str:
     """Return what a record's README says of it: its title, its commands, its findings."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     title = text.splitlines()[0].removeprefix("# ")
-    found = findings(text)
+    found = [relinked(line, folder.name) for line in findings(text)]
     lines = [f"## [{folder.name}](records/{folder.name}/README.md): {title}", ""]
     lines += [f"    {command}" for command in commands(folder.name, text)]
     return "\n".join((*lines, "", *(f"- {line}" for line in found), *([""] if found else [])))
@@ -50,9 +51,20 @@ def commands(name: str, text: str) -> list[str]:
     return found
 
 
+def relinked(line: str, name: str) -> str:
+    """Return a line whose links lead from the folder of the index, not from the record's."""
+
+    def led(match: re.Match[str]) -> str:
+        target = posixpath.normpath(f"records/{name}/{match[1]}")
+        return f"]({target})"
+
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", led, line)
+
+
 def findings(text: str, most: int = 5) -> list[str]:
     """Return the items of the findings, or of the first lists, without those about files."""
     text = text[max(text.find("\n## Findings"), 0) :]
+    text = text.partition("\n## Not covered")[0]
     items = re.findall(r"^- (.+(?:\n  .+)*)", text, re.MULTILINE)
     flat = (" ".join(item.split()) for item in items)
     return [item for item in flat if not item.startswith("`")][:most]

@@ -140,13 +140,14 @@ def of_matrix(record: Path) -> str:
         _, _, _, ratio, tuning = found.block
         arms = {arm: _as_cells(runs) for arm, runs in arms_of(cells, found.block).items()}
         attack = {"pgd": "PGD-20", "autoattack": "AutoAttack"}[found.attack]
+        ours = spread(arms[OURS], found.attack)
         rows.append(
             (
                 f"{100 * ratio:.0f} %, {tuning}",
                 attack,
                 spread(arms.get(DENSE, []), found.attack),
                 f"{spread(arms[found.theirs], found.attack)} ({NAMES[found.theirs]})",
-                f"**{spread(arms[OURS], found.attack)}**",
+                f"**{ours}**" if found.gain > 0 else ours,
                 f"{found.gain:+.1f}, {p_value(corrected)}",
             )
         )
@@ -154,7 +155,7 @@ def of_matrix(record: Path) -> str:
         "removed, fine-tuning",
         "attack",
         "dense",
-        "torch-pruning's best of four arms",
+        "torch-pruning's best arm",
         "`compress`",
         "points, p after Holm",
     )

@@ -24,7 +24,8 @@ import torch
 from benchmarks.criteria import estimators, protocol, summary
 from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import LEVELS, Level
-from robust_prune.data import open_data
+from robust_prune.data import DataSplits, open_data
+from robust_prune.errors import DataError, RobustPruneError
 from robust_prune.models import library_versions
 from robust_prune.pipeline import hardware
 
@@ -71,11 +72,11 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
         "dense": {},
     }
     for source in level.data:
-        folder = source or options.data
-        if folder is None:
-            tell("no --data folder: that data set is left out")
+        try:
+            splits = _opened(source, options, level)
+        except RobustPruneError as error:
+            tell(f"{source or '--data'} is left out: {error}")
             continue
-        splits = open_data(folder, input_size=level.size)
         for network in level.networks:
             if options.network not in ("", network.name):
                 continue
@@ -96,10 +97,26 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
             protocol.run(bench, stages, out / f"cells{tag}.jsonl", tell)
 
 
+def _opened(source: str | None, options: argparse.Namespace, level: Level) -> DataSplits:
+    """Open the folder of --data, or a data set by its name: a folder below --root, or a download.
+
+    Raises:
+        RobustPruneError: there is no such data.
+    """
+    if source is None:
+        if options.data is None:
+            raise DataError("name its folder with --data")
+        return open_data(options.data, input_size=level.size)
+    if options.root is not None and (options.root / source).is_dir():
+        return open_data(options.root / source, input_size=level.size)
+    return open_data(source, input_size=level.size, data_root=options.root)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--level", choices=sorted(LEVELS), default="smoke")
     parser.add_argument("--data", help="image folder for levels whose data has no name")
+    parser.add_argument("--root", type=Path, help="folder of data sets by name")
     parser.add_argument("--warm", type=Path, help="folder of weights to start training from")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where dense models are kept")
     parser.add_argument("--out", type=Path, help="folder of the record; default a temporary one")

@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Level:
-    """Networks, data and stages. `data` None is a folder that the command names."""
+    """Networks, data and stages. `data` None is the folder that the command names by --data."""
 
     networks: tuple[Network, ...]
     data: tuple[str | None, ...]
@@ -146,7 +146,7 @@ GPU = Level(
         Network("vgg16", partial(narrow_vgg, width=64, layers=(2, 2, 3, 3, 3)), _LONG),
         Network("mobilevit_s", _timm("mobilevit_s", small_stem=True), {**_LONG, "lr": 0.05}),
     ),
-    data=("cifar10", "cifar100", "svhn", None),
+    data=("cifar10", "cifar100", "svhn", "tiny-imagenet-200"),
     size=None,
     threat=ThreatModel.linf("8/255"),
     stages=(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import LEVELS, SUITES, command
-from benchmarks.index import RECORDS, commands, findings, index
+from benchmarks.index import RECORDS, commands, findings, index, relinked
 from benchmarks.published import PAGES, PLACE, TABLES, filled
 
 
@@ -50,7 +51,19 @@ def test_commands_are_found_in_text_and_in_blocks() -> None:
 def test_findings_leave_out_what_files_hold() -> None:
     text = "- `cells`: lines\n- won by 3\n  points\n- lost\n"
     assert findings(text) == ["won by 3 points", "lost"]
-    assert findings(text + "\n## Findings\n\n- level\n") == ["level"]
+    found = "\n## Findings\n\n- level\n"
+    assert findings(text + found) == ["level"]
+    assert findings(f"{text}{found}\n## Not covered\n\n- AutoAttack\n") == ["level"]
+
+
+def test_links_of_the_page_lead_to_files() -> None:
+    assert relinked("[a](../b/c.md#d) [e](f/) [g](https://h.org)", "r") == (
+        "[a](records/b/c.md#d) [e](records/r/f) [g](https://h.org)"
+    )
+    page = (RECORDS.parent / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page)
+    assert len(links) > 30
+    assert [link for link in links if not (RECORDS.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -59,3 +72,5 @@ def test_every_suite_is_called_with_a_folder_of_its_own(suite: str, level: str) 
     call = command(suite, level, Path("data"), Path("out"), 2)
     assert call[1:3] == ["-m", f"benchmarks.{suite}"]
     assert call[call.index("--out") + 1] == "out"
+    asked = {"--data", "--root"} & set(call)
+    assert bool(asked) == (suite == "matrix" or (suite == "criteria" and level != "smoke"))
