@@ -23,7 +23,7 @@ from robust_prune.cli import app
 ROOT = Path(__file__).parents[1]
 PIECE = re.compile(r"^\{\{ (\w+) (\S+) \}\}$", re.MULTILINE)
 OUTSIDE = ("CONTRIBUTING.md", "RELEASING.md", "CHANGELOG.md", "benchmarks/LOG.md")
-RECORDS = "benchmarks/records/*/*"
+RECORDS = ("benchmarks/records/*/*", "benchmarks/records/*/*/*.md")
 SHOWN = (".md", ".png", ".json", ".jsonl", ".txt")
 
 
@@ -113,7 +113,8 @@ def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
 
 def _outside() -> Iterator[Path]:
     yield from (ROOT / name for name in OUTSIDE)
-    yield from (path for path in sorted(ROOT.glob(RECORDS)) if path.suffix in SHOWN)
+    for pattern in RECORDS:
+        yield from (path for path in sorted(ROOT.glob(pattern)) if path.suffix in SHOWN)
 
 
 def _cell(text: str) -> str:
