@@ -29,6 +29,7 @@ from robust_prune.types import Norm
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINE_TUNING_METHOD, FINE_TUNING_EPOCHS = "pgd-at", 3  # of the bare command, where data is known
+POSITIVE = Range(0, math.inf, "low high")
 TRAINING_RATE, FINE_TUNING_RATE, RATE_WITHOUT_BATCHNORM = 0.05, 0.1, 0.05
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
@@ -118,9 +119,7 @@ class TrainingOptions(Options):
 
     panel = "Fine-tuning and evaluation"
 
-    lr: float | None = option(
-        None, "Peak learning rate.", words="learning rate", within=Range(0, math.inf, "low high")
-    )
+    lr: float | None = option(None, "Peak learning rate.", words="learning rate", within=POSITIVE)
     batch_size: int = option(128, "Images at a time.", within=Range(low=2))
     attack_steps: int = option(7, "PGD steps of the training attack.", within=Range(low=1))
     optimizer: str = option("sgd", "sgd, adamw, or another of timm's.")
@@ -130,9 +129,7 @@ class TrainingOptions(Options):
         "Decay of the weights' running average, which is then kept; 0 for none.",
         within=Range(0, 1, "high", "0.999 is usual, 0 for none"),
     )
-    clip_grad: float | None = option(
-        None, "Largest norm of the gradient.", within=Range(0, math.inf, "low high")
-    )
+    clip_grad: float | None = option(None, "Largest norm of the gradient.", within=POSITIVE)
     label_smoothing: float = option(
         0.0, "Of cross-entropies, in [0, 1).", within=Range(0, 1, "high")
     )
@@ -202,7 +199,7 @@ class FineTuningOptions(TrainingOptions):
         f"Peak learning rate; default {FINE_TUNING_RATE:g}, for a network without batch norm "
         f"{RATE_WITHOUT_BATCHNORM:g}.",
         words="learning rate",
-        within=Range(0, math.inf, "low high"),
+        within=POSITIVE,
     )
     schedule: Schedule = other_default(TrainingOptions, "schedule", "constant")
     ema: float = other_default(TrainingOptions, "ema", 0.999)
@@ -292,9 +289,7 @@ class SensitivityOptions(Options):
     """How MRS is measured by itself."""
 
     estimator: str = other_default(PlanningOptions, "estimator", PlanningOptions.estimator)
-    rho: float = option(
-        0.1, "Radius relative to the weights' norm.", within=Range(0, math.inf, "low high")
-    )
+    rho: float = option(0.1, "Radius relative to the weights' norm.", within=POSITIVE)
     images: int = option(512, "Training images to measure on.", within=Range(low=1))
 
 
