@@ -198,7 +198,7 @@ SMOKE = Level(
     networks=(_NARROW,),
     ratios=(0.75,),
     tunings=(Tuning(UNTUNED), Tuning(LONG, 1, steps=2, lr=0.05, autoattack=30)),
-    arms=(PAPER, CAPACITY, OURS),
+    arms=(PAPER, OURS),
     screened=("tp-l2-local", "tp-bn-scale"),
     finalists=1,
     methods=("pgd-at",),
