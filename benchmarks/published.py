@@ -183,6 +183,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "tiny-imagenet": partial(of_matrix, RECORDS / "2026-11-26_matrix-tiny-imagenet"),
     "cifar100": partial(of_matrix, RECORDS / "2026-11-27_matrix-cifar100"),
     "vgg": partial(of_matrix, RECORDS / "2026-11-27_matrix-vgg"),
+    "mobilevit": partial(of_matrix, RECORDS / "2026-11-27_matrix-mobilevit"),
     "estimators": estimators,
 }
 
