@@ -110,10 +110,13 @@ class _Book:
 
     def protect(self, layer: str, reason: str) -> None:
         """Let the outputs of a layer stay, or the channels that a norm has weights for."""
-        mine = [axis for axis in self.axes if axis[0].rpartition(".")[0] == layer]
-        outputs = [axis for axis in mine if axis in self.out_dims.items()]
-        for axis in outputs or mine:
-            self.labels.fix(self.axes[axis], reason)
+        for axes in (self.out_dims.items(), self.axes):
+            mine = [axis for axis in axes if axis[0].rpartition(".")[0] == layer]
+            if mine:
+                break
+        for axis in mine:
+            if axis in self.axes:
+                self.labels.fix(self.axes[axis], reason)
 
     def tie(self, first: str, second: str) -> None:
         for name in (first, second):
