@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ import torch
 from benchmarks.criteria import estimators, protocol, summary
 from benchmarks.criteria.dense import CACHE, check_same, dense_model
 from benchmarks.criteria.levels import LEVELS, Level
+from benchmarks.data_sets import open_named
 from robust_prune.data import DataSplits, open_data
-from robust_prune.errors import DataError, RobustPruneError
+from robust_prune.errors import RobustPruneError
 from robust_prune.models import library_versions
 from robust_prune.pipeline import hardware
 
@@ -72,10 +74,8 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
         "dense": {},
     }
     for source in level.data:
-        try:
-            splits = _opened(source, options, level)
-        except RobustPruneError as error:
-            tell(f"{source or '--data'} is left out: {error}")
+        splits = _opened(source, options, level, tell)
+        if splits is None:
             continue
         for network in level.networks:
             if options.network not in ("", network.name):
@@ -97,19 +97,24 @@ def _run(level: Level, options: argparse.Namespace, out: Path) -> None:
             protocol.run(bench, stages, out / f"cells{tag}.jsonl", tell)
 
 
-def _opened(source: str | None, options: argparse.Namespace, level: Level) -> DataSplits:
-    """Open the folder of --data, or a data set by its name: a folder below --root, or a download.
+def _opened(
+    source: str | None, options: argparse.Namespace, level: Level, tell: Callable[[str], None]
+) -> DataSplits | None:
+    """Open the folder of --data, or a data set by its name; None if it is not there, and said.
 
     Raises:
-        RobustPruneError: there is no such data.
+        RobustPruneError: the folder of --data holds no data.
     """
+    if source is None and options.data is None:
+        tell("no --data folder: that data set is left out")
+        return None
     if source is None:
-        if options.data is None:
-            raise DataError("name its folder with --data")
         return open_data(options.data, input_size=level.size)
-    if options.root is not None and (options.root / source).is_dir():
-        return open_data(options.root / source, input_size=level.size)
-    return open_data(source, input_size=level.size, data_root=options.root)
+    try:
+        return open_named(source, options.root, level.size)
+    except RobustPruneError as error:
+        tell(f"{source} is left out: {error}")
+        return None
 
 
 def _options() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.criteria.protocol import percent
-from benchmarks.matrix.levels import UNTUNED, Block, Key
+from benchmarks.matrix.levels import UNTUNED, Contest, Key
 from robust_prune.files import write_text
 
 
@@ -62,9 +62,9 @@ def missing(record: Path, keys: Iterable[Key]) -> list[Key]:
     return [key for key in dict.fromkeys(keys) if not path_of(record, key).exists()]
 
 
-def finalists(cells: Sequence[Cell], most: int) -> dict[Block, tuple[str, ...]]:
+def finalists(cells: Sequence[Cell], most: int) -> dict[Contest, tuple[str, ...]]:
     """Return torch-pruning's best arms by block, by robust accuracy before fine-tuning."""
-    found: dict[Block, dict[str, list[float]]] = {}
+    found: dict[Contest, dict[str, list[float]]] = {}
     for cell in cells:
         key = cell.key
         if key.arm.startswith("tp-") and key.tuning == UNTUNED and not cell.error:

@@ -19,7 +19,7 @@ DENSE, PAPER, OURS = "dense", "mrs-l2", "curve-l2"
 CAPACITY, EVEN = "capacity-l2", "uniform-l2"
 SCREEN = ("tp-l2-local", "tp-bn-scale", "tp-group-norm", "tp-taylor-adversarial")
 UNTUNED, LITTLE, LONG = "untuned", "little", "long"
-Block = tuple[str, str, str, float]  # data, network, method, share
+Contest = tuple[str, str, str, float]  # data, network, method, share
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Level:
             for arm in self.screened:
                 yield Key(data, network, method, ratio, arm, UNTUNED, self.seeds[0])
 
-    def cells(self, finalists: Mapping[Block, Sequence[str]]) -> Iterator[Key]:
+    def cells(self, finalists: Mapping[Contest, Sequence[str]]) -> Iterator[Key]:
         """Yield all cells, seed by seed: a matrix cut short has all arms of the seeds it has."""
         for seed, (data, network, method, ratio) in itertools.product(self.seeds, self.blocks()):
             arms = (*self.arms, *finalists.get((data, network, method, ratio), ()))
@@ -151,7 +151,7 @@ class Level:
                     continue  # it is the same model
                 yield Key(data, network, method, ratio, arm, tuning.name, seed).with_arm(arm)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Contest]:
         """Yield (data, network, method, share)."""
         for data, network, method in itertools.product(self.data, self.networks, self.methods):
             for ratio in self.ratios:

@@ -11,12 +11,13 @@ from benchmarks.criteria import peers
 from benchmarks.criteria.dense import dense_model, digest, where_native
 from benchmarks.criteria.networks import Network
 from benchmarks.criteria.protocol import BATCHNORM_IMAGES, verdicts
+from benchmarks.data_sets import open_named
 from benchmarks.matrix.cells import Cell
 from benchmarks.matrix.levels import DENSE, Images, Key, Level, Tuning
 from robust_prune.adversaries import adversarial_set
 from robust_prune.allocation import log_capacity
 from robust_prune.criteria import calibration_images
-from robust_prune.data import DataSplits, as_split, open_data
+from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import RobustPruneError
 from robust_prune.finetune import Method, TrainingConfig, train_
 from robust_prune.graph import ModelGraph, count_cost
@@ -24,7 +25,7 @@ from robust_prune.models import open_model, save
 from robust_prune.modules import ImageModel, seeded
 from robust_prune.pipeline import Settings, run
 from robust_prune.repair import recalibrate_batchnorm_
-from robust_prune.types import DATA_NAMES, Budget
+from robust_prune.types import Budget
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Bench:
     tell: Callable[[str], None]
 
     def splits(self, images: Images) -> DataSplits:
-        """Open a data set, or as much of it as the level takes."""
-        splits, n = self._opened(images), self.level.train_images
+        """Open a data set of --data, or as much of it as the level takes."""
+        splits = open_named(images.name, self.data, images.size)
+        n = self.level.train_images
         if not n:
             return splits
         assert splits.validation is not None
@@ -48,18 +50,6 @@ class Bench:
             for part in (splits.train, splits.validation)
         )
         return replace(splits, train=train, validation=validation)
-
-    def _opened(self, images: Images) -> DataSplits:
-        """Open the folder of its name below --data, or by its name."""
-        folder = self.data / images.name if self.data else None
-        if folder is not None and folder.is_dir():
-            return open_data(folder, input_size=images.size)
-        if images.name not in DATA_NAMES:
-            raise RobustPruneError(
-                f"{images.name}: no such folder below --data {self.data}; put one there, in the "
-                "layout of the original or as train/<class>/ and test/<class>/"
-            )
-        return open_data(images.name, input_size=images.size, data_root=self.data)
 
     def dense(self, key: Key, splits: DataSplits, network: Network) -> ImageModel:
         """Return the robust dense model, trained by the method that tunes its pruned ones."""
