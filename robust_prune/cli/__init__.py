@@ -24,6 +24,7 @@ from robust_prune.errors import (
     Interrupted,
     MemoryFullError,
     RobustPruneError,
+    UsageError,
     first_line,
     out_of_memory,
 )
@@ -111,7 +112,8 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def _run() -> Any:
     try:
-        return app(_program_first(sys.argv[1:]), prog_name="robust-prune", standalone_mode=False)
+        arguments = _program_first(_none_empty(sys.argv[1:]))
+        return app(arguments, prog_name="robust-prune", standalone_mode=False)
     except RobustPruneError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -135,6 +137,17 @@ def _run() -> Any:
             "ROBUST_PRUNE_DEBUG=1 shows where",
             1,
         )
+
+
+def _none_empty(arguments: list[str]) -> list[str]:
+    """Refuse empty text: a path of nothing would be the current folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument and not (argument.startswith("--") and argument.endswith("=")):
+            continue
+        name = argument[:-1] or before
+        called = name if name.startswith("-") else "an argument"
+        raise UsageError(f"{called} is empty; give it a value (is a shell variable unset?)")
+    return arguments
 
 
 def _program_first(arguments: list[str]) -> list[str]:
