@@ -151,10 +151,10 @@ def pruners() -> dict[str, dict[str, Any]]:
     return found
 
 
-def mrs_cost() -> dict[str, float]:
+def mrs_cost(size: int) -> dict[str, float]:
     """Seconds of MRS of every layer, as a multiple of one forward and backward pass."""
     model = timm.create_model("resnet18", num_classes=10).eval()
-    images, labels = torch.rand(64, 3, 64, 64), torch.randint(0, 10, (64,))
+    images, labels = torch.rand(64, 3, size, size), torch.randint(0, 10, (64,))
     adversarial = AdversarialSet(images, labels, ThreatModel.linf("8/255"), "given", 0, 32)
 
     def plain() -> None:
@@ -166,6 +166,7 @@ def mrs_cost() -> dict[str, float]:
     fast = min(seconds(lambda: first_order(model, adversarial, rho=0.1)) for _ in range(5))
     slow = seconds(lambda: ascent(model, adversarial, rho=0.1, epochs=10))
     return {
+        "image_size": size,
         "forward_backward_seconds": one,
         "first_order_multiple": fast / one,
         "ascent_multiple": slow / one,
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write the record to")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--pruners", action="store_true", help="measure torch-pruning's alone")
-    parts.add_argument("--few", action="store_true", help="networks with a limit, no pruners")
+    parts.add_argument("--few", action="store_true", help="what has a limit, MRS at 32 pixels")
     options = parser.parse_args()
     out: Path | None = options.out
     torch.set_num_threads(1)
@@ -224,7 +225,7 @@ def measure(record: dict[str, Any], *, few: bool = False) -> None:
             f"ResNet-{8 * blocks + 2:<4} {found['groups']:4.0f} groups  total "
             f"{found['total']:6.2f} s, {1000 * found['total'] / found['groups']:.1f} ms a group"
         )
-    record["mrs"] = mrs_cost()
+    record["mrs"] = mrs_cost(32 if few else 64)
     print(
         f"first-order MRS of all layers {record['mrs']['first_order_multiple']:6.2f} x one forward "
         f"and backward pass (limit 3); ascent {record['mrs']['ascent_multiple']:.0f} x"

@@ -77,7 +77,7 @@ SMOKE = Level(
             (0.75,),
             (0,),
             (*(arm for arm in ARMS if arm not in PLAIN), BEST + WITHOUT_FIT),
-            n=200,
+            n=100,
         ),
         Stage("untuned", (0.75,), (0, 1), ("dense", *MAIN), n=300, finalists=1, judged_by="screen"),
         Stage(
