@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,19 @@ def verdict(row: dict[str, Any]) -> str:
     return f"{100 * row['reached']:.1f} %" if "reached" in row else str(row.get("error", ""))
 
 
+def passes(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how many networks pass by each engine that was tried on any."""
+    words = {
+        "ours": f"{{}} of {len(rows)} pass",
+        "plain": "torch-pruning alone: {}",
+        "graph-l2": "its `BasePruner` on our graph with L2: {}",
+        "graph-mrs": "with MRS: {}",
+    }
+    tried = [engine for engine in words if any(engine in row for row in rows.values())]
+    count = {e: sum(bool(r.get(e, {}).get("pass")) for r in rows.values()) for e in tried}
+    return f"{title}: " + "; ".join(words[e].format(count[e]) for e in tried)
+
+
 def settings() -> list[str]:
     """Return what the rows were made with."""
     from importlib.metadata import version
@@ -351,14 +365,7 @@ def main() -> None:
         list(pool.map(one, todo.items()))
     rows = {family: rows[family] for family in archs if "ours" in rows.get(family, {})}
     timm_rows = {f: r for f, r in rows.items() if not f.startswith("torchvision/")}
-    summary = []
-    for title, part in (("timm families", timm_rows), ("all", rows)):
-        passed = {e: sum(bool(r.get(e, {}).get("pass")) for r in part.values()) for e in ENGINES}
-        summary.append(
-            f"{title}: {passed['ours']} of {len(part)} pass; torch-pruning alone: "
-            f"{passed['plain']}; its `BasePruner` on our graph: {passed['graph-l2']} with L2, "
-            f"{passed['graph-mrs']} with MRS"
-        )
+    summary = [passes("timm families", timm_rows), passes("all", rows)]
     words = options.out / "READ_FIRST.md"
     first = [words.read_text().strip(), ""] if words.exists() else []
     lines = [f"- {line}" for line in summary]
