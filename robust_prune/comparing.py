@@ -88,7 +88,9 @@ def compare(
     judge = functools.partial(_evaluate_all, models, threat, attack, seed, tell)
     if n == "auto":
         split, name, classes = drawn_from(models[first], data)
-        evaluations = evaluate_in_rounds(split, judge, margin=margin, seed=seed, classes=classes)
+        evaluations = evaluate_in_rounds(
+            split, judge, margin=margin, seed=seed, classes=classes, name=name
+        )
         notes = [wide] if (wide := too_wide(evaluations, margin)) else []
         test = draw(split, evaluations[0].n, seed, name=name)
     else:

@@ -4,7 +4,7 @@ from robust_prune.allocation.bisection import ratio_for
 from robust_prune.allocation.blocks import narrowest_without, without, worth_removing
 from robust_prune.allocation.capacity import allocate_by_capacity, log_capacity
 from robust_prune.allocation.evidence import Evidence, allocations
-from robust_prune.allocation.plan import make_plan
+from robust_prune.allocation.plan import for_all_steps, make_plan
 from robust_prune.allocation.problem import MAX_PRUNE_RATIO, CostOf, Problem, width_after
 from robust_prune.allocation.search import CAPS, STEPS, best_composed, candidate_widths, passes_of
 from robust_prune.allocation.widths import (
@@ -36,6 +36,7 @@ __all__ = [
     "allocate_evenly",
     "best_composed",
     "candidate_widths",
+    "for_all_steps",
     "log_capacity",
     "narrowest_without",
     "make_plan",

@@ -9,6 +9,8 @@ from robust_prune.allocation.problem import Problem, width_after
 from robust_prune.allocation.widths import TOLERANCE
 from robust_prune.types import Budget, ChannelGroup, GroupPlan, PruningPlan, Unprunable
 
+ASKED = "asked to remove"  # how a note begins that is about a budget
+
 
 def make_plan(
     problem: Problem,
@@ -74,19 +76,41 @@ def make_plan(
         blocks=tuple(blocks),
     )
     lines = [_asked_too(plan, other) for other in problem.also]
-    miss = plan.reached - budget.prune_ratio
-    if abs(miss) > TOLERANCE:
-        lines.append(
-            f"asked to remove {100 * budget.prune_ratio:.1f} % of the {budget.target}, "
-            f"{100 * plan.reached:.1f} % are removed: {_why_missed(problem, miss)}"
-        )
+    if miss := _miss(plan):
+        lines.append(_missed(plan, _why_missed(problem, miss)))
     return replace(plan, notes=(*plan.notes, *lines))
+
+
+def for_all_steps(plan: PruningPlan, budget: Budget) -> PruningPlan:
+    """Return a plan that was made in several steps with the budget of them all.
+
+    What it says of budgets is said of this one.
+    """
+    notes = tuple(line for line in plan.notes if not line.startswith(ASKED))
+    whole = replace(plan, budget=budget, notes=notes)
+    if _miss(whole):
+        whole = replace(whole, notes=(*notes, _missed(whole, "no step came closer")))
+    return whole
+
+
+def _miss(plan: PruningPlan) -> float:
+    """Return by how much more than its budget a plan removes, 0 where that is within a point."""
+    miss = plan.reached - plan.budget.prune_ratio
+    return miss if abs(miss) > TOLERANCE else 0.0
+
+
+def _missed(plan: PruningPlan, why: str) -> str:
+    budget = plan.budget
+    return (
+        f"{ASKED} {100 * budget.prune_ratio:.1f} % of the {budget.target}, "
+        f"{100 * plan.reached:.1f} % are removed: {why}"
+    )
 
 
 def _asked_too(plan: PruningPlan, budget: Budget) -> str:
     reached = 1 - plan.pruned.of(budget.target) / plan.dense.of(budget.target)
     return (
-        f"asked to remove {100 * budget.prune_ratio:.1f} % of the {budget.target} too, "
+        f"{ASKED} {100 * budget.prune_ratio:.1f} % of the {budget.target} too, "
         f"{100 * reached:.1f} % are removed"
     )
 
@@ -115,6 +139,6 @@ def _note(problem: Problem, group: ChannelGroup, width: int) -> str:
         return f"{100 * gone:.1f} % gone, as asked of its layers"
     if group.width > width == group.min_units * group.blocks:
         return "at its minimum width"
-    if group.width > width == width_after(group, problem.max_prune_ratio):
+    if group.width > width == width_after(group, problem.max_prune_ratio, problem.round_to):
         return f"at the most that may go, {100 * problem.max_prune_ratio:g} %"
     return ""

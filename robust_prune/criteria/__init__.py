@@ -11,12 +11,13 @@ from robust_prune.criteria.curves import (
 )
 from robust_prune.criteria.estimators import structural
 from robust_prune.criteria.limited import STAYS, LimitedScores
-from robust_prune.criteria.measure import calibration_images, measure_mrs
+from robust_prune.criteria.measure import calibration_images, calibration_split, measure_mrs
 from robust_prune.criteria.mrs import RHO, ascent, first_order, sensitivities
 from robust_prune.criteria.scoring import ChannelImportance, channel_scores
 
 __all__ = [
     "calibration_images",
+    "calibration_split",
     "ChannelImportance",
     "FEWEST_IMAGES",
     "IMAGE_PASSES",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet
-from robust_prune.data import DataSplits
+from robust_prune.data import DataSplits, Split
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import check_outputs
 from robust_prune.registry import ESTIMATORS
@@ -37,15 +37,25 @@ def measure_mrs(
     return found
 
 
-def calibration_images(
-    model: nn.Module, splits: DataSplits, n: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return images and labels to measure sensitivity on: held out of training, never of test.
+def calibration_split(splits: DataSplits, n: int, spare: int = 0) -> Split:
+    """Return what `n` calibration images are drawn from: the images held out of training.
 
-    Where few are held out they are training images.
+    Training images where few are held out, or where fewer than `spare` of them would stay unseen.
     """
     held_out = splits.validation
-    source = splits.train if held_out is None or len(held_out) < ENOUGH_HELD_OUT else held_out
+    if held_out is None or len(held_out) < max(ENOUGH_HELD_OUT, n + spare if spare else 0):
+        return splits.train
+    return held_out
+
+
+def calibration_images(
+    model: nn.Module, splits: DataSplits, n: int, seed: int, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return at most `n` images and labels to measure sensitivity on, never of the test split.
+
+    They are the first of `calibration_split` in the order of this seed.
+    """
+    source = calibration_split(splits, n, spare)
     images, labels = source.take(min(n, len(source)), seed)
     check_outputs(model, images, labels, splits.classes or None)
     return images, labels

@@ -29,14 +29,20 @@ class TestImages:
     begin: int = 0
 
 
-def draw(split: Split, n: int, seed: int, *, name: str = "test") -> TestImages:
-    """Draw `n` images without replacement; fewer where the split is smaller."""
+def draw(split: Split, n: int, seed: int, *, name: str = "test", begin: int = 0) -> TestImages:
+    """Draw `n` images without replacement; fewer where the split is smaller.
+
+    `begin` of them, which a draw before has given by the same seed, are left out.
+    """
     if n < 1:
         raise UsageError(f"the number of images to evaluate on must be at least 1, not {n}")
     if len(split) == 0:
         raise DataError(f"the {name} split holds no images")
-    images, labels = split.take(min(n, len(split)), seed)
-    return TestImages(images.cpu(), labels.cpu(), name, seed, split.classes)
+    images, labels = split.take(min(begin + n, len(split)), seed)
+    if len(images) <= begin:
+        raise DataError(f"the {name} split holds {len(split)} images; {begin} are drawn already")
+    rest = images[begin:].cpu(), labels[begin:].cpu()
+    return TestImages(*rest, name, seed, split.classes, begin)
 
 
 def test_images(model: nn.Module, data_: Any, n: int, seed: int) -> TestImages:

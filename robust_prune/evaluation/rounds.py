@@ -23,6 +23,7 @@ def evaluate_in_rounds(
     margin: float,
     seed: int,
     classes: int = 0,
+    name: str = "test",
 ) -> list[Evaluation]:
     """Judge models on ever more test images until the answer is known to within a margin.
 
@@ -38,6 +39,7 @@ def evaluate_in_rounds(
         margin: percentage points.
         seed: of the draw.
         classes: of the data, 0 where it is not known.
+        name: of the split.
 
     Returns:
         What each model gets on the images of all rounds.
@@ -47,15 +49,8 @@ def evaluate_in_rounds(
     found: list[Evaluation] = []
     begin, end = 0, min(FIRST, len(split))
     while True:
-        drawn = draw(split, end, seed)
-        part = replace(
-            drawn,
-            images=drawn.images[begin:],
-            labels=drawn.labels[begin:],
-            classes=classes or drawn.classes,
-            begin=begin,
-        )
-        fresh = measure(part)
+        part = draw(split, end - begin, seed, name=name, begin=begin)
+        fresh = measure(replace(part, classes=classes or part.classes))
         found = [joined(*both) for both in zip(found, fresh, strict=True)] if found else [*fresh]
         if half_width(found) <= margin or end == len(split):
             return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robust_prune import evaluation
 from robust_prune.adversaries import pgd_correct
 from robust_prune.allocation import narrowest_without
+from robust_prune.criteria import calibration_split
 from robust_prune.errors import BudgetError
 from robust_prune.evaluation import PGD_STEPS
 from robust_prune.finetune import train_
@@ -19,7 +20,7 @@ from robust_prune.modules import device_of
 from robust_prune.pipeline.effort import CPU_MACS
 from robust_prune.pipeline.job import Job
 from robust_prune.pipeline.keeping import keep, kept, readable_part
-from robust_prune.pipeline.measuring import Measured, Observed
+from robust_prune.pipeline.measuring import FEWEST_JUDGED, Measured, Observed
 from robust_prune.pipeline.planning import plan, problem_of
 from robust_prune.pipeline.record import DropSearch, Pruned, Tried, tried
 from robust_prune.pipeline.repairing import repair_
@@ -30,7 +31,7 @@ from robust_prune.types import Budget, PruningPlan, to_plain
 
 # between ratios: finer ones are apart by less than the images can tell
 STEP = {"untuned": 0.02, "tuned": 0.05}
-IMAGES = 200, 2000  # at least and, on a CPU, at most
+IMAGES = FEWEST_JUDGED, 2000  # at least and, on a CPU, at most
 CHUNK = 200  # images between two looks at the interval
 SURE = 0.999  # confidence at which no more images are attacked
 KEPT = "searched"
@@ -52,14 +53,15 @@ def plan_within_drop(
 
     Bisection over ratios: every one that is tried is planned, really pruned, repaired, fine-tuned
     where `max_drop_of` says so, and attacked on validation images, which no plan and no training
-    step has seen; the dense model is attacked on the same. What is measured was kept by a run
+    step has seen (where there is fine-tuning they choose its epoch); the dense model is attacked on
+    the same. What is measured was kept by a run
     before, and is then not measured again.
 
     Raises:
         BudgetError: the smallest ratio already costs more.
     """
     step = STEP[settings.max_drop_of]
-    judge, before = _Judge(job, settings, observed.graph.cost().macs), _kept_before(job)
+    judge, before = _Judge(job, settings, observed), _kept_before(job)
     found: list[_Found] = []
     told: dict[int, Tried] = {}
 
@@ -122,17 +124,23 @@ def largest(most: int, within: Callable[[int], bool]) -> int:
 
 
 class _Judge:
-    """Attacks models on validation images, and the dense one on the same, once for each image."""
+    """Attacks models on validation images, and the dense one on the same, once for each image.
 
-    def __init__(self, job: Job, settings: Settings, macs: int) -> None:
+    The images that the plan is made on are not among them.
+    """
+
+    def __init__(self, job: Job, settings: Settings, observed: Observed) -> None:
         assert job.splits is not None
-        assert job.splits.validation is not None
+        split = job.splits.validation
+        assert split is not None
         self.job, self.settings = job, settings
+        planned_on = calibration_split(job.splits, observed.effort.images, FEWEST_JUDGED)
         self.test = evaluation.draw(
-            job.splits.validation,
-            _images(job, macs),
+            split,
+            _images(job, observed.graph.cost().macs),
             settings.seed,
             name="validation",
+            begin=len(observed.images) if planned_on is split else 0,
         )
         self.attack = f"PGD-{PGD_STEPS}, {settings.threat}"
         self._dense: list[Tensor] = []
@@ -193,7 +201,7 @@ def _tried(job: Job, observed: Observed, settings: Settings, one: _Found, judge:
         pruned=pruned,
         drop=drop.value,
         interval=drop.interval(),
-        within=100 * drop.value <= (settings.max_drop or 0.0),
+        within=100 * (drop.first_only - drop.second_only) <= (settings.max_drop or 0.0) * drop.n,
     )
 
 

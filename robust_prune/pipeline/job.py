@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from robust_prune import evaluation
+from robust_prune.allocation import for_all_steps
 from robust_prune.data import DataSplits
 from robust_prune.distributed import Processes
 from robust_prune.errors import DataError, UsageError
@@ -22,7 +23,7 @@ from robust_prune.finetune import (
     resolve_method,
 )
 from robust_prune.models import image_size_of
-from robust_prune.modules import ImageModel, contiguous, make_contiguous_, sharing
+from robust_prune.modules import ImageModel, contiguous, sharing
 from robust_prune.options import AUTO
 from robust_prune.pipeline.grade import GIVE_DATA, grade_of
 from robust_prune.pipeline.journal import Journal
@@ -118,6 +119,8 @@ class State:
         whole = self.plans[0]
         for later in self.plans[1:]:
             whole = whole.then(later)
+        if job.settings.prune_steps > 1:
+            return for_all_steps(whole, job.settings.budget)
         searched = job.settings.latency or job.settings.max_drop is not None
         return whole if searched else replace(whole, budget=job.settings.budget)
 
@@ -145,9 +148,9 @@ def begin(
     """
     input_size = image_size_of(model, splits.input_size if splits else settings.input_size)
     journal = Journal(events, splits.notes if splits else ())
-    job = Job(contiguous(model), splits, settings, input_size, events, journal, folder, processes)
-    working = sharing(model)  # until it is cut: two copies of a large model are much
-    make_contiguous_(working)
+    dense = contiguous(model)
+    job = Job(dense, splits, settings, input_size, events, journal, folder, processes)
+    working = sharing(dense)  # until it is cut: two copies of a large model are much
     if isinstance(working, ImageModel):
         working.spec = replace(working.spec, input_size=input_size)
     working.eval()

@@ -35,6 +35,7 @@ from robust_prune.repair import Reconstruction, Repaired
 from robust_prune.types import Curve, PruningPlan, Sensitivity
 
 Size = tuple[int, int, int]
+FEWEST_JUDGED = 200  # held-out images that the plan must not see where a drop is measured on them
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
     if splits is None:
         with journal.timed("stand-ins"):
             splits = stand_ins(model, job.input_size, 2 * effort.clean, settings.seed)
-    journal.tell(calibration=grade_of(splits, settings.budget.prune_ratio))
+    journal.tell(calibration=grade_of(splits, job.settings.budget.prune_ratio))
     with journal.timed("adversarial set"):
         journal.stage(f"adversarial set: PGD-{effort.attack_steps}, {settings.threat}")
         if effort.cut_short and not quiet:
@@ -123,7 +124,13 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
                 f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, so "
                 "that it ends in minutes on a CPU; --calibration-images takes another number"
             )
-        images, labels = calibration_images(model, splits, effort.images, settings.seed)
+        spare = 0 if settings.max_drop is None else FEWEST_JUDGED
+        images, labels = calibration_images(model, splits, effort.images, settings.seed, spare)
+        if len(images) < effort.images and not quiet:
+            journal.note(
+                f"sensitivity is measured on {len(images)} images, not {effort.images}: there "
+                "are no more to take"
+            )
         key, before = _measured_before(journal, graph, settings, effort, images, labels)
         adversarial = _attacked(model, settings, effort, images, labels, before)
     reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)

@@ -87,8 +87,11 @@ class PruningPlan:
                     f"group {mine.name!r} has {after.width} channels in the later plan, but "
                     f"{mine.keep_width} are left of it"
                 )
-            keep = mine.keep if after is None else tuple(mine.keep[i] for i in after.keep)
-            groups.append(dataclasses.replace(mine, keep=keep))
+            if after is None:
+                groups.append(mine)
+                continue
+            keep = tuple(mine.keep[i] for i in after.keep)
+            groups.append(dataclasses.replace(mine, keep=keep, note=after.note))
         if theirs:
             raise PlanError(f"group {min(theirs)!r} of the later plan is not in the first")
         return dataclasses.replace(

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from robust_prune import compress, report
+from robust_prune.data import DataSplits, as_split
 from robust_prune.errors import BudgetError, DataError, UsageError
-from robust_prune.pipeline import CompressResult, drop_search, fingerprint
+from robust_prune.pipeline import CompressResult, drop_search, fingerprint, measuring
 from robust_prune.pipeline.drop_search import largest
 from robust_prune.pipeline.record import Pruned
 from robust_prune.statistics import PairedDrop
@@ -93,6 +94,47 @@ def test_the_largest_ratio_within_the_drop_is_taken(asked: list[int]) -> None:
     assert Pruned.from_plain({"drop_search": found}).plain() == {"drop_search": found}
     report.check_record(result.report)
     assert "Ratios that were tried" in report.to_html(result.report)
+
+
+@pytest.mark.parametrize(("held_out", "planned_on"), [(300, "validation"), (260, "train")])
+def test_no_image_is_judged_on_that_the_plan_was_made_on(
+    held_out: int, planned_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = torch.rand(600, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(600) % 5
+    parts = [
+        as_split((x, y))
+        for x, y in (
+            (everything[:200], labels[:200]),
+            (everything[200 : 200 + held_out], labels[200 : 200 + held_out]),
+        )
+    ]
+    splits = DataSplits("own", parts[0], parts[1], None, 5, (3, 16, 16))
+    seen: dict[str, list[torch.Tensor]] = {"planned": [], "judged": []}
+
+    def noted(where: str, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen[where].append(images.flatten(1)[:, 0])
+        return torch.ones(len(labels), dtype=torch.bool)
+
+    real = measuring.calibration_images
+    monkeypatch.setattr(
+        drop_search, "pgd_correct", lambda model, x, y, **more: noted("judged", x, y)
+    )
+
+    def drawn(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = real(*args)
+        noted("planned", images, labels)
+        return images, labels
+
+    monkeypatch.setattr(measuring, "calibration_images", drawn)
+    monkeypatch.setitem(drop_search.STEP, "untuned", 0.3)
+    compress(tiny_resnet(num_classes=5), splits, **{**TRYING, "calibration_images": 64}, max_drop=5)
+    planned, judged = (set(torch.cat(found).tolist()) for found in seen.values())
+    assert not planned & judged
+    known = set(
+        (everything[:200] if planned_on == "train" else everything[200:])[:, 0, 0, 0].tolist()
+    )
+    assert planned <= known
 
 
 def test_no_more_images_are_attacked_than_it_takes(

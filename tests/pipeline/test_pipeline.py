@@ -380,10 +380,13 @@ def test_names_of_before_still_work_and_warn() -> None:
         assert sensitivity(tiny_resnet(), data, method="structural", n=8).method == "structural"
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("options", [{}, {"prune_steps": 2}, {"protect": ["layer1.*"]}])
-def test_the_result_shares_no_memory_with_the_model_given(options: dict[str, Any]) -> None:
+def test_the_result_shares_no_memory_with_the_model_given(
+    options: dict[str, Any], layout: torch.memory_format
+) -> None:
     """Until it is cut the copy lies where the model does."""
-    model = tiny_resnet()
+    model = tiny_resnet().to(memory_format=layout)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = compress(model, None, prune_ratio=0.3, calibration_images=4, **options)
     own = {t.untyped_storage().data_ptr() for t in result.model.state_dict().values()}

@@ -26,6 +26,7 @@ from robust_prune.types import PruningPlan
 from tests.cli.test_cli import KWARGS, run, train  # noqa: F401 - a fixture and a helper
 from tests.conftest import tiny_resnet
 
+TRYING: dict[str, Any] = {"prune_ratio": 0.7, "allocation": "uniform", "calibration_images": 4}
 OWN_METHOD = "tests.pipeline.test_run_folder:own_method"
 
 
@@ -179,6 +180,28 @@ def test_a_last_step_that_prunes_nothing_leaves_the_report_of_the_one_before(
     assert report["reconstruction"]["layers"]
     assert report["steps"][0]["self_check"] == report["self_check"]
     assert sum(g.width - g.keep_width for g in result.plan.groups) == 1
+
+
+def test_of_several_steps_the_budget_of_all_is_told() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    )
+    net(torch.rand(1, 3, 16, 16))
+    options: dict[str, Any] = {"prune_ratio": 0.45, "target": "channels", "allocation": "uniform"}
+    plan = compress(net, None, prune_steps=2, input_size=(3, 16, 16), **options).plan
+    told = [note for note in plan.notes if note.startswith("asked to remove")]
+    reached = f"{100 * plan.reached:.1f} % are removed"
+    assert abs(plan.reached - 0.45) > 0.01, "of 8 channels 3 or 4 can go"
+    assert told == [f"asked to remove 45.0 % of the channels, {reached}: no step came closer"]
+
+
+def test_without_data_the_grade_is_that_of_all_steps() -> None:
+    grades = {
+        str(compress(tiny_resnet(), None, prune_steps=n, **TRYING).report["calibration"]["grade"])
+        for n in (1, 2)
+    }
+    assert len(grades) == 1
 
 
 class Sharing(nn.Module):
