@@ -132,6 +132,26 @@ def test_batch_norm_is_measured_anew_and_everything_else_stays() -> None:
     assert all(torch.equal(v, weights[k]) for k, v in model.named_parameters())
 
 
+def test_every_image_counts_alike_in_batch_norm_however_small_the_last_batch() -> None:
+    model = OwnNet()
+    images = torch.rand(66, 3, 16, 16) + torch.arange(66).view(
+        -1, 1, 1, 1
+    )  # the last two stand out
+    recalibrate_batchnorm_(model, [(part, None) for part in images.split(64)])
+    with torch.no_grad():
+        inputs = model.first(images)
+    torch.testing.assert_close(model.norm.running_mean, inputs.mean((0, 2, 3)))
+
+
+def test_a_paired_test_takes_the_same_images() -> None:
+    data = (torch.rand(8, 3, 32, 32), torch.arange(8))
+    first = evaluate(tiny_resnet(), data, attack="none")
+    assert first.compare(first)["clean"].p_value == 1
+    for other in (replace(first, seed=1), replace(first, split="validation")):
+        with pytest.raises(UsageError, match="same images"):
+            first.compare(other)
+
+
 def test_batch_norm_keeps_its_statistics_where_no_batch_serves_or_one_fails() -> None:
     model = tiny_resnet()
     before = {k: v.clone() for k, v in model.state_dict().items()}

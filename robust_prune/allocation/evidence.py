@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,9 +49,11 @@ def allocations(name: str, problem: Problem, evidence: Evidence) -> list[Widths]
             least, most = group.min_width, group.width
             if group.name in problem.fixed:
                 least = most = problem.fixed[group.name]
-            if not isinstance(width, int) or not least <= width <= most:
+            whole = isinstance(width, numbers.Integral) and int(width) % group.blocks == 0
+            if not whole or not least <= int(width or 0) <= most:
+                by = f", a multiple of {group.blocks}" if group.blocks > 1 else ""
                 raise UsageError(
                     f"allocation {name!r} gives group {group.name!r} the width {width!r}; it must "
-                    f"be {f'{least} to {most}' if least < most else f'{least}, as asked'}"
+                    f"be {f'{least} to {most}{by}' if least < most else f'{least}, as asked'}"
                 )
-    return [dict(widths) for widths in several]
+    return [{group: int(width) for group, width in widths.items()} for widths in several]

@@ -32,28 +32,31 @@ def narrowed(problem: Problem, rise: Rise) -> Widths:
     problem.check_reach(problem.narrowest)
     widths = dict(problem.widest)
 
-    def price(g: ChannelGroup) -> float:
-        after = _next_width(problem, g, widths[g.name])
-        if after >= widths[g.name]:
-            return math.inf
-        saved = now - problem.spent({**widths, g.name: after})
-        return rise(g, widths, after) / saved if saved > 0 else math.inf
+    def step(g: ChannelGroup) -> tuple[float, int]:
+        """Return what the next step that saves anything costs, and the width after it."""
+        before = after = widths[g.name]
+        while (narrower := _next_width(problem, g, after)) < after:
+            after = narrower
+            saved = now - problem.spent({**widths, g.name: after})
+            if saved > 0:  # time need not fall with every channel
+                return rise(g, widths, after) / saved, after
+        return math.inf, before
 
     now = problem.spent(widths)
-    queue = [(price(g), i) for i, g in enumerate(groups)]
+    queue = [(step(g)[0], i) for i, g in enumerate(groups)]
     heapq.heapify(queue)
     while queue and not problem.met(widths, now):
         _, i = heapq.heappop(queue)
         g = groups[i]
-        fresh = price(g), i
-        if math.isinf(fresh[0]):
+        price, after = step(g)
+        if math.isinf(price):
             continue  # it has given what it can
-        if queue and fresh > queue[0]:
-            heapq.heappush(queue, fresh)
+        if queue and (price, i) > queue[0]:
+            heapq.heappush(queue, (price, i))
             continue
-        widths[g.name] = _next_width(problem, g, widths[g.name])
+        widths[g.name] = after
         now = problem.spent(widths)
-        heapq.heappush(queue, (price(g), i))
+        heapq.heappush(queue, (step(g)[0], i))
     return widths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -110,7 +111,7 @@ def best_composed(
         )
         with evaluating(pruned):
             losses.append(adversarial_loss(pruned, attacked))
-        if i == 0 or losses[i] < losses[best]:
+        if i == 0 or losses[i] < losses[best] or not math.isfinite(losses[best]):
             best = i
             on_best(plan)
         del pruned  # before the next is made

@@ -86,6 +86,7 @@ def structural_curves(
                 rise if (rise := rises[count]) < LARGEST_RISE else LARGEST_RISE
                 for count in sorted(rises)
             ),
+            len(used),
         )
     return curves
 

@@ -103,8 +103,12 @@ def sensitivities(
 
 
 def group_sensitivity(group: ChannelGroup, mrs: Mapping[str, float]) -> GroupSensitivity:
-    """Return the group's MRS: the largest of its members that lose output channels."""
-    members = [name for name in group.members if name in mrs] or list(mrs)
+    """Return the group's MRS: the largest of its members that lose output channels.
+
+    Of a group without such layers (a parameter of its own) that of its readers counts.
+    """
+    members = [name for name in group.members if name in mrs]
+    members = members or [name for name in group.readers if name in mrs] or list(mrs)
     decided_by = max(members, key=lambda name: mrs[name])
     return GroupSensitivity(group.name, group.width, mrs[decided_by], decided_by)
 
@@ -178,6 +182,7 @@ def _climb(
     rho: float,
     epochs: int,
 ) -> float:
+    """Return the largest rise of the loss that was seen; NaN where a gradient is not finite."""
     origin = weight.detach().clone()
     radius = rho * float(origin.norm())
     batches = math.ceil(len(adversarial) / adversarial.batch_size)
@@ -186,14 +191,21 @@ def _climb(
     weight.requires_grad_(True)
     try:
         for _ in range(epochs):
+            climbs = False
             for images, labels in adversarial.batches():
                 _, (gradient,) = gradients_of(model, [weight], images, labels, "mean")
-                if gradient is None or not float(gradient.norm()) > 0:
-                    return best
+                norm = 0.0 if gradient is None else float(gradient.norm())
+                if not math.isfinite(norm):
+                    return math.nan
+                if gradient is None or norm == 0:
+                    continue
+                climbs = True
                 with torch.no_grad():
                     moved = weight - origin + step * gradient / gradient.norm()
                     shrink = min(1.0, radius / max(float(moved.norm()), 1e-30))
                     weight.copy_(origin + shrink * moved)
+            if not climbs:
+                return best
             best = max(best, adversarial_loss(model, adversarial) - base)
     finally:
         with torch.no_grad():

@@ -110,7 +110,7 @@ class PlanningOptions(Options):
     min_width: int = option(2, "Least channels of a group.", within=Range(low=1), shown=False)
     max_prune_ratio: float = option(
         0.95,
-        "Largest share of a group's channels that may go.",
+        "Largest share of a group's channels that may go, to the nearest step of its widths.",
         within=Range(0, 1, "low high"),
         shown=False,
     )

@@ -139,7 +139,7 @@ class Pruned:
         return cls(
             reachable=data.get("reachable"),
             calibration=data.get("calibration"),
-            curves=None if curves is None else tuple(map(_curve, curves)),
+            curves=None if curves is None else tuple(map(Curve.from_plain, curves)),
             blocks=data.get("blocks"),
             search=None if search is None else _search(search),
             drop_search=None if drops is None else _drop_search(drops),
@@ -199,10 +199,6 @@ def plain_history(history: History | None) -> dict[str, Any] | None:
         return None
     plain: dict[str, Any] = without_nan(to_plain(history))
     return plain
-
-
-def _curve(data: Mapping[str, Any]) -> Curve:
-    return Curve(data["group"], tuple(data["shares"]), tuple(data["rises"]))
 
 
 def _search(data: Mapping[str, Any]) -> Search:

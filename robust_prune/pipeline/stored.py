@@ -109,7 +109,7 @@ def _checked(state: Mapping[str, Any], graph: ModelGraph, images: Tensor) -> Sto
         g.name: (g.units,) for g in graph.groups
     }:
         raise ValueError("its scores are none of this model's")
-    curves = [Curve(c["group"], tuple(c["shares"]), tuple(c["rises"])) for c in state["curves"]]
+    curves = [Curve.from_plain(curve) for curve in state["curves"]]
     if curves and [c.group for c in curves] != [g.name for g in graph.groups]:
         raise ValueError("its curves are none of this model's")
     return Stored(

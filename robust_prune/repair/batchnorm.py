@@ -14,7 +14,7 @@ from robust_prune.modules import as_memory_allows, device_of, evaluating
 
 @torch.no_grad()
 def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
-    """Replace running statistics by the average over `batches`, in place.
+    """Replace running statistics by the average over `batches`, in place; every image counts alike.
 
     Only batch-norm layers run in train mode, so dropout and the like stay off. Images are given
     as they are (clean training images by default of the pipeline, not augmented).
@@ -37,18 +37,16 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
         try:
             for layer in layers:
                 layer.reset_running_stats()
-                layer.momentum = None  # a cumulative average over all batches
                 layer.train()
             used = 0
             for images, _ in batches:
                 if len(images) > 1:
-                    as_memory_allows(
-                        functools.partial(_count_, model, layers, images.to(device)),
+                    used = as_memory_allows(
+                        functools.partial(_count_, model, layers, used, images.to(device)),
                         len(images),
                         "batch-norm statistics",
                         "they are averages over these parts",
                     )
-                    used += 1
         except BaseException:
             used = 0
             raise
@@ -60,15 +58,24 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     return len(layers) if used else 0
 
 
-def _count_(model: nn.Module, layers: Sequence[_BatchNorm], images: Tensor, size: int) -> None:
-    """Let the statistics count a batch, or nothing of it where it can't be run."""
+def _count_(
+    model: nn.Module, layers: Sequence[_BatchNorm], seen: int, images: Tensor, size: int
+) -> int:
+    """Let the statistics count a batch, or nothing of it where it can't be run.
+
+    Returns how many images they then are of; before it they are of `seen`.
+    """
     states = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in layers]
     # statistics of a single image would be of no use where maps are of one pixel
     parts = [part for part in torch.split(images, max(2, size)) if len(part) > 1]
     try:
         for part in parts:
+            seen += len(part)
+            for layer in layers:
+                layer.momentum = len(part) / seen
             model(part)
     except BaseException:
         for layer, state in zip(layers, states, strict=True):
             layer.load_state_dict(state)
         raise
+    return seen

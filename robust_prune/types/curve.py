@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 LARGEST_RISE = 1e6  # for a loss that is not finite
 
@@ -12,12 +14,20 @@ LARGEST_RISE = 1e6  # for a loss that is not finite
 class Curve:
     """Rise of the mean adversarial loss, in nats, when the lowest-scored units of a group go.
 
-    `shares[i]` of the units gone costs `rises[i]`; no units gone costs nothing.
+    `shares[i]` of the units gone costs `rises[i]`; no units gone costs nothing. `images` says on
+    how many it was measured, 0 where that is not known.
     """
 
     group: str
     shares: tuple[float, ...]
     rises: tuple[float, ...]
+    images: int = 0
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Curve:
+        """Build it from parsed JSON."""
+        shares, rises = tuple(data["shares"]), tuple(data["rises"])
+        return cls(data["group"], shares, rises, data.get("images", 0))
 
     def at(self, share: float) -> float:
         """Return the rise at a share of units in [0, 1], by straight lines between the points.
@@ -44,7 +54,7 @@ class Curve:
                 points.pop()
             points.append((share, highest))
         shares, rises = zip(*points[1:], strict=True)
-        return Curve(self.group, shares, rises)
+        return Curve(self.group, shares, rises, self.images)
 
 
 def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from robust_prune.errors import UsageError
 from robust_prune.statistics import PairedTest, Proportion
 from robust_prune.types.model import Cost
 from robust_prune.types.threat import ThreatModel
@@ -54,7 +55,21 @@ class Evaluation:
         return next((m for m in self.measurements if m.attack == attack), None)
 
     def compare(self, other: Evaluation) -> dict[str, PairedTest]:
-        """Test this model against `other`, attack by attack, on the images they share."""
+        """Test this model against `other`, attack by attack, on the same images.
+
+        Raises:
+            UsageError: the two were measured on other images, or against another threat.
+        """
+        for what in ("split", "n", "seed", "threat"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise UsageError(
+                    f"a paired test takes the same images and threat: {what} is {mine} here and "
+                    f"{theirs} there; evaluate both models alike"
+                )
+        return self._paired(other)
+
+    def _paired(self, other: Evaluation) -> dict[str, PairedTest]:
         tests = {}
         for mine in self.measurements:
             theirs = other.get(mine.attack)

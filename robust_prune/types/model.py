@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class ChannelGroup:
     @property
     def min_units(self) -> int:
         """How many units must stay."""
-        return max(1, self.min_width // self.blocks)
+        return max(1, math.ceil(self.min_width / self.blocks))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,23 @@ def curves_of(graph: ModelGraph) -> dict[str, Curve]:
     }
 
 
+def test_a_step_that_saves_no_time_is_passed_over(graph: ModelGraph) -> None:
+    """On a device a width a little narrower may take longer."""
+
+    def milliseconds(widths: Mapping[str, int]) -> float:
+        shares = [widths.get(g.name, g.width) / g.width for g in graph.groups]
+        return sum(share if share < 0.9 else 1.9 - share for share in shares)
+
+    problem = Problem(graph.groups, graph.cost, Budget("macs", 0.4), price=milliseconds)
+    widths = allocate_by_curves(problem, curves_of(graph))
+    assert milliseconds(widths) <= 1.01 * problem.goal
+
+
+def test_units_of_several_channels_keep_the_least_width() -> None:
+    group = ChannelGroup("g", 16, 4, 10, ("g",), ())
+    assert group.min_units * group.blocks == 12
+
+
 @pytest.mark.parametrize("how", ["evenly", "curves"])
 @pytest.mark.parametrize(("macs", "params"), [(0.5, 0.5), (0.3, 0.7), (0.7, 0.2), (0.05, 0.9)])
 def test_several_budgets_hold_and_no_channel_more_goes(

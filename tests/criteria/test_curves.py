@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -369,4 +370,9 @@ def test_the_search_takes_the_plan_that_hurts_least(
     assert same == best
     assert through_copies == pytest.approx(losses, rel=1e-3)
     assert len(copies) == 2
+    monkeypatch.setattr(
+        search_module, "adversarial_loss", lambda *_, lost=[math.nan, 1.0]: lost.pop(0)
+    )
+    unsound = best_composed(graph, [harmful, harmless], images, labels, threat=threat, seed=0)
+    assert unsound[0] == 1, "a loss that is no number is no reason to stay with the first"
     assert model.hidden.out_features == 20

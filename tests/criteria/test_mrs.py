@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
-from robust_prune.criteria import ascent, first_order, sensitivities
+from robust_prune.criteria import ascent, curves, first_order, measure_mrs, sensitivities
+from robust_prune.criteria.mrs import group_sensitivity
 from robust_prune.errors import ModelError
 from robust_prune.graph import ModelGraph
-from robust_prune.types import ThreatModel
+from robust_prune.types import ChannelGroup, ThreatModel
 from tests.conftest import tiny_resnet
 from tests.oracles import linear_classifier, near_middle
 
@@ -54,6 +55,43 @@ def test_ascent_finds_the_exact_maximum_of_a_linear_model() -> None:
     expected = F.softplus(-worst) - F.softplus(-margin)
     _, values = ascent(model, adversarial, rho=RHO, epochs=30)
     assert values["layer"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_batch_without_a_gradient_does_not_end_the_climb() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    images = torch.cat([torch.zeros(1, 1, 2, 2), torch.rand(1, 1, 2, 2)])  # zeros have none
+    labels = torch.tensor([0, 1])
+    adversarial = AdversarialSet(images, labels, ThreatModel.linf("8/255"), "given", 0, 1)
+    assert ascent(model, adversarial, rho=RHO, epochs=3)[1]["1"] > 0
+
+
+def test_gradients_that_are_not_finite_are_an_error_of_either_estimator() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1, bias=False)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.conv(images).square().sum((2, 3)).sqrt()  # no gradient at nought
+
+    model, size = Norms(), torch.zeros(2, 1, 2, 2)
+    adversarial = fixed_set(model, size, torch.tensor([0, 1]))
+    for method in ("first-order", "ascent"):
+        with pytest.raises(ModelError, match="not finite"):
+            sensitivities(model, adversarial, method=method)
+
+
+def test_a_group_without_layers_of_its_own_has_the_mrs_of_what_reads_it() -> None:
+    group = ChannelGroup("", 4, 1, 1, ("",), ("a",))
+    assert group_sensitivity(group, {"a": 1.0, "far away": 9.0}).mrs == 1.0
+
+
+def test_structural_mrs_says_how_many_images_it_took() -> None:
+    model = tiny_resnet()
+    graph = ModelGraph(model, (3, 32, 32), probe=False)
+    images = torch.rand(curves.MOST_IMAGES + 1, 3, 32, 32)
+    adversarial = fixed_set(model, images, torch.zeros(len(images), dtype=torch.long))
+    assert measure_mrs(graph, adversarial, "structural").n == curves.MOST_IMAGES
 
 
 def test_first_order_and_ascent_agree_for_a_small_radius(

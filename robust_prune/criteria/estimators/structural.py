@@ -42,14 +42,17 @@ def structural(
 
     It belongs to groups; `modules` stays empty.
     """
+    used = adversarial.first(
+        min((c.images for c in curves.values()), default=0) or len(adversarial)
+    )
     with evaluating(graph.model):
-        loss = adversarial_loss(graph.model, adversarial)
+        loss = adversarial_loss(graph.model, used)
     return Sensitivity(
         method="structural",
         rho=0.5,
         threat=adversarial.threat,
         attack=adversarial.attack,
-        n=len(adversarial),
+        n=len(used),
         seed=adversarial.seed,
         adversarial_loss=loss,
         seconds=seconds,
