@@ -81,9 +81,9 @@ def compare(
         class_names: by label, where they are known.
         on_progress: called with a line now and then.
     """
-    if len(models) < 2:
-        raise UsageError("name two models or more to compare")
-    tell, threat = on_progress or (lambda line: None), threat or ThreatModel.linf("8/255")
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise UsageError("give two models or more to compare, by name: {name: model, ...}")
+    tell, threat = on_progress or (lambda line: None), ThreatModel.checked(threat)
     first = next(iter(models))
     judge = functools.partial(_evaluate_all, models, threat, attack, seed, tell)
     if n == "auto":
@@ -101,8 +101,7 @@ def compare(
     for name, model in models.items() if attack != "none" else ():
         tell(f"{name}: PGD-{PGD_STEPS} at several eps")
         curves[name] = security_curve(model, test, found[name], threat=threat, seed=seed)
-    tell("timing by turns")
-    times = _times(models, test.images, batches, timing or LatencyOptions())
+    times = _times(models, test.images, batches, timing or LatencyOptions(), tell)
     rows = [
         {
             "name": name,
@@ -125,7 +124,7 @@ def compare(
         "threat": to_plain(threat),
         "attack": attack,
         "margin": margin if n == "auto" else None,
-        "notes": notes,
+        "notes": [*notes, *_assumed(records or {})],
         "timed": times["how"],
         "models": rows,
         "examples": shown,
@@ -250,10 +249,21 @@ def _attacked(
     return torch.cat(parts)
 
 
+def _assumed(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what had to be assumed of models' files."""
+    return [f"{name}: {line}" for name, r in records.items() for line in r.get("assumed", ())]
+
+
 def _times(
-    models: Mapping[str, nn.Module], images: Tensor, batches: Sequence[int], timing: LatencyOptions
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    batches: Sequence[int],
+    timing: LatencyOptions,
+    tell: Progress,
 ) -> dict[str, Any]:
     """Time all models by turns at every batch."""
+    if batches:
+        tell("timing by turns")
     device = device_of(next(iter(models.values())))
     ms: dict[int, dict[str, float]] = {}
     how = ""

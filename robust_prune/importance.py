@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from robust_prune.adversaries import AdversarialSet, adversarial_set
-from robust_prune.allocation import MAX_PRUNE_RATIO, TOLERANCE, group_weights, ratio_for
+from robust_prune.allocation import MAX_PRUNE_RATIO, RULES, TOLERANCE, group_weights, ratio_for
 from robust_prune.criteria import (
     STAYS,
     ChannelImportance,
@@ -88,12 +88,8 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
                 at widths before a step alone.
             round_to: what the pruner is given, so that the least that stays is a multiple, too.
         """
-        if method == "structural":
-            raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
-        if max_prune_ratio is not None and not 0 < max_prune_ratio < 1:
-            raise UsageError(f"max_prune_ratio {max_prune_ratio:g} must lie between 0 and 1")
-        if round_to < 1:
-            raise UsageError(f"round_to must be at least 1, not {round_to}")
+        counts = {"round_to": round_to, "n": n, "steps": steps, "batch_size": batch_size}
+        _check_options(rule, method, max_prune_ratio, counts)
         check_float32(model)
         images, labels = as_split(data_).take(n, seed)
         check_outputs(model, images, labels)
@@ -106,7 +102,7 @@ class MRSImportance(tp.importance.Importance):  # type: ignore[misc]
             model,
             images,
             labels,
-            threat=threat or ThreatModel.linf("8/255"),
+            threat=ThreatModel.checked(threat),
             steps=steps,
             seed=seed,
             batch_size=batch_size,
@@ -304,3 +300,17 @@ def _by_title(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         found.setdefault(name.rpartition("@")[0] or name, []).append(name)
     return found
+
+
+def _check_options(
+    rule: str, method: str, max_prune_ratio: float | None, counts: Mapping[str, int]
+) -> None:
+    if method == "structural":
+        raise UsageError("structural MRS is what rule='curve' uses; method is for rule='mrs'")
+    if max_prune_ratio is not None and not 0 < max_prune_ratio < 1:
+        raise UsageError(f"max_prune_ratio {max_prune_ratio:g} must lie between 0 and 1")
+    for name, number in counts.items():
+        if number < 1:
+            raise UsageError(f"{name} must be at least 1, not {number}")
+    if rule not in ("curve", *RULES):
+        raise UsageError(f"rule {rule!r} is not known; use one of curve, {', '.join(RULES)}")

@@ -152,7 +152,17 @@ def test_a_share_that_the_user_sets_binds() -> None:
         assert "round_to" in mode or widths == [10, 20, 30]
 
 
-@pytest.mark.parametrize("wrong", [{"max_prune_ratio": 1.5}, {"round_to": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_prune_ratio": 1.5},
+        {"round_to": 0},
+        {"steps": 0},
+        {"n": 0},
+        {"batch_size": 0},
+        {"rule": "curves"},
+    ],
+)
 def test_limits_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         MRSImportance(MODEL, None, **wrong)

@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -132,6 +134,8 @@ def _run() -> Any:
             )
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             _fail(f"{error.filename}: {error.strerror}", 1)
+        if (where := _given_code(error)) is not None:
+            _fail(f"{where}: {type(error).__name__}: {_last_line(str(error))}", 1)
         _fail(
             f"a fault of robust-prune: {type(error).__name__}: {_last_line(str(error))}; "
             "ROBUST_PRUNE_DEBUG=1 shows where",
@@ -150,6 +154,16 @@ def _none_empty(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def _given_code(error: BaseException) -> str | None:
+    """Return FILE:LINE where an error came out of the current folder's code, None elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here, own = Path.cwd(), Path(__file__).parents[1]
+    last = Path(frames[-1].filename) if frames else own
+    if not last.is_relative_to(here) or last.is_relative_to(own) or "site-packages" in last.parts:
+        return None
+    return f"{last.relative_to(here)}, line {frames[-1].lineno}"
+
+
 def _program_first(arguments: list[str]) -> list[str]:
     """Put the program's own flags before the command: people type them anywhere."""
     flags = [a for a in arguments if a in PROGRAM_FLAGS]
@@ -162,7 +176,9 @@ def _usage_error(error: Any) -> NoReturn:
         print(message)
         sys.exit(0)
     command = getattr(getattr(error, "ctx", None), "command_path", "robust-prune")
-    _fail(f"{' '.join(message.split())} See {command} --help.", getattr(error, "exit_code", 2))
+    message = " ".join(message.split())
+    message += "" if message.endswith((".", "?", "!")) else "."
+    _fail(f"{message} See {command} --help.", getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, code: int) -> NoReturn:

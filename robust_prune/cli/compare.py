@@ -108,7 +108,7 @@ def _show(output: Output, found: Mapping[str, Any]) -> None:
         output.table(
             f"{table.label}: {report.comparison_line(found)}"
             if table.label.startswith("Accuracy")
-            else f"{table.label}; {found['timed']}",
+            else "; ".join(filter(None, (table.label, found["timed"]))),
             table.head,
             table.rows,
         )

@@ -34,7 +34,7 @@ def evaluate(
 
     threat_model(threat)  # what is typed is checked before anything is opened
     device = pick_device(running)
-    module, record = open_model(model, opening, device)
+    module, record = open_model(model, opening, device, output)
     splits = open_splits(module, record, data, opening.input_size)
     if splits is None or splits.test is None:
         raise UsageError(f"{model} records no data; name it with --data")
@@ -68,4 +68,5 @@ def evaluate(
     left_out = splits.source.get("left_out")
     if left_out and left_out["test"]:
         output.note(next(note for note in splits.notes if "test pictures can't be read" in note))
-    output.document({**to_plain(result), **({"left_out": left_out} if left_out else {})})
+    more = {"left_out": left_out, "assumed": record.get("assumed")}
+    output.document({**to_plain(result), **{k: v for k, v in more.items() if v}})

@@ -78,7 +78,7 @@ def _export_file(
     from robust_prune.types import to_plain
 
     path = file_to_write(out or Path(Path(model).stem + exporting.SUFFIXES[to]), force)
-    module, _ = open_model(model, opening)
+    module, record = open_model(model, opening, output=output)
     size = image_size_of(module, opening.input_size)
     done = exporting.export(module, path, to=to, input_size=size)
     shape = "x".join(map(str, size))
@@ -90,7 +90,8 @@ def _export_file(
             f"checked on batches of {', '.join(map(str, done.batches))}: logits differ from the "
             f"module's by {done.error:.1e} of the largest"
         )
-    output.document({**to_plain(done), "path": str(path), "input_size": size})
+    assumed = {"assumed": record["assumed"]} if "assumed" in record else {}
+    output.document({**to_plain(done), "path": str(path), "input_size": size, **assumed})
 
 
 def _export_folder(
@@ -103,7 +104,7 @@ def _export_folder(
         raise UsageError(f"--out {folder} is a file; name a folder")
     if (folder / models.CONFIG).exists() and not force:
         raise UsageError(f"{folder} holds a model; name another folder, or --force overwrites it")
-    module, record = open_model(model, opening)
+    module, record = open_model(model, opening, output=output)
     hub.save_pretrained(module, folder, record)
     output.result(f"wrote {folder}: model.safetensors, config.json, README.md, model_info.json")
     output.line(f"read the card, then: hf upload OWNER/NAME {folder}")

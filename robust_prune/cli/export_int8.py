@@ -40,7 +40,7 @@ def export_int8(
     threat_model(threat)  # what is typed is checked before anything is opened
     exporting.require("onnx", "onnxscript", "onnxruntime")
     path = file_to_write(out or Path(f"{Path(model).stem}-int8.onnx"), force)
-    module, record = open_model(model, opening)
+    module, record = open_model(model, opening, output=output)
     splits = open_splits(module, record, data, opening.input_size)
     known = splits is not None
     if splits is None:

@@ -37,7 +37,7 @@ def info(
     from robust_prune.modules import ImageModel, empty_blocks, network_of
     from robust_prune.types import to_plain
 
-    module, record = open_model(model, opening)
+    module, record = open_model(model, opening, output=output)
     if has_report := "plan" in record and "cost" in record:
         try:
             report.check_record(record)
@@ -62,8 +62,8 @@ def info(
     if has_report:
         output.result(f"status: {record['status']}; plan {record['plan_digest']}")
         show_report(output, record)
-    elif record:
-        output.result(f"status: {record.get('status')}; data {record.get('data')}")
+    elif told := {name: record[name] for name in ("status", "data") if record.get(name)}:
+        output.result("; ".join(f"{name} {value}" for name, value in told.items()))
     output.document(
         {
             "model": to_plain(module.spec) if isinstance(module, ImageModel) else None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robust_prune.cli.output import Output
 from robust_prune.errors import UsageError
 from robust_prune.options import DataOptions, ModelOptions, RunOptions, ThreatOptions
 from robust_prune.types import ThreatModel, parse_eps
@@ -73,12 +74,16 @@ def pick_device(options: RunOptions) -> str:
 
 
 def open_model(
-    path: str, options: ModelOptions, device: str = "cpu"
+    path: str, options: ModelOptions, device: str = "cpu", output: Output | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Open a model with its record."""
+    """Open a model with its record; what had to be assumed is noted on `output`."""
     from robust_prune import opening
 
-    return opening.open_model(path, device=device, **_values(options))
+    model, record = opening.open_model(path, device=device, **_values(options))
+    if output is not None:
+        for line in record.get("assumed", ()):
+            output.note(line)
+    return model, record
 
 
 def open_splits(

@@ -46,7 +46,7 @@ def sensitivity(
     from robust_prune.types import to_plain
 
     threat_model(threat)  # what is typed is checked before anything is opened
-    module, record = open_model(model, opening, pick_device(running))
+    module, record = open_model(model, opening, pick_device(running), output)
     splits = open_splits(module, record, data, opening.input_size)
     if splits is None:
         output.note(
@@ -67,4 +67,5 @@ def sensitivity(
     plain = to_plain(result)
     report.save_mrs_plot(plain, picture)
     output.result(f"wrote {picture} ({result.seconds:.1f} s for MRS itself)")
-    output.document(plain)
+    assumed = {"assumed": record["assumed"]} if "assumed" in record else {}
+    output.document({**plain, **assumed})

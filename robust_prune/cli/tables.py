@@ -46,11 +46,16 @@ def show_groups(output: Output, groups: Sequence[ChannelGroup], cost: Cost) -> N
 
 def show_evaluation(output: Output, result: Evaluation, data_name: str) -> None:
     """Print a model's accuracy under every attack, and what attacks said of themselves."""
+    from robust_prune.report import ATTACK_NAMES
+
     output.table(
         f"{result.n} test images of {data_name}, {result.threat}, seed {result.seed}, "
         "95 % Wilson intervals",
         ("attack", "accuracy", "seconds"),
-        [(m.attack, str(m.accuracy), f"{m.seconds:.0f}") for m in result.measurements],
+        [
+            (ATTACK_NAMES.get(m.attack, m.attack), str(m.accuracy), f"{m.seconds:.0f}")
+            for m in result.measurements
+        ],
     )
     for measured in result.measurements:
         for flag in measured.flags:

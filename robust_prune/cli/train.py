@@ -77,7 +77,7 @@ def train(
     output = output.only_on(processes.first)
     target = processes.on_first(lambda: _target(writing, opening.arch, start))
     device = pick_device(running)
-    model, record, spec, splits = _model_and_data(start, opening, data, device, pretrained)
+    model, record, spec, splits = _model_and_data(start, opening, data, device, output, pretrained)
     attacker = threat_model(threat, record)
     config = TrainingConfig(**chosen(TrainingConfig, training, running), threat=attacker)
     teacher = None
@@ -167,6 +167,7 @@ def _model_and_data(
     opening: ModelOptions,
     data: DataOptions,
     device: str,
+    output: Output,
     pretrained: bool,
 ) -> tuple[nn.Module | None, dict[str, Any], ModelSpec, DataSplits]:
     """Return the model to start from and its record, how to build it, and the data.
@@ -178,7 +179,7 @@ def _model_and_data(
     from robust_prune.modules import ImageModel
 
     if start is not None:
-        model, record = open_model(start, opening, device)
+        model, record = open_model(start, opening, device, output)
         found = open_splits(model, record, data)
         if found is None:
             raise UsageError(f"{start} records no data; name it with --data")

@@ -74,7 +74,7 @@ def evaluate(
     """
     if attack not in ATTACKS:
         raise UsageError(f"attack {attack!r} is not known; use one of {', '.join(ATTACKS)}")
-    threat = threat or ThreatModel.linf("8/255")
+    threat = ThreatModel.checked(threat)
     check_float32(model)
     model = contiguous(model)
     test = test_images(model, data_, n, seed)

@@ -7,6 +7,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from robust_prune.errors import TrainingError
 from robust_prune.finetune.attack import Attack, Method
 from robust_prune.modules import as_memory_allows, float32_logits
 
@@ -52,6 +53,12 @@ def gradients_(
                     attack.cross_entropy(model(part), target)
                     if method is None
                     else method(model, part, target, attack)
+                )
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                what = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TrainingError(
+                    "a training method must give the mean loss, a tensor of one number with a "
+                    f"gradient, not {what}"
                 )
             weight = len(part) / len(images)
             torch.autograd.backward(loss * (share * weight))

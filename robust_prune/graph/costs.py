@@ -124,7 +124,7 @@ class WorkCost:
 
 @torch.no_grad()
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count multiply-adds and parameters of the model as it is; `channels` is 0.
+    """Count multiply-adds and parameters of the model as it is, no channels.
 
     Counted are all products for one image: of convolutions, linear layers and recurrent cells, of
     queries with keys and of attentions with values, and of any other matmul or einsum. Biases,
@@ -138,7 +138,7 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     counter = Counter(parameters)
     with checked(input_size), evaluating(net), adapted(net), counter:
         net(example_image(net, input_size))
-    return Cost(counter.macs, sum(p.numel() for p in parameters), 0)
+    return Cost(counter.macs, sum(p.numel() for p in parameters), None)
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

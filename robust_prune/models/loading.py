@@ -69,6 +69,11 @@ def open_model(
     widths of a network that was pruned elsewhere, as in `narrow_to_`.
     """
     _check_given(mean, std)
+    if model is not None and not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model={getattr(model, '__name__', model)!r} must be a module to fill, as MyNet(); a "
+            "timm name goes into arch"
+        )
     name = str(path_or_name)
     if name.startswith(PREFIX) and not is_there(name) and (folder := fetched(name)):
         path_or_name = name = str(folder)
@@ -196,6 +201,8 @@ def _from_manifest(found: ModelFile, manifest: Manifest) -> nn.Module:
     except ModelError as error:
         if str(error).startswith(str(found.path)):
             raise
+        if spec.source == "custom":
+            raise ModelError(f"{found.path}: {error}") from None
         raise ModelError(f"{found.path}: its manifest is malformed: {error}") from None
     return model
 

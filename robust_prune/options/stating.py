@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from robust_prune.errors import UsageError
 
+# of the command line's names those that have another in Python and no flag of an option's own
+ELSEWHERE = {"eps": "threat", "norm": "threat", "out": "run_dir", "n": "n_eval"}
 KEY = "robust_prune"  # in a field's metadata
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -161,10 +163,16 @@ def takes(
             if f.name not in names
         ]
         known = [*names, *(p.name for p in options)]
+        flags = {
+            what.flag.removeprefix("--").replace("-", "_"): name
+            for group in groups
+            for name, what in stated(group).items()
+            if what.flag
+        }
 
         @functools.wraps(function)
         def call(*arguments: Any, **given: Any) -> Any:
-            return function(*arguments, **_known(given, known, renamed or {}))
+            return function(*arguments, **_known(given, known, renamed or {}, ELSEWHERE | flags))
 
         call.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
@@ -173,7 +181,10 @@ def takes(
 
 
 def _known(
-    given: Mapping[str, Any], known: list[str], renamed: Mapping[str, str | None]
+    given: Mapping[str, Any],
+    known: list[str],
+    renamed: Mapping[str, str | None],
+    elsewhere: Mapping[str, str],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -182,10 +193,11 @@ def _known(
             told = "given by its entries' own names" if new is None else repr(new)
             warnings.warn(f"{name!r} is now {told}", DeprecationWarning, stacklevel=3)
         if new is None:
-            found |= _known(value, known, {})
+            found |= _known(value, known, {}, elsewhere)
             continue
         if new not in known:
-            near = difflib.get_close_matches(new, known, 1)
+            near = [elsewhere[new]] if elsewhere.get(new) in known else []
+            near = near or difflib.get_close_matches(new, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"option {name!r} is not known; {hint}")
         found[new] = value

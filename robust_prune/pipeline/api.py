@@ -100,6 +100,8 @@ def compress(
         UsageError: an option is not known, or has a value that it can't have.
     """
     check_float32(model)
+    if resume and run_dir is None:
+        raise UsageError("resume=True goes on with the run in a folder; name it with run_dir")
     if options.get("max_drop") is not None and "prune_ratio" in options:
         raise UsageError("prune_ratio and max_drop: one of them says how much goes; leave one out")
     budget = BudgetOptions(**{n: options.pop(n) for n in BUDGET if n in options})
@@ -121,6 +123,8 @@ def compress(
         **options,
     )
     splits = open_for(model, data, test=test, input_size=settings.input_size)
+    if splits is not None and not isinstance(data, (str, os.PathLike)):
+        _check_size(input_size, splits.input_size)
     folder = None if run_dir is None else RunFolder(run_dir)
     all_processes = processes()
 
@@ -137,6 +141,15 @@ def compress(
         if folder is not None and all_processes.first:
             folder.close()
     return result
+
+
+def _check_size(asked: tuple[int, int, int] | None, images: tuple[int, int, int]) -> None:
+    """Raise where a caller's images have another size than is asked for."""
+    if asked is not None and tuple(asked) != tuple(images):
+        raise UsageError(
+            f"input_size {tuple(asked)} is not that of the images, {tuple(images)}; leave it out, "
+            "or resize them"
+        )
 
 
 def _entries(value: Any) -> tuple[str, ...]:
@@ -179,6 +192,7 @@ def sensitivity(
         on_module: called with each layer's name when its ascent is done.
     """
     check_float32(model)
+    ThreatModel.checked(threat)
     model = contiguous(model)
     splits = open_for(model, source, input_size=input_size)
     size = image_size_of(model, splits.input_size if splits else input_size)

@@ -71,6 +71,7 @@ class Settings(PlanningOptions, LatencyOptions, FineTuningOptions, EvaluationOpt
     def __post_init__(self) -> None:
         super().__post_init__()
         RunOptions(seed=self.seed)
+        ThreatModel.checked(self.threat)
         check_optimizer(self.optimizer)  # also where nothing is fine-tuned
         if (self.finetune is None) != (self.epochs == 0):
             raise UsageError(

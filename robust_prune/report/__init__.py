@@ -11,6 +11,7 @@ from robust_prune.report.comparison import (
 from robust_prune.report.page import SCHEMA, to_html, to_json
 from robust_prune.report.plots import save_mrs_plot
 from robust_prune.report.rows import (
+    ATTACK_NAMES,
     accuracy_rows,
     accuracy_table,
     cost_rows,
@@ -20,6 +21,7 @@ from robust_prune.report.rows import (
 from robust_prune.report.sentences import check_line, drop_line, flags, grade_line, headline
 
 __all__ = [
+    "ATTACK_NAMES",
     "SCHEMA",
     "accuracy_by_model",
     "comparison_line",

@@ -17,11 +17,11 @@ PUBLIC_DATA = re.compile(r"(torch|hfds)/[^/].*")  # timm's names, that say nothi
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image, parameters, and prunable channels of a model."""
+    """Multiply-adds of one image, parameters, and prunable channels of a model, where known."""
 
     macs: int
     params: int
-    channels: int
+    channels: int | None
 
     def of(self, target: Target) -> int:
         """Return the count that a budget on `target` is about."""

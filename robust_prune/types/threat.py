@@ -45,6 +45,17 @@ class ThreatModel:
             )
 
     @classmethod
+    def checked(cls, threat: ThreatModel | None) -> ThreatModel:
+        """Return what a caller gave, Linf 8/255 for None; UsageError where it is something else."""
+        if threat is None:
+            return cls.linf("8/255")
+        if not isinstance(threat, cls):
+            raise UsageError(
+                f"threat must be a ThreatModel, as ThreatModel.linf('8/255'), not {threat!r}"
+            )
+        return threat
+
+    @classmethod
     def linf(cls, eps: str | float) -> ThreatModel:
         """Return the L-infinity ball of radius `eps`, for example `"8/255"`."""
         return cls("linf", parse_eps(eps))

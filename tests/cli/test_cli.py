@@ -130,6 +130,40 @@ def test_a_timm_checkpoint_without_data(run: Callable[..., tuple[int, str, str]]
     assert load("model-pruned/model-pruned.safetensors").net.conv_head.out_channels < 1280
 
 
+def test_what_is_assumed_of_a_file_is_said_by_every_command(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    net = timm.create_model("lcnet_035", num_classes=10)
+    torch.save({"arch": "lcnet_035", "state_dict": net.state_dict()}, "model.pt")
+    for i in range(40):
+        for split in ("train", "test"):
+            folder = Path("pictures") / split / f"{i % 10}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (6 * i, 0, 0)).save(folder / f"{i}.png")
+    small = ["--input-size", "3,32,32"]
+    for command in (
+        ["info", "model.pt", *small],
+        ["sensitivity", "model.pt", *small, "--images", 4],
+        ["evaluate", "model.pt", *small, "--data", "pictures", "--eval", "none", "--n-eval", 4],
+    ):
+        code, out, err = run(*command)
+        assert code == 0, (command, err)
+        assert "normalisation assumed" in out, command
+    code, out, err = run("--json", *command)
+    assert "normalisation assumed" in json.loads(out)["assumed"][0]
+
+
+def test_an_error_of_given_code_names_its_line(run: Callable[..., tuple[int, str, str]]) -> None:
+    Path("given.py").write_text(
+        "def mine(model, images, labels, attack):\n    raise KeyError('x')\n"
+    )
+    train(run, name="digits.pt")
+    more = ["--finetune", "given:mine", "--epochs", 1, "--eval", "none"]
+    code, _, err = run("compress", "digits.pt", "--ratio", 0.3, "--calibration-images", 4, *more)
+    assert code == 1
+    assert "given.py, line 2: KeyError: 'x'" in err
+
+
 def test_a_pickled_module_is_refused_in_one_line_then_compressed(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:

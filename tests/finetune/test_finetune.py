@@ -242,6 +242,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_before_it(digits: Data
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("given", [None, 0.5, torch.ones(3, requires_grad=True), torch.ones(())])
+def test_a_method_that_gives_no_loss_is_told(digits: DataSplits, given: object) -> None:
+    config = TrainingConfig(lambda *_: given, epochs=1, threat=ThreatModel.linf(0.06))
+    with pytest.raises(TrainingError, match="must give the mean loss"):
+        train_(small_digits_model(digits), digits.train, digits.validation, config)
+
+
 def test_a_frozen_model_is_an_error(digits: DataSplits) -> None:
     model = small_digits_model(digits).requires_grad_(False)
     config = TrainingConfig("pgd-at", epochs=1, threat=ThreatModel.linf(0.06))

@@ -70,8 +70,13 @@ def test_an_own_class_is_stored_by_widths_and_weights(tmp_path: Path) -> None:
     assert isinstance(again, OwnNet)
     assert same_outputs(model, again, size=16)
     assert again.first.out_channels == model.first.out_channels < 16
-    with pytest.raises(ModelError, match=r"OwnNet, a class that only you can build"):
+    with pytest.raises(
+        ModelError, match=r"own.safetensors: the file holds a .*OwnNet, a class that"
+    ):
         load(path)
+    for wrong in (OwnNet, "resnet18"):
+        with pytest.raises(UsageError, match="must be a module to fill"):
+            load(path, model=wrong)
 
 
 def state_dict_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> dict[str, Path]:
