@@ -19,6 +19,7 @@ from robust_prune.graph.costs import weight_of
 from robust_prune.graph.cutting import Axis, Remaining
 from robust_prune.graph.example import Example
 from robust_prune.graph.items import Group
+from robust_prune.graph.left_whole import left_whole
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.probing import wired
 from robust_prune.graph.roots import (
@@ -114,21 +115,24 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         for layer in net.modules():
             if isinstance(layer, ROOT_TYPES):
                 weight_of(layer)  # refuses weights that are computed from others
+        example = Example(example_inputs, forward_fn)
         wiring, self.ties = wired(
             net,
-            Example(example_inputs, forward_fn),
+            example,
             whole_heads=self.whole_heads,
             outputs_stay=not self.prune_outputs,
             probe=self.probe,
         )
         self.IGNORED_LAYERS_IN_TRACING.extend(ignored_layers or ())
         self.ignored_params = list(ignored_params or ())
-        return self.adopt(net, wiring)
+        return self.adopt(net, wiring, left_whole(net, wiring, example))
 
-    def adopt(self, net: nn.Module, wiring: Wiring) -> DependencyGraph:
-        """Take the groups of a network that has been traced already."""
+    def adopt(
+        self, net: nn.Module, wiring: Wiring, unprunable: tuple[Unprunable, ...]
+    ) -> DependencyGraph:
+        """Take the groups of a network that has been traced already, and what is in none."""
         self.model = getattr(self, "model", net)
-        self.wiring, self.unprunable = wiring, wiring.unprunable
+        self.wiring, self.unprunable = wiring, unprunable
         self.remaining = Remaining(wiring, net)
         self._modules = dict(net.named_modules())
         self._roots, folds = roots_of(wiring, self._modules)

@@ -20,6 +20,7 @@ from robust_prune.graph.cutting import Remaining
 from robust_prune.graph.dependency import DependencyGraph
 from robust_prune.graph.example import Example
 from robust_prune.graph.items import Group
+from robust_prune.graph.left_whole import left_whole
 from robust_prune.graph.masking import silence_
 from robust_prune.graph.naming import ratios_by_group, staying
 from robust_prune.graph.probing import wired
@@ -81,13 +82,13 @@ class ModelGraph:
         layers = [n for n, m in net.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         for layer in layers:
             weight_of(net.get_submodule(layer))  # refuses weights that are computed from others
-        names = [name for name, _ in net.named_modules() if name]
         protected = staying(net, protect, only)
         self.whole_heads = whole_heads
+        example = Example(example_image(net, input_size))
         with checked(input_size), evaluating(net):
             wiring, self.ties = wired(
                 net,
-                Example(example_image(net, input_size)),
+                example,
                 protected=protected,
                 min_width=min_width,
                 ties=ties,
@@ -95,25 +96,8 @@ class ModelGraph:
                 probe=probe,
             )
         self._wiring = wiring
-        seen = {s.layer for slots in self._wiring.slots.values() for s in slots}
-        seen |= {item.name for item in self._wiring.unprunable}
-        broken = wiring.group_of
-        missing = {
-            n: f"goes with {broken[n]}" if n in broken else "the forward pass does not use it"
-            for n in layers
-            if n not in seen
-        }
-        place = {name: i for i, name in enumerate(names)}
-        self.groups: tuple[ChannelGroup, ...] = self._wiring.groups
-        self.unprunable: tuple[Unprunable, ...] = tuple(
-            sorted(
-                (
-                    *self._wiring.unprunable,
-                    *(Unprunable(name, reason) for name, reason in missing.items()),
-                ),
-                key=lambda item: place.get(item.name.split("@")[0], -1),
-            )
-        )
+        self.groups: tuple[ChannelGroup, ...] = wiring.groups
+        self.unprunable: tuple[Unprunable, ...] = left_whole(net, wiring, example)
         self._by_name = {group.name: group for group in self.groups}
         self._costs = work_cost(net, wiring)
         self._protected = frozenset(protected)
@@ -139,7 +123,7 @@ class ModelGraph:
     def dependency(self) -> DependencyGraph:
         """The same groups in torch-pruning's terms; what is cut here is cut there."""
         return DependencyGraph(whole_heads=self.whole_heads).adopt(
-            network_of(self.model), self._wiring
+            network_of(self.model), self._wiring, self.unprunable
         )
 
     def group_of(self, name: str) -> Group:

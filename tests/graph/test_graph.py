@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from robust_prune.allocation import Problem, allocate_evenly, make_plan
 from robust_prune.errors import ModelError, PlanError, UsageError
-from robust_prune.graph import ModelGraph, count_cost, mask_, masking_error, prune_
+from robust_prune.graph import DependencyGraph, ModelGraph, count_cost, mask_, masking_error, prune_
 from robust_prune.modules import fields_of, fit_, set_fields_
 from robust_prune.types import Budget, PruningPlan
 from tests.conftest import OwnNet, randomize_, tiny_resnet
@@ -444,3 +444,33 @@ def test_a_large_network_has_the_groups_of_a_small_one(
     graph = ModelGraph(net, size)
     assert (graph.groups, graph.ties) == (expected.groups, expected.ties)
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a weight that it computes anew."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(images, weight, self.bias)
+
+
+class Strange(nn.Module):
+    """Such a convolution, and a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.spare = Standardised(3, 8, 1), nn.Linear(2, 2)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(images).relu().mean((2, 3)))
+
+
+def test_a_layer_that_is_not_understood_is_not_said_to_be_unused() -> None:
+    net = Strange()
+    graph = ModelGraph(net, (3, 4, 4))
+    why = {item.name: item.reason for item in graph.unprunable}
+    assert why["first"] == "what it does with its channels can't be followed"
+    assert why["spare"] == "the forward pass does not use it"
+    found = DependencyGraph().build_dependency(net, torch.rand(1, 3, 4, 4))
+    assert found.unprunable == graph.unprunable == graph.dependency.unprunable
