@@ -132,11 +132,14 @@ class Problem:
                 f"{100 * most:.1f} % can go by removing channels; use --ratio {possible} or less"
             )
         flag = "--ratio " if budget is self.budget else f"--also {budget.target}="
+        ways = [f"use {flag}{possible} or less"] if float(possible) else []
+        ways += ["round to less than --round-to " + str(self.round_to)] if self.round_to > 1 else []
+        multiples = f", widths are multiples of {self.round_to}" if self.round_to > 1 else ""
         return (
             f"removing {100 * budget.prune_ratio:.1f} % of the {budget.target} is "
             f"out of reach: at most {100 * most:.1f} % can go while every group keeps its "
-            f"minimum and protected layers stay; use {flag}{possible} or less, or protect "
-            "fewer layers"
+            f"minimum{multiples} and protected layers stay; "
+            f"{', or '.join([*ways, 'protect fewer layers'])}"
         )
 
     def _costs_at(self, widths: Mapping[str, int]) -> list[float]:

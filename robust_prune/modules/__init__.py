@@ -5,7 +5,13 @@ from robust_prune.modules.attention import (
     heads_of,
     joined,
 )
-from robust_prune.modules.checks import check_float32, check_outputs, check_transparent, checked
+from robust_prune.modules.checks import (
+    check_float32,
+    check_outputs,
+    check_transparent,
+    checked,
+    gives_probabilities,
+)
 from robust_prune.modules.contexts import (
     batch_statistics,
     evaluating,
@@ -78,6 +84,7 @@ __all__ = [
     "channels_last",
     "check_float32",
     "check_outputs",
+    "gives_probabilities",
     "check_transparent",
     "checked",
     "contiguous",

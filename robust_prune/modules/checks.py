@@ -104,3 +104,12 @@ def check_outputs(
             f"labels must lie in 0..{outputs - 1} for a model of {outputs} outputs, but go from "
             f"{low} to {high}"
         )
+
+
+@torch.no_grad()
+def gives_probabilities(model: nn.Module, images: Tensor) -> bool:
+    """Return whether what the model gives for some images is positive and adds up to one."""
+    with evaluating(model):
+        given = model(images[:8].to(device_of(model)))
+    sums = given.sum(1)
+    return bool((given >= 0).all()) and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-3))

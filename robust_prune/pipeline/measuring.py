@@ -22,7 +22,7 @@ from robust_prune.criteria import (
 from robust_prune.data import DataSplits, stand_ins
 from robust_prune.graph import ModelGraph, is_large
 from robust_prune.latency import LatencyModel
-from robust_prune.modules import device_of
+from robust_prune.modules import device_of, gives_probabilities
 from robust_prune.pipeline.effort import Effort, effort_with_data, effort_with_stand_ins
 from robust_prune.pipeline.grade import grade_of
 from robust_prune.pipeline.job import Job
@@ -119,18 +119,10 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
     journal.tell(calibration=grade_of(splits, job.settings.budget.prune_ratio))
     with journal.timed("adversarial set"):
         journal.stage(f"adversarial set: PGD-{effort.attack_steps}, {settings.threat}")
-        if effort.cut_short and not quiet:
-            journal.note(
-                f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, so "
-                "that it ends in minutes on a CPU; --calibration-images takes another number"
-            )
         spare = 0 if settings.max_drop is None else FEWEST_JUDGED
         images, labels = calibration_images(model, splits, effort.images, settings.seed, spare)
-        if len(images) < effort.images and not quiet:
-            journal.note(
-                f"sensitivity is measured on {len(images)} images, not {effort.images}: there "
-                "are no more to take"
-            )
+        if not quiet:
+            _note_images(journal, model, images, effort)
         key, before = _measured_before(journal, graph, settings, effort, images, labels)
         adversarial = _attacked(model, settings, effort, images, labels, before)
     reconstruction = _reconstruction(journal, splits, effort, model, adversarial, settings)
@@ -146,6 +138,25 @@ def observe(job: Job, graph: ModelGraph, settings: Settings, *, quiet: bool = Fa
         stored=before,
         latency=latency,
     )
+
+
+def _note_images(journal: Journal, model: nn.Module, images: Tensor, effort: Effort) -> None:
+    """Note what is not as asked for with the images, or with what the model gives for them."""
+    if effort.cut_short:
+        journal.note(
+            f"sensitivity is measured on {effort.images} images, not {CALIBRATION_IMAGES}, so "
+            "that it ends in minutes on a CPU; --calibration-images takes another number"
+        )
+    if len(images) < effort.images:
+        journal.note(
+            f"sensitivity is measured on {len(images)} images, not {effort.images}: there are no "
+            "more to take"
+        )
+    if gives_probabilities(model, images):
+        journal.note(
+            "the model seems to give probabilities; attacks and losses take logits: leave its "
+            "softmax out"
+        )
 
 
 def _measured_before(

@@ -221,6 +221,17 @@ def test_mistakes_are_explained(
         compress(tiny_resnet(), (torch.rand(24, 3, 32, 32), torch.arange(24) % 10), **arguments)
 
 
+def test_what_is_not_as_asked_is_in_the_notes() -> None:
+    model = nn.Sequential(tiny_resnet(num_classes=5), nn.Softmax(1)).eval()
+    notes = compress(model, own_data(), allocation="uniform").report["notes"]
+    assert any("probabilities" in note for note in notes)
+    assert any("measured on 43 images, not 512" in note for note in notes), notes
+    plain = compress(tiny_resnet(num_classes=5), own_data(), allocation="uniform")
+    assert not any("probabilities" in note for note in plain.report["notes"])
+    with pytest.raises(BudgetError, match=r"multiples of 256 .* --round-to 256, or prot"):
+        compress(tiny_resnet(num_classes=5), own_data(), round_to=256)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_models_of_other_types_are_told_to_be_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model, data = OwnNet().to(dtype), own_data()
