@@ -56,6 +56,7 @@ def _panel(axes: Any, block: Block, cells: Sequence[Cell]) -> None:
             style = "--" if attack == "pgd" else ":"
             axes.axvline(mean(judged, attack), color="0.4", linestyle=style, linewidth=1)
     axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set_ylim(-0.5, len(order) - 0.5)
     title = f"{data}, {network}, {method}\n{100 * ratio:g} % removed, {tuning}"
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3, axis="x")
