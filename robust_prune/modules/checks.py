@@ -108,8 +108,8 @@ def check_outputs(
 
 @torch.no_grad()
 def gives_probabilities(model: nn.Module, images: Tensor) -> bool:
-    """Return whether what the model gives for some images is positive and adds up to one."""
+    """Return whether what the model gives for an image is positive and adds up to one."""
     with evaluating(model):
-        given = model(images[:8].to(device_of(model)))
+        given = model(images[:1].to(device_of(model)))
     sums = given.sum(1)
     return bool((given >= 0).all()) and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
