@@ -417,8 +417,8 @@ def test_help_is_fast_and_does_not_import_torch() -> None:
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules\n"
     )
-    best = min(_timed(code) for _ in range(5))
-    assert best < 0.4 * _machine_factor()
+    # each beside a measure of the machine, as what else it does changes from one to the next
+    assert min(_timed(code) / _machine_factor() for _ in range(5)) < 0.4
 
 
 def _timed(code: str) -> float:
@@ -429,7 +429,7 @@ def _timed(code: str) -> float:
 
 def _machine_factor() -> float:
     """1 where typer and rich are there in 0.18 s, more on a machine that is busy or slow."""
-    return max(1.0, min(_timed("import typer.rich_utils") for _ in range(5)) / 0.18)
+    return max(1.0, min(_timed("import typer.rich_utils") for _ in range(2)) / 0.18)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
