@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from robust_prune.cli.opening import ModelPath, open_model, open_splits, pick_device, threat_model
+from robust_prune.cli.opening import (
+    ModelPath,
+    assumed_of,
+    open_model,
+    open_splits,
+    pick_device,
+    threat_model,
+)
 from robust_prune.cli.output import Output, duration
 from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_evaluation
@@ -68,5 +75,5 @@ def evaluate(
     left_out = splits.source.get("left_out")
     if left_out and left_out["test"]:
         output.note(next(note for note in splits.notes if "test pictures can't be read" in note))
-    more = {"left_out": left_out, "assumed": record.get("assumed")}
-    output.document({**to_plain(result), **{k: v for k, v in more.items() if v}})
+    more = {"left_out": left_out} if left_out else {}
+    output.document({**to_plain(result), **more, **assumed_of(record)})

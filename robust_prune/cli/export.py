@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from robust_prune.cli.export_int8 import export_int8
-from robust_prune.cli.opening import ModelPath, file_to_write, open_model
+from robust_prune.cli.opening import ModelPath, assumed_of, file_to_write, open_model
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
 from robust_prune.errors import UsageError
@@ -90,8 +90,8 @@ def _export_file(
             f"checked on batches of {', '.join(map(str, done.batches))}: logits differ from the "
             f"module's by {done.error:.1e} of the largest"
         )
-    assumed = {"assumed": record["assumed"]} if "assumed" in record else {}
-    output.document({**to_plain(done), "path": str(path), "input_size": size, **assumed})
+    told = {"path": str(path), "input_size": size, **assumed_of(record)}
+    output.document({**to_plain(done), **told})
 
 
 def _export_folder(

@@ -86,6 +86,11 @@ def open_model(
     return model, record
 
 
+def assumed_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what had to be assumed of a file, as an entry of a document; none where nothing."""
+    return {"assumed": record["assumed"]} if "assumed" in record else {}
+
+
 def open_splits(
     model: nn.Module,
     record: Mapping[str, Any],

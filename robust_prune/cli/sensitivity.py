@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from robust_prune.cli.opening import ModelPath, open_model, open_splits, pick_device, threat_model
+from robust_prune.cli.opening import (
+    ModelPath,
+    assumed_of,
+    open_model,
+    open_splits,
+    pick_device,
+    threat_model,
+)
 from robust_prune.cli.output import Output
 from robust_prune.cli.spreading import takes_options
 from robust_prune.cli.tables import show_sensitivity
@@ -67,5 +74,4 @@ def sensitivity(
     plain = to_plain(result)
     report.save_mrs_plot(plain, picture)
     output.result(f"wrote {picture} ({result.seconds:.1f} s for MRS itself)")
-    assumed = {"assumed": record["assumed"]} if "assumed" in record else {}
-    output.document({**plain, **assumed})
+    output.document({**plain, **assumed_of(record)})

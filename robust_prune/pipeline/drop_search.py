@@ -54,8 +54,7 @@ def plan_within_drop(
     Bisection over ratios: every one that is tried is planned, really pruned, repaired, fine-tuned
     where `max_drop_of` says so, and attacked on validation images, which no plan and no training
     step has seen (where there is fine-tuning they choose its epoch); the dense model is attacked on
-    the same. What is measured was kept by a run
-    before, and is then not measured again.
+    the same. What is measured was kept by a run before, and is then not measured again.
 
     Raises:
         BudgetError: the smallest ratio already costs more.
