@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robust_prune.graph.masking import zero_
 from robust_prune.graph.probing import EXACT
 from robust_prune.graph.seen import Seen
 from robust_prune.graph.tracing import Slot, name_of
@@ -77,8 +78,7 @@ def silence_block_(block: nn.Module, name: str, groups: Sequence[str], slots: Sl
     """Set all that belongs to groups inside of a block to zero."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     for slot in (slot for group in groups for slot in slots[group]):
-        tensor = tensors[slot.tensor.removeprefix(f"{name}.")]
-        tensor.index_fill_(slot.dim, slot.indices.to(tensor.device), 0.0)
+        zero_(tensors[slot.tensor.removeprefix(f"{name}.")], slot, slot.indices)
 
 
 def gave(module: Callable[[Tensor], Any], x: Tensor) -> list[tuple[str, Tensor]]:

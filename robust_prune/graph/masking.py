@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robust_prune.graph.tracing import find
+from robust_prune.graph.tracing import Slot, find
 from robust_prune.graph.wiring import Wiring
 
 
@@ -19,9 +19,9 @@ from robust_prune.graph.wiring import Wiring
 def silence_(net: nn.Module, wiring: Wiring, dropped: Mapping[str, Tensor]) -> None:
     """Silence units of groups in place: same outputs as without them, at full size.
 
-    All their parameters become zero, rows that make them and columns that read them. Where a
-    normalisation spans them, its statistics run over the kept channels alone, which is what it
-    does in the pruned model.
+    All their parameters become zero, rows that make them and columns that read them, but for
+    variances: a frozen norm may divide by one. Where a normalisation spans them, its statistics
+    run over the kept channels alone, which is what it does in the pruned model.
 
     Args:
         net: the network.
@@ -31,9 +31,7 @@ def silence_(net: nn.Module, wiring: Wiring, dropped: Mapping[str, Tensor]) -> N
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     for name, gone in dropped.items():
         for slot in wiring.slots[name]:
-            entries = slot.indices[gone[slot.units]]
-            tensor = tensors[slot.tensor]
-            tensor.index_fill_(slot.dim, entries.to(tensor.device), 0.0)
+            zero_(tensors[slot.tensor], slot, slot.indices[gone[slot.units]])
     modules = dict(net.named_modules())
     statistics = _Statistics(
         wiring.normalised(dropped),
@@ -47,6 +45,12 @@ def silence_(net: nn.Module, wiring: Wiring, dropped: Mapping[str, Tensor]) -> N
             module.register_forward_hook(_Leave(statistics.running))
         net.__class__ = type(f"Masked{type(net).__name__}", (_Masked, type(net)), {})
         net._statistics = statistics  # type: ignore[assignment]
+
+
+def zero_(tensor: Tensor, slot: Slot, entries: Tensor) -> None:
+    """Set entries of a tensor that holds channels to zero; variances stay, as divisors may."""
+    if slot.tensor.rpartition(".")[2] != "running_var":
+        tensor.index_fill_(slot.dim, entries.to(tensor.device), 0.0)
 
 
 def with_statistics(net: nn.Module) -> AbstractContextManager[Any]:

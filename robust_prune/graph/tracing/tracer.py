@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from robust_prune.graph.tracing.atoms import FIXED, Atoms, compress, zeros
 from robust_prune.graph.tracing.products import Place, Product, work_of
+from robust_prune.graph.tracing.uses import channel_vectors
 from robust_prune.modules import check_transparent, tensors_in
 
 
@@ -97,6 +98,7 @@ class Tracer(TorchFunctionMode):
         self.rules = rules
         self.parameters = {id(p): p for p in net.parameters()}
         self.buffers = {id(b): b for b in net.buffers()}
+        self.weighing = self.parameters | channel_vectors(net)
         self.stack: list[str] = []
         self.calls: set[Call] = set()
         self.modules = dict(net.named_modules())
@@ -170,7 +172,7 @@ class Tracer(TorchFunctionMode):
 
     def label(self, tensor: Tensor) -> Tensor:
         """Return the atoms of a tensor's entries, of size 1 along dimensions that share them."""
-        if id(tensor) in self.parameters:
+        if id(tensor) in self.weighing:
             return self.entries(tensor)
         if square_of(tensor) is not None:
             raise UntraceableError("an outer product of channels")
@@ -217,7 +219,7 @@ class Tracer(TorchFunctionMode):
         """Make the channels of all tensors among the values stay, and remember why."""
         for tensor in tensors_in(values):
             tensor = (piece_of(tensor) or (tensor, 0))[0]
-            if id(tensor) in self.parameters:
+            if id(tensor) in self.weighing:
                 label = self.labels.entries.setdefault(id(tensor), zeros(tensor.ndim))
             else:
                 square = square_of(tensor)

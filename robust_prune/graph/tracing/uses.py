@@ -1,4 +1,4 @@
-"""Which functions apply a weight, and at how many positions of one image."""
+"""Which functions apply a weight, at how many positions of one image, and what weighs channels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,26 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def channel_vectors(net: nn.Module) -> dict[int, Tensor]:
+    """Return, by id, the buffers that weigh channels as parameters do: those of frozen norms.
+
+    Such a norm keeps its weight, bias and statistics in buffers and computes with them itself
+    (torchvision's FrozenBatchNorm2d, timm's FrozenBatchNormAct2d, those of detectors). It is told
+    by having no parameter, no module and two saved vectors or more, all of one length. A single
+    vector, such as a window, says nothing of channels.
+    """
+    found: dict[int, Tensor] = {}
+    for module in net.modules():
+        own = dict(module.named_buffers(recurse=False))
+        saved = [b for name, b in own.items() if name not in module._non_persistent_buffers_set]
+        vectors = [b for b in saved if b.is_floating_point() and 1 < b.numel() == max(b.shape)]
+        plain = not module._parameters and not module._modules
+        if plain and len(vectors) > 1 and len({b.numel() for b in vectors}) == 1:
+            found.update({id(b): b for b in vectors})
+    return found
 
 
 def argument(
