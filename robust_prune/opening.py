@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ def load(
 ) -> nn.Module:
     """Read a model file, or build a pretrained network by its timm name.
 
+    What had to be assumed of a file, such as its normalisation, is a warning.
+
     Args:
         path_or_name: our own file or folder, a timm checkpoint, a Hugging Face folder as timm
             writes it, a plain state_dict (.pt, .pth, .safetensors), a name such as
@@ -51,7 +54,7 @@ def load(
         ModelError: the file or the architecture does not fit, with what to change.
         UnsafeFileError: the file is a pickled module and `trust_pickle` was not given.
     """
-    return open_model(
+    opened, record = open_model(
         path_or_name,
         model=model,
         arch=arch,
@@ -62,7 +65,10 @@ def load(
         input_size=input_size,
         trust_pickle=trust_pickle,
         device=device,
-    )[0]
+    )
+    for line in record.get("assumed", ()):
+        warnings.warn(line, stacklevel=2)
+    return opened
 
 
 def open_model(

@@ -474,3 +474,16 @@ def test_a_layer_that_is_not_understood_is_not_said_to_be_unused() -> None:
     assert why["spare"] == "the forward pass does not use it"
     found = DependencyGraph().build_dependency(net, torch.rand(1, 3, 4, 4))
     assert found.unprunable == graph.unprunable == graph.dependency.unprunable
+
+
+class Noisy(nn.Sequential):
+    """Draws anew every time, as a smoothed classifier does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_network_that_draws_at_random_is_told_so() -> None:
+    net = Noisy(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).eval()
+    reasons = {item.name: item.reason for item in ModelGraph(net, (3, 8, 8)).unprunable}
+    assert "differ from run to run" in reasons["0"]

@@ -319,7 +319,9 @@ def test_torchvision_networks(tmp_path: Path) -> None:
 
     net = torchvision.models.resnet18(num_classes=3).eval()
     torch.save(net.state_dict(), tmp_path / "tv.pth")
-    model = load(tmp_path / "tv.pth", arch="torchvision/resnet18")
+    with pytest.warns(UserWarning, match="normalisation assumed") as told:
+        model = load(tmp_path / "tv.pth", arch="torchvision/resnet18")
+    assert told[0].filename == __file__  # the caller's line, not ours
     assert model.spec.num_classes == 3
     assert same_outputs(model, load(save(model, tmp_path / "again.safetensors")), size=64)
 
