@@ -74,7 +74,10 @@ def points(cells: list[Cell], *, beyond_half: bool) -> int:
 
 def short_table(cells: list[Cell]) -> str:
     """Return PGD-20 with data and without, as the pages show it: means of the seeds of both."""
-    lines = ["| network | removed | with data | without data | seeds |", "|---|---|---|---|---|"]
+    lines = [
+        "| network | removed | with data | without data | lost, with 95 % interval | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
     found = pairs(cells, "stand-ins")
     for network, ratio in dict.fromkeys((p.cell.network, p.cell.ratio) for p in found):
         own = [p for p in found if (p.cell.network, p.cell.ratio) == (network, ratio)]
@@ -82,10 +85,28 @@ def short_table(cells: list[Cell]) -> str:
             statistics.mean(100 * c.pgd.count("1") / len(c.pgd) for c in arm)
             for arm in ([p.with_data for p in own], [p.cell for p in own])
         ]
+        lost, half = _lost(own)
         lines.append(
-            f"| {network} | {100 * ratio:.0f} % | {means[0]:.1f} | {means[1]:.1f} | {len(own)} |"
+            f"| {network} | {100 * ratio:.0f} % | {means[0]:.1f} | {means[1]:.1f} "
+            f"| {lost:.1f} [{lost - half:.1f}, {lost + half:.1f}] | {len(own)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _lost(own: list[Pair]) -> tuple[float, float]:
+    """Return the points lost in the mean of the seeds, and half of their interval (95 %, normal).
+
+    The seeds share their images: what varies is each image's mean over the seeds.
+    """
+    by_image = [
+        statistics.mean(int(w) - int(o) for w, o in zip(with_data, without, strict=True))
+        for with_data, without in zip(
+            zip(*(p.with_data.pgd for p in own), strict=True),
+            zip(*(p.cell.pgd for p in own), strict=True),
+            strict=True,
+        )
+    ]
+    return 100 * statistics.mean(by_image), 196 * statistics.stdev(by_image) / len(by_image) ** 0.5
 
 
 def paired_table(cells: list[Cell]) -> str:
