@@ -28,6 +28,7 @@ IMAGE_PASSES = 20_000  # what all points together may cost: a fifth of an epoch 
 REPLAYED_BYTES = 1 << 29  # of a batch's activations
 PASSES_TO_PAY = 12  # of images for a group, from which on shortened passes pay for their proof
 Point = tuple[str, int] | None  # a group and how many of its units are gone; None for none
+DEAR = 2.0  # the price of what leaves no finite loss; others are at most about 1
 FEWEST_IMAGES, FEW_IMAGES, MOST_IMAGES = 8, 32, 384
 
 
@@ -211,7 +212,8 @@ def removal_prices(
 ) -> Mapping[str, Callable[[Tensor], Tensor]]:
     """Return by group: shares of the dense units to loss rise per multiply-add saved.
 
-    Prices are divided by the largest, and rise with the share where the curve is straight.
+    Prices are divided by the largest finite one, and rise with the share where the curve is
+    straight. A loss that is not finite costs more than any that is.
     """
     dense = graph.cost().macs
     slopes: dict[str, tuple[Tensor, Tensor]] = {}
@@ -221,14 +223,17 @@ def removal_prices(
         edges = torch.tensor([0.0, *hull.shares]).double()
         rises = torch.tensor([0.0, *hull.rises]).double()
         per_unit = rises.diff() / edges.diff() / group.units
+        per_unit[rises[1:] >= LARGEST_RISE] = torch.inf
         slopes[group.name] = per_unit / max(saved, 1), edges[1:-1]
-    top = max((float(s.max()) for s, _ in slopes.values()), default=0.0) or 1.0
+    finite = torch.cat([torch.zeros(1), *(s[s.isfinite()] for s, _ in slopes.values())])
+    top = float(finite.max()) or 1.0
 
     def price(name: str) -> Callable[[Tensor], Tensor]:
         slope, inner = slopes[name]
+        price_of = torch.where(slope.isfinite(), slope / top, DEAR)
 
         def at(gone: Tensor) -> Tensor:
-            return slope[torch.bucketize(gone, inner)] / top + 1e-4 * gone
+            return price_of[torch.bucketize(gone, inner)] + 1e-4 * gone
 
         return at
 

@@ -26,11 +26,25 @@ from robust_prune.allocation import (
     make_plan,
 )
 from robust_prune.allocation import search as search_module
-from robust_prune.criteria import channel_scores, masked, structural, structural_curves
+from robust_prune.criteria import (
+    channel_scores,
+    masked,
+    removal_prices,
+    structural,
+    structural_curves,
+)
 from robust_prune.criteria import curves as curves_module
 from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
-from robust_prune.types import Budget, ChannelGroup, Cost, Curve, PruningPlan, ThreatModel
+from robust_prune.types import (
+    LARGEST_RISE,
+    Budget,
+    ChannelGroup,
+    Cost,
+    Curve,
+    PruningPlan,
+    ThreatModel,
+)
 from tests.conftest import OwnNet, randomize_, tiny_resnet
 
 SIZE = (3, 32, 32)
@@ -376,3 +390,17 @@ def test_the_search_takes_the_plan_that_hurts_least(
     unsound = best_composed(graph, [harmful, harmless], images, labels, threat=threat, seed=0)
     assert unsound[0] == 1, "a loss that is no number is no reason to stay with the first"
     assert model.hidden.out_features == 20
+
+
+def test_a_loss_that_is_not_finite_leaves_other_prices_as_they_are(resnet: nn.Module) -> None:
+    graph = ModelGraph(resnet, (3, 32, 32))
+    names = [group.name for group in graph.groups]
+    curves = {n: Curve(n, (0.3, 0.6, 0.9), (0.1 * i, 0.3 * i, i), 8) for i, n in enumerate(names)}
+    broken = {**curves, names[1]: Curve(names[1], (0.3, 0.6, 0.9), (0.1, 0.3, LARGEST_RISE), 8)}
+    gone = torch.tensor([0.1, 0.5, 0.8])
+    before, after = removal_prices(graph, curves), removal_prices(graph, broken)
+    for name in names:
+        kept = 2 if name == names[1] else 3
+        assert torch.equal(before[name](gone)[:kept], after[name](gone)[:kept])
+        assert after[name](gone).isfinite().all()
+    assert after[names[1]](gone)[2] > max(float(after[n](gone).max()) for n in names[2:])
