@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from robust_prune.allocation import allocate_evenly, narrowest_without
 from robust_prune.data import DataSplits
 from robust_prune.distributed import ALONE, Processes
+from robust_prune.errors import BudgetError
 from robust_prune.graph import ModelGraph
 from robust_prune.modules import copied, images_in_free_memory, own_, seeded, telling_of_memory
 from robust_prune.pipeline.drop_search import plan_within_drop
@@ -97,12 +99,10 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     with job.journal.timed("graph"):
         graph = graph_of(model, job.input_size, settings)
     job.journal.tell(reachable=graph.reachable)
-    settings = rounded(job, graph, settings)
+    settings = within_reach(job, graph, rounded(job, graph, settings), step)
 
     @functools.cache  # for the plan and for the repair, whichever is still to be done
     def observed() -> Observed:
-        if step == 1 and settings.plan is None and not settings.latency:
-            check_reach(graph, settings)  # fails before the expensive stations
         return observe(job, graph, settings, quiet=is_kept(job, planning))
 
     def plan_anew() -> Planned:
@@ -125,6 +125,32 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
     names = graph.names_after(planned.plan)
     once(job, pruning, cut_again_, cut_anew_)
     return Cut(planned.plan, planned.sensitivity, names)
+
+
+def within_reach(job: Job, graph: ModelGraph, settings: Settings, step: int) -> Settings:
+    """Return the settings of a step, with a wider limit where its own doesn't reach the budget.
+
+    The least that a group may keep falls by the same factor in every step; a step after some that
+    took less of some groups may need more than that.
+
+    Raises:
+        BudgetError: the whole budget is out of reach; said before the first step.
+    """
+    if settings.plan is not None or settings.latency:  # a latency is measured first
+        return settings
+    asked = job.settings
+    whole = replace(settings, budget=asked.budget, max_prune_ratio=asked.max_prune_ratio)
+    if step == 1:
+        check_reach(graph, whole)
+    try:
+        check_reach(graph, settings)
+    except BudgetError:
+        limit = asked.max_prune_ratio
+        job.journal.note(
+            f"step {step} takes up to {100 * limit:g} % of a group to reach its budget"
+        )
+        return replace(settings, max_prune_ratio=limit)
+    return settings
 
 
 def check_reach(graph: ModelGraph, settings: Settings) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from robust_prune import compress, load, save
-from robust_prune.errors import ModelError, RunError
+from robust_prune.errors import BudgetError, ModelError, RunError
 from robust_prune.files import locked, write_tensors
 from robust_prune.pipeline import RunFolder, StateFile, fingerprint
 from robust_prune.types import PruningPlan
@@ -153,6 +153,20 @@ def test_a_step_that_has_nothing_left_to_prune_is_passed_over() -> None:
     )
     assert any("prunes nothing" in note for note in result.report["notes"])
     assert len(result.report["steps"]) >= 1
+
+
+def test_a_budget_out_of_reach_is_said_before_the_first_of_several_steps(tmp_path: Path) -> None:
+    options = {**TRYING, "prune_steps": 2, "protect": ["layer1.*", "layer2.*"]}
+    with pytest.raises(BudgetError, match=r"removing 70\.0 %.*use --ratio 0\.325"):
+        compress(tiny_resnet(), None, run_dir=tmp_path, **options)
+    assert not list(tmp_path.glob("**/*-1*"))  # no step has left anything
+
+
+def test_a_later_step_goes_as_far_as_the_whole_may_where_its_budget_asks_for_it() -> None:
+    options = {**TRYING, "prune_ratio": 0.934}
+    result = compress(tiny_resnet(), None, prune_steps=2, **options)
+    assert result.plan.reached == pytest.approx(0.934, abs=0.001)
+    assert "step 2 takes up to 95 % of a group to reach its budget" in result.report["notes"]
 
 
 @pytest.mark.parametrize("finetune", [None, "pgd-at"])
