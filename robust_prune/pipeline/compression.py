@@ -130,12 +130,16 @@ def prune_first(job: Job, model: nn.Module, settings: Settings, step: int) -> Cu
 def within_reach(job: Job, graph: ModelGraph, settings: Settings, step: int) -> Settings:
     """Return the settings of a step, with a wider limit where its own doesn't reach the budget.
 
-    The least that a group may keep falls by the same factor in every step; a step after some that
-    took less of some groups may need more than that.
+    What can't be done fails here, before the expensive stations. The least that a group may keep
+    falls by the same factor in every step; a step after some that took less of some groups may
+    need more than that.
 
     Raises:
         BudgetError: the whole budget is out of reach; said before the first step.
+        PlanError: the plan was made for another network.
     """
+    if settings.plan is not None:
+        graph.check(settings.plan)
     if settings.plan is not None or settings.latency:  # a latency is measured first
         return settings
     asked = job.settings

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from robust_prune import compress, load, save
-from robust_prune.errors import BudgetError, ModelError, RunError
+from robust_prune.errors import BudgetError, ModelError, PlanError, RunError
 from robust_prune.files import locked, write_tensors
 from robust_prune.pipeline import RunFolder, StateFile, fingerprint
 from robust_prune.types import PruningPlan
@@ -160,6 +160,15 @@ def test_a_budget_out_of_reach_is_said_before_the_first_of_several_steps(tmp_pat
     with pytest.raises(BudgetError, match=r"removing 70\.0 %.*use --ratio 0\.325"):
         compress(tiny_resnet(), None, run_dir=tmp_path, **options)
     assert not list(tmp_path.glob("**/*-1*"))  # no step has left anything
+
+
+def test_a_plan_of_another_network_is_refused_before_images_are_attacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = compress(tiny_resnet(), None, **TRYING).plan
+    monkeypatch.setattr("robust_prune.pipeline.compression.observe", lambda *a, **k: 1 / 0)
+    with pytest.raises(PlanError, match="the plan expects"):
+        compress(tiny_resnet(channels=(4, 4, 4, 4)), None, plan=plan)
 
 
 def test_a_later_step_goes_as_far_as_the_whole_may_where_its_budget_asks_for_it() -> None:
