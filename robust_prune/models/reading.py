@@ -107,7 +107,10 @@ def _read_safetensors(path: Path) -> ModelFile:
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         if text := text_of(path):
             raise ModelError(f"{path}: not a safetensors file{text}") from None
-        raise ModelError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
+        line = first_line(error)
+        if "not fully covered" in line:
+            line += "; is it cut short: was all of it copied?"
+        raise ModelError(f"{path}: not a readable safetensors file: {line}") from None
     content = content_of(path, state, path.stat().st_size)
     if METADATA_KEY in metadata:
         return ModelFile(path, content, parse_manifest(path, metadata[METADATA_KEY]))

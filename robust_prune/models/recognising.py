@@ -19,6 +19,10 @@ def is_archive(path: Path) -> bool:
 
 def foreign(path: Path) -> str:
     """Say of a file that no reader of ours takes it."""
+    with path.open("rb") as stream:
+        begun = stream.read(4) == b"PK\x03\x04"
+    if begun:
+        return f"{path}: a PyTorch file (a zip archive) that is cut short: was all of it copied?"
     return f"{path}: not a PyTorch or safetensors file{text_of(path)}"
 
 

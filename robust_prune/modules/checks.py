@@ -54,6 +54,11 @@ def check_transparent(net: nn.Module) -> None:
                 f"{name or 'the network'} is {kind}, which can't be looked into; use the module "
                 "that it was made from" + ("" if scripted else ", its _orig_mod")
             )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"{name or 'the network'} is compiled in place, by its compile(), which can't be "
+                "looked into; compile after pruning, or set its _compiled_call_impl to None"
+            )
 
 
 @contextlib.contextmanager

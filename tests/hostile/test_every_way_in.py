@@ -146,7 +146,7 @@ WITHOUT_GROUPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 5)),
         r"no prunable group \(1: its channels are the model's outputs\)",
     ),
-    "noise": (Drops, r"no prunable group \(.*not the same as masking.*; and . more, which"),
+    "noise": (Drops, r"no prunable group \(.*differ from run to run.*; and . more, which"),
     "nothing": (lambda: nn.Sequential(nn.Flatten()), r"no prunable group \(no layers\)"),
     "lazy layers": (
         lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(5)),
@@ -157,7 +157,13 @@ WITHOUT_GROUPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(torch.compile(OwnNet(), backend="eager"), nn.Identity()),
         "^0 is compiled by torch.compile",
     ),
+    "compiled in place": (lambda: compiled_(OwnNet()), "^the network is compiled in place"),
 }
+
+
+def compiled_(net: nn.Module) -> nn.Module:
+    net.compile(backend="eager")
+    return net
 
 
 @pytest.mark.parametrize("name", list(WITHOUT_GROUPS))

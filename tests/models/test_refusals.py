@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -50,6 +51,14 @@ def arrays() -> bytes:
     return buffer.getvalue()
 
 
+def halved(write: Callable[[dict[str, torch.Tensor], str], None]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "whole"
+        write(STATE, str(path))
+        content = path.read_bytes()
+    return content[: len(content) // 2]
+
+
 FILES: dict[str, tuple[bytes, str]] = {
     "a.pt": (POINTER, "text that begins 'version https://git-lfs"),
     "a.safetensors": (POINTER, "not a safetensors file; it is text that begins 'version"),
@@ -57,6 +66,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a.npz": (arrays(), "torch.save did not write .it holds 'weight.npy'"),
     "a.zip": (zipped("best.pt"), "torch.save did not write .it holds 'best.pt'.; unpack it"),
     "a.pth.tar": (tarred("best.pt"), "a tar archive; unpack it"),
+    "half.pt": (halved(torch.save), "a PyTorch file .a zip archive. that is cut short"),
+    "half.safetensors": (halved(safetensors.torch.save_file), "is it cut short"),
     "a.onnx": (b"\x08\x07\x12\x07pytorch", "not a PyTorch or safetensors file$"),
 }
 
