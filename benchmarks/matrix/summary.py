@@ -66,19 +66,22 @@ def compared(cells: Sequence[Cell]) -> str:
 
 
 def comparisons(cells: Sequence[Cell], *arms_of_ours: str) -> list[Comparison]:
-    """Return our arms against torch-pruning's best, block by block, by the hardest attack there."""
+    """Return our arms against torch-pruning's best, block by block, by the hardest attack there.
+
+    That is AutoAttack where it has judged any of our models: then those seeds count, and no other.
+    """
     found = []
     for ours, block in itertools.product(arms_of_ours, blocks_of(cells)):
         arms = arms_of(cells, block)
         if ours not in arms:
             continue
-        attack = "autoattack" if all(c.autoattack for c in arms[ours]) else "pgd"
-        peers = {a: runs for a, runs in arms.items() if a.startswith("tp-")}
-        measured = {a: r for a, r in peers.items() if all(getattr(c, attack) for c in r)}
+        attack = "autoattack" if any(c.autoattack for c in arms[ours]) else "pgd"
+        by_arm = {a: [c for c in runs if getattr(c, attack)] for a, runs in arms.items()}
+        measured = {a: runs for a, runs in by_arm.items() if runs and a.startswith("tp-")}
         if not measured:
             continue
         best = max(measured, key=lambda arm: mean(measured[arm], attack))
-        differences = paired(arms[ours], measured[best], attack)
+        differences = paired(by_arm[ours], measured[best], attack)
         if differences:
             gain = 100 * statistics.mean(statistics.mean(d) for d in differences)
             n = len(differences[0])

@@ -100,6 +100,17 @@ def test_ours_meets_the_best_peer_on_the_same_images() -> None:
     assert "resnet10-narrow, pgd-at, 75 % removed, long (linf 0.1)" in text
 
 
+def test_autoattack_is_what_counts_where_it_has_judged_some_seeds() -> None:
+    def judged(arm: str, seed: int, autoattack: str) -> Cell:
+        found = cell(arm, "1" * 90 + "0" * 10 if arm == OURS else "1" * 50 + "0" * 50)
+        return replace(found, key=replace(found.key, seed=seed), autoattack=autoattack)
+
+    cells = [judged(OURS, 0, "1010"), judged(OURS, 1, ""), judged(PEER, 0, "0010")]
+    found = summary.comparisons([*cells, judged(PEER, 1, ""), judged("tp-worse", 0, "")], OURS)
+    assert [(c.theirs, c.attack, c.seeds, c.images) for c in found] == [(PEER, "autoattack", 1, 4)]
+    assert found[0].gain == pytest.approx(25)
+
+
 def test_an_arm_that_fails_is_named() -> None:
     key = cell(PEER, "").key
     text = summary.tables([cell(OURS, "10"), Cell(key, error="no such channels")])
