@@ -146,14 +146,14 @@ def within_reach(job: Job, graph: ModelGraph, settings: Settings, step: int) -> 
     whole = replace(settings, budget=asked.budget, max_prune_ratio=asked.max_prune_ratio)
     if step == 1:
         check_reach(graph, whole)
+    if settings == whole:
+        return settings
     try:
         check_reach(graph, settings)
     except BudgetError:
-        limit = asked.max_prune_ratio
-        job.journal.note(
-            f"step {step} takes up to {100 * limit:g} % of a group to reach its budget"
-        )
-        return replace(settings, max_prune_ratio=limit)
+        most = asked.max_prune_ratio
+        job.journal.note(f"step {step} takes up to {100 * most:g} % of a group to reach its budget")
+        return replace(settings, max_prune_ratio=most)
     return settings
 
 
